@@ -1,0 +1,99 @@
+// The Python module advkd._C. It knows no torch: advkd/ops.py hands it addresses, shapes and the
+// thread count, and has checked all of them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "cpu/thread_pool.h"
+
+namespace py = pybind11;
+
+#ifdef __clang__
+#define ADVKD_COMPILER __VERSION__
+#else
+#define ADVKD_COMPILER "GCC " __VERSION__
+#endif
+
+namespace advkd {
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+NoiseSource noise_source(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step) {
+  return {seed, pointer<const std::int64_t>(image_index), step};
+}
+
+void philox_uint32(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step,
+                   std::int64_t batch, std::int64_t count, std::uintptr_t out, int threads) {
+  const py::gil_scoped_release released;
+  kernels().philox_uint32({noise_source(seed, image_index, step), batch, count,
+                           pointer<std::int64_t>(out), threads});
+}
+
+void philox_normal(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step,
+                   std::int64_t batch, std::int64_t channels, std::int64_t pixels,
+                   bool channels_last, std::uintptr_t out, int threads) {
+  const py::gil_scoped_release released;
+  kernels().philox_normal({noise_source(seed, image_index, step),
+                           {batch, channels, pixels, channels_last},
+                           pointer<float>(out),
+                           threads});
+}
+
+void sampling_step(std::uintptr_t x_t, std::uintptr_t model_out, std::uintptr_t x_prev,
+                   std::uintptr_t x0_hat, std::int64_t batch, std::int64_t channels,
+                   std::int64_t pixels, bool channels_last, float a_x, float a_m, float c_0,
+                   float c_x, float c_m, float sigma, float clip, std::uint64_t seed,
+                   std::uintptr_t image_index, std::uint32_t step, int threads) {
+  const py::gil_scoped_release released;
+  kernels().sampling_step({pointer<const float>(x_t), pointer<const float>(model_out),
+                           pointer<float>(x_prev), pointer<float>(x0_hat),
+                           {batch, channels, pixels, channels_last},
+                           a_x, a_m, c_0, c_x, c_m, sigma, clip,
+                           noise_source(seed, image_index, step), threads});
+}
+
+void group_norm_silu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
+                     std::uintptr_t y, std::int64_t batch, std::int64_t channels,
+                     std::int64_t pixels, bool channels_last, std::int64_t groups, float eps,
+                     bool silu, int threads) {
+  const py::gil_scoped_release released;
+  kernels().group_norm_silu({pointer<const float>(x), pointer<const float>(weight),
+                             pointer<const float>(bias), pointer<float>(y),
+                             {batch, channels, pixels, channels_last}, groups, eps, silu,
+                             threads});
+}
+
+// Runs a Python function as tasks on the pool; the tests use it to try the pool itself.
+void run_tasks(std::int64_t tasks, int threads, const py::function& function) {
+  const py::gil_scoped_release released;
+  parallel_for(tasks, threads, [&](std::int64_t task) {
+    const py::gil_scoped_acquire acquired;
+    function(task);
+  });
+}
+
+}  // namespace
+}  // namespace advkd
+
+PYBIND11_MODULE(_C, module) {
+  using namespace advkd;
+  module.doc() = "Fused CPU kernels of advkd; called through advkd.ops.";
+  module.attr("version") = ADVKD_VERSION;
+  module.attr("compiler") = ADVKD_COMPILER;
+  module.def("isa", [] { return std::string(kernels().isa); },
+             "The instruction set whose kernels are in use.");
+  module.def("isas", &runnable_isas, "The instruction sets that run here, best first.");
+  module.def("set_isa", &set_isa, "Uses the kernels of another instruction set from now on.");
+  module.def("philox_uint32", &philox_uint32);
+  module.def("philox_normal", &philox_normal);
+  module.def("sampling_step", &sampling_step);
+  module.def("group_norm_silu", &group_norm_silu);
+  module.def("run_tasks", &run_tasks);
+}

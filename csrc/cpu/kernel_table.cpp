@@ -1,0 +1,14 @@
+#include "cpu/kernel_table.h"
+
+#include "cpu/kernels.h"
+
+#define ADVKD_TEXT_OF(name) #name
+#define ADVKD_TEXT(name) ADVKD_TEXT_OF(name)
+
+namespace advkd::ADVKD_ISA {
+
+const KernelTable table = {
+    ADVKD_TEXT(ADVKD_ISA), philox_uint32, philox_normal, sampling_step, group_norm_silu,
+};
+
+}  // namespace advkd::ADVKD_ISA

@@ -1,0 +1,15 @@
+// The kernels of one instruction set. Each translation unit that includes this is compiled once
+// per instruction set, with ADVKD_ISA set to its name; all its code stays in that namespace, so
+// that the linker cannot hand one set's inline function to another.
+#pragma once
+
+#include "cpu/kernel_table.h"
+
+namespace advkd::ADVKD_ISA {
+
+void philox_uint32(const PhiloxUint32Args& args);
+void philox_normal(const PhiloxNormalArgs& args);
+void sampling_step(const SamplingStepArgs& args);
+void group_norm_silu(const GroupNormSiluArgs& args);
+
+}  // namespace advkd::ADVKD_ISA
