@@ -1,0 +1,186 @@
+"""Files that are whole or absent: safetensors and JSON, written aside, synced, then renamed.
+
+Nothing here is a pickle. A checkpoint is two files, `NAME-STEP.safetensors` and `NAME-STEP.json`;
+the JSON comes last, holds the tensors' SHA-256 and so closes the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+KEPT = 2  # checkpoints of one training that stay on disk
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be used; the message names it and says why."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on success it replaces `path` atomically.
+
+    On any failure (a full disk, Ctrl-C) the temporary file goes and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file atomically; OSError (disk full, no permission) leaves the old one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, indented, keys in the order given."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; CheckpointError names a file that is absent or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file atomically and return its SHA-256."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(whole)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; CheckpointError if it is absent, broken or not what was written."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise CheckpointError(f"{path} is not the file that was written (checksum differs)")
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Copy tensors into a module by name; every missing, superfluous or misshaped one is listed."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"superfluous {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit the network: {'; '.join(problems)}")
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes: the identity of a set of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """An optimiser's state as named tensors: `prefix.INDEX.KEY` by the parameter's index."""
+    return {
+        f"{prefix}.{index}.{key}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Undo `optimizer_tensors`; the optimiser's settings stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(f"{prefix}."):
+            index, key = name[len(prefix) + 1 :].split(".")
+            state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of a training: step, named tensors and plain values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint and let all but the last KEPT of that name go."""
+    stem = f"{name}-{checkpoint.step:08d}"
+    sha256 = write_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
+    closing = {"step": checkpoint.step, "sha256": sha256, "values": checkpoint.values}
+    write_json(folder / f"{stem}.json", closing)
+    for old in sorted(folder.glob(f"{name}-*.json"))[:-KEPT]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def latest_checkpoint(folder: Path, name: str) -> Checkpoint | None:
+    """The newest whole checkpoint; a truncated or altered one is passed over with a warning."""
+    for closing in sorted(folder.glob(f"{name}-*.json"), reverse=True):
+        try:
+            content = read_json(closing)
+            tensors = read_tensors(closing.with_suffix(".safetensors"), content["sha256"])
+            return Checkpoint(content["step"], tensors, content["values"])
+        except (CheckpointError, KeyError, TypeError) as error:
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+    return None
+
+
+def drop_checkpoints(folder: Path, name: str) -> None:
+    """Remove a finished training's checkpoints, and the folder once it is empty."""
+    for file in folder.glob(f"{name}-*"):
+        file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

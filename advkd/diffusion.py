@@ -1,0 +1,185 @@
+"""The diffusion itself: noise schedules, and the update of a sampler written as six numbers a step.
+
+`alpha_bar[t]` is the cumulated product of DDPM (Ho et al. 2020), T its length. Everything here is
+float64 numpy; networks and tensors come in above.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+# Settings of diffusers' schedulers that change nothing unless they are set to something we do not
+# do; any other value is refused rather than ignored.
+_INERT = {
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "rescale_betas_zero_snr": (False,),
+    "predict_epsilon": (True,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What `scheduler_config.json` says, in diffusers' own words; `alpha_bar` follows from it.
+
+    Raises ValueError for a value that this package does not implement.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction_type: str = "epsilon"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    variance_type: str = "fixed_small"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("beta_schedule", BETA_SCHEDULES),
+            ("prediction_type", PREDICTION_TYPES),
+            ("variance_type", VARIANCE_TYPES),
+            ("timestep_spacing", TIMESTEP_SPACINGS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not supported; it is one of {allowed}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={self.num_train_timesteps} is not positive")
+
+    @classmethod
+    def from_diffusers(cls, settings: Mapping[str, Any]) -> Schedule:
+        """Read the content of a `scheduler_config.json` (DDPM or DDIM scheduler of diffusers)."""
+        for name, inert in _INERT.items():
+            if name in settings and settings[name] not in inert:
+                raise ValueError(f"scheduler setting {name}={settings[name]!r} is not supported")
+        known = {field.name for field in dataclasses.fields(cls)}
+        chosen = {name: value for name, value in settings.items() if name in known}
+        return cls(**chosen)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of a `scheduler_config.json` that diffusers' DDIMScheduler reads."""
+        return {"_class_name": "DDIMScheduler", **dataclasses.asdict(self)}
+
+    @functools.cached_property
+    def alpha_bar(self) -> NDArray[np.float64]:
+        """(T,) float64, falling from almost 1 towards 0."""
+        return np.cumprod(1.0 - _betas(self))
+
+    @property
+    def clip(self) -> float:
+        """Bound on |x0_hat| during sampling; 0 means none."""
+        return self.clip_sample_range if self.clip_sample else 0.0
+
+
+def _betas(schedule: Schedule) -> NDArray[np.float64]:
+    T = schedule.num_train_timesteps
+    if schedule.beta_schedule == "linear":
+        return np.linspace(schedule.beta_start, schedule.beta_end, T)
+    if schedule.beta_schedule == "scaled_linear":
+        return np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, T) ** 2
+
+    def level(u: float) -> float:  # Nichol & Dhariwal 2021, eq. 17
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - level((i + 1) / T) / level(i / T), 0.999) for i in range(T)])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTable:
+    """A sampler as a table: step i calls the network at `timesteps[i]` and then computes
+
+        x0_hat = clip(a_x * x_t + a_m * m)
+        x_prev = c_0 * x0_hat + c_x * x_t + c_m * m + sigma * z,    z ~ N(0, I)
+
+    with m the network's output. `coefficients[i]` = (a_x, a_m, c_0, c_x, c_m, sigma).
+    """
+
+    timesteps: NDArray[np.int64]
+    coefficients: NDArray[np.float64]
+    clip: float
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def timesteps_of(schedule: Schedule, steps: int) -> NDArray[np.int64]:
+    """The `steps` times of a respaced sampler, descending; spacing as diffusers defines it."""
+    T = schedule.num_train_timesteps
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps={steps} is not between 1 and num_train_timesteps={T}")
+    if schedule.timestep_spacing == "linspace":
+        return np.linspace(0, T - 1, steps).round()[::-1].astype(np.int64)
+    if schedule.timestep_spacing == "trailing":
+        return np.round(np.arange(T, 0, -T / steps)).astype(np.int64) - 1
+    times = (np.arange(steps) * (T // steps)).round()[::-1].astype(np.int64)
+    times = times + schedule.steps_offset
+    if times[0] >= T:
+        raise ValueError(f"steps_offset={schedule.steps_offset} leaves the {T} training times")
+    return times
+
+
+def _estimates(schedule: Schedule, alpha_bar: float) -> tuple[float, float, float, float]:
+    """x0_hat = a_x*x_t + a_m*m and eps_hat = b_x*x_t + b_m*m for the schedule's prediction type."""
+    a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    if schedule.prediction_type == "epsilon":
+        return 1 / a, -s / a, 0.0, 1.0
+    if schedule.prediction_type == "sample":
+        return 0.0, 1.0, 1 / s, -a / s
+    return a, -s, s, a  # v = a*eps - s*x0 (Salimans & Ho 2022)
+
+
+def ddim_table(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
+    """DDIM (Song et al. 2021, eq. 12) in `steps` steps; eta = 0 is deterministic, 1 is DDPM-like.
+
+    eps_hat is the network's own, not derived again from the clipped x0_hat.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} is not between 0 and 1")
+    times = timesteps_of(schedule, steps)
+    stride = schedule.num_train_timesteps // steps
+    last = 1.0 if schedule.set_alpha_to_one else float(schedule.alpha_bar[0])
+    rows = []
+    for t in times:
+        now = float(schedule.alpha_bar[t])
+        before = float(schedule.alpha_bar[t - stride]) if t - stride >= 0 else last
+        sigma = eta * math.sqrt(max((1 - before) / (1 - now) * (1 - now / before), 0.0))
+        towards = math.sqrt(max(1 - before - sigma**2, 0.0))
+        a_x, a_m, b_x, b_m = _estimates(schedule, now)
+        rows.append((a_x, a_m, math.sqrt(before), towards * b_x, towards * b_m, sigma))
+    return StepTable(times, np.array(rows), schedule.clip)
+
+
+def ddpm_table(schedule: Schedule, steps: int | None = None) -> StepTable:
+    """DDPM ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2); all T steps unless told."""
+    steps = schedule.num_train_timesteps if steps is None else steps
+    times = timesteps_of(schedule, steps)
+    stride = schedule.num_train_timesteps // steps
+    rows = []
+    for t in times:
+        now = float(schedule.alpha_bar[t])
+        before = float(schedule.alpha_bar[t - stride]) if t - stride >= 0 else 1.0
+        alpha = now / before
+        beta = 1 - alpha
+        c_0 = math.sqrt(before) * beta / (1 - now)
+        c_x = math.sqrt(alpha) * (1 - before) / (1 - now)
+        small = max((1 - before) / (1 - now) * beta, 1e-20)
+        variance = beta if schedule.variance_type == "fixed_large" else small
+        a_x, a_m, _, _ = _estimates(schedule, now)
+        rows.append((a_x, a_m, c_0, c_x, 0.0, math.sqrt(variance) if t > 0 else 0.0))
+    return StepTable(times, np.array(rows), schedule.clip)

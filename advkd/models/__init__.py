@@ -1,0 +1,1 @@
+"""The networks: teacher, student, discriminator, and the blocks they share."""

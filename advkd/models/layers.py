@@ -1,0 +1,161 @@
+"""The blocks that teacher, student and discriminator are built from.
+
+Attribute names follow diffusers where the teacher uses them, so that its tensors load by name.
+Every GroupNorm+SiLU of the package goes through `GroupNormSiLU`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advkd import ops
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """y = SiLU(GroupNorm(x)), or GroupNorm alone with activation="none". x (B, C, H, W)."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, activation: str = "silu"):
+        if channels % groups:
+            raise ValueError(f"num_groups={groups} does not divide channels={channels}")
+        super().__init__(groups, channels, eps)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.weight, self.bias, self.num_groups, self.eps, self.activation
+        )
+
+
+def timestep_embedding(
+    timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Tensor:
+    """Sinusoids of the timestep, (B,) -> (B, dim) float32 (Vaswani et al. 2017, as in DDPM)."""
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer network behind the sinusoids: (B, dim) -> (B, hidden)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice around a skip; `temb` (B, temb_channels) is added in between.
+
+    With temb_channels=None there is no time (or class) input. (B, C, H, W) -> (B, C_out, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int | None,
+        groups: int,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_channels, out_channels) if temb_channels else None
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
+        self.scale = scale
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        if self.time_emb_proj is not None and temb is not None:
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        h = x + h
+        return h if self.scale == 1.0 else h / self.scale
+
+
+class Attention(nn.Module):
+    """Self-attention over the H*W positions, with a residual. (B, C, H, W) -> the same.
+
+    `explicit` writes the softmax out, which can be differentiated twice (the R1 penalty needs
+    that; torch's fused attention on the CPU cannot).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int | None,
+        groups: int,
+        eps: float = 1e-5,
+        scale: float = 1.0,
+        explicit: bool = False,
+    ):
+        super().__init__()
+        head_dim = channels if head_dim is None else head_dim
+        if channels % head_dim:
+            raise ValueError(f"attention_head_dim={head_dim} does not divide channels={channels}")
+        self.heads = channels // head_dim
+        self.group_norm = GroupNormSiLU(groups, channels, eps, activation="none")
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.scale = scale
+        self.explicit = explicit
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        q, k, v = (
+            proj(tokens).reshape(B, H * W, self.heads, C // self.heads).transpose(1, 2)
+            for proj in (self.to_q, self.to_k, self.to_v)
+        )
+        if self.explicit:
+            weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(C // self.heads), dim=-1)
+            out = weights @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        out = self.to_out[0](out.transpose(1, 2).reshape(B, H * W, C))
+        h = x + out.reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return h if self.scale == 1.0 else h / self.scale
+
+
+class Downsample(nn.Module):
+    """Convolution with stride 2; padding 0 pads right and below only, as DDPM's code does."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,188 @@
+"""Training a teacher: DDPM's simple loss (Ho et al. 2020, eq. 14) on a UNet."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advkd.checkpoint import (
+    Checkpoint,
+    drop_checkpoints,
+    latest_checkpoint,
+    load_strictly,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from advkd.config import Config, ConfigError
+from advkd.data import ImageSet
+from advkd.diffusion import Schedule
+from advkd.models.unet import UNet
+from advkd.pretrained import load_teacher, save_teacher
+from advkd.training import (
+    Ema,
+    Interrupted,
+    MetricsLog,
+    StopSignals,
+    Workers,
+    autocast,
+    check_finite,
+    generator_at,
+    learning_rate,
+    pick_device,
+    progress_bar,
+)
+
+STAGE = "teacher"
+
+
+def noised(x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t from x_0 (DDPM eq. 4); alpha_bar (B,) at each image's time."""
+    level = alpha_bar[:, None, None, None]
+    return level.sqrt() * x_0 + (1 - level).sqrt() * eps
+
+
+def target_of(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the network has to predict: eps, x_0, or v = sqrt(ab)*eps - sqrt(1-ab)*x_0."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "sample":
+        return x_0
+    level = alpha_bar[:, None, None, None]
+    return level.sqrt() * eps - (1 - level).sqrt() * x_0
+
+
+class TeacherTraining:
+    """Network, average, optimiser and data of a teacher in training."""
+
+    def __init__(self, config: Config, images: ImageSet):
+        self.config = config
+        self.settings = config.teacher
+        self.images = images
+        self.device = pick_device(config.run.device)
+        self.unet = _initial_unet(config).to(self.device, memory_format=torch.channels_last)
+        self.ema = Ema(self.unet, self.settings.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(),
+            betas=(0.9, self.settings.beta2),
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        alpha_bar = self.unet.schedule.alpha_bar
+        self.alpha_bar = torch.tensor(alpha_bar, dtype=torch.float32, device=self.device)
+        if self.unet.config.num_class_embeds and images.labels is None:
+            raise ConfigError(f"a class-conditional teacher needs labels; {images.source} has none")
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The clean images, noise, times and labels that belong to `step`."""
+        generator = generator_at(self.config.run.seed, step, STAGE)
+        B = self.settings.batch
+        indices = torch.randint(len(self.images), (B,), generator=generator).numpy()
+        flip = torch.rand(B, generator=generator).numpy() < (0.5 if self.config.data.flip else 0)
+        x_0 = self.images.batch(indices, flip)
+        eps = torch.randn(x_0.shape, generator=generator)
+        t = torch.randint(len(self.alpha_bar), (B,), generator=generator)
+        y = None
+        if self.unet.class_embedding is not None and self.images.labels is not None:
+            y = torch.as_tensor(self.images.labels[indices], device=self.device)
+        return x_0.to(self.device), eps.to(self.device), t.to(self.device), y
+
+    def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The simple loss of (a share of) a batch."""
+        alpha_bar = self.alpha_bar[t]
+        x_t = noised(x_0, eps, alpha_bar).contiguous(memory_format=torch.channels_last)
+        with autocast(self.settings.autocast, self.device):
+            predicted = self.unet(x_t, t, y)
+        target = target_of(self.unet.schedule.prediction_type, x_0, eps, alpha_bar)
+        return F.mse_loss(predicted.float(), target)
+
+    def step(self, step: int, workers: Workers) -> dict[str, float]:
+        """One optimiser step; returns what is logged."""
+        s = self.settings
+        lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(step)  # of dropout, the only other user of randomness
+        batch = self.batch(step)
+
+        def loss_of(share: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = self.loss(*(None if part is None else part[share] for part in batch))
+            return loss, {"loss": loss}
+
+        values = workers.gradients(loss_of, s.batch, self.unet.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), s.grad_clip)
+        loss = check_finite("the teacher's loss", values["loss"], step)
+        grad_norm = check_finite("the teacher's gradient", norm, step)
+        self.optimizer.step()
+        self.ema.update(self.unet, step)
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+
+    def checkpoint(self, step: int, seconds: float) -> Checkpoint:
+        tensors = {f"unet.{k}": v for k, v in self.unet.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
+        tensors |= optimizer_tensors(self.optimizer, "optimizer")
+        return Checkpoint(step, tensors, {"seconds": seconds})
+
+    def restore(self, checkpoint: Checkpoint, where: Path) -> None:
+        for prefix, module in (("unet.", self.unet), ("ema.", self.ema.model)):
+            own = {
+                k.removeprefix(prefix): v
+                for k, v in checkpoint.tensors.items()
+                if k.startswith(prefix)
+            }
+            load_strictly(module, own, where)
+        restore_optimizer(self.optimizer, checkpoint.tensors, "optimizer")
+
+
+def _initial_unet(config: Config) -> UNet:
+    schedule = Schedule(**vars(config.schedule))
+    if config.teacher.init:
+        unet = load_teacher(config.teacher.init)
+        if (unet.config, unet.schedule.prediction_type) != (
+            config.unet,
+            schedule.prediction_type,
+        ):
+            raise ConfigError(f"{config.teacher.init} holds another architecture than the preset")
+        return unet.train().requires_grad_(True)
+    torch.manual_seed(config.run.seed)
+    return UNet(config.unet, schedule)
+
+
+def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
+    """Train from scratch, from `teacher.init`, or on from the last checkpoint; save `run/teacher`.
+
+    Returns the seconds of training, earlier sessions included. Raises TrainingError on a
+    non-finite loss and Interrupted after a signal, both with the state on disk.
+    """
+    training = TeacherTraining(config, images)
+    workers = Workers(config.run.threads, training.device)
+    folder = run / "checkpoints"
+    start, before = 0, 0.0
+    found = latest_checkpoint(folder, STAGE)
+    if found is not None:
+        training.restore(found, folder)
+        start, before = found.step, float(found.values["seconds"])
+    log = MetricsLog(run / "metrics.jsonl", STAGE, start)
+    s = config.teacher
+    began = time.monotonic()
+    with StopSignals() as stop, progress_bar(STAGE, s.steps, start) as bar:
+        for step in range(start, s.steps):
+            values = training.step(step, workers)
+            bar.update()
+            done = step + 1
+            seconds = before + time.monotonic() - began
+            if done % s.log_every == 0 or done == s.steps:
+                log.write(done, seconds=seconds, **values)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+            if done % s.checkpoint_every == 0 or stop.requested or done == s.steps:
+                save_checkpoint(folder, STAGE, training.checkpoint(done, seconds))
+            if stop.requested and done < s.steps:
+                raise Interrupted(f"stopped at step {done} of {s.steps} of the teacher")
+    workers.close()
+    save_teacher(training.ema.model, run / "teacher")
+    drop_checkpoints(folder, STAGE)
+    return before + time.monotonic() - began

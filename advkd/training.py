@@ -1,0 +1,216 @@
+"""What both training loops share: randomness by step, learning rate, EMA, logs, clean stopping.
+
+Every random number of a training step comes from a generator seeded with (seed, step), so there
+is no random state to carry over: a resumed run repeats the same numbers by construction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from advkd.checkpoint import write_bytes
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on; the message names the step and what to do."""
+
+
+class Interrupted(RuntimeError):
+    """A training that was asked to stop and has saved its state."""
+
+
+def generator_at(seed: int, step: int, stream: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but (seed, step, stream)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**64
+    for byte in stream.encode():
+        mixed = (mixed ^ byte) * 0x100000001B3 % 2**64
+    return torch.Generator().manual_seed(mixed >> 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `run.device` means; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def autocast(mode: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast: "on", "off", or "auto" where the hardware computes in bfloat16."""
+    if mode not in ("auto", "on", "off"):
+        raise ValueError(f"autocast={mode!r} is not one of auto, on, off")
+    if mode == "auto":
+        has = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
+        mode = "on" if has else "off"
+    return torch.autocast(device.type, torch.bfloat16, enabled=mode == "on")
+
+
+def learning_rate(step: int, base: float, warmup: int, steps: int, final: float) -> float:
+    """Linear warm-up to `base`, then a cosine down to `final * base` at the last step."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+class Workers:
+    """Threads that each take a share of a batch through forward and backward.
+
+    On the CPU each runs torch with one thread of its own: a step then has one barrier instead of
+    one for every operation, so a neighbour that takes a core costs its share and no more. The
+    shares are fixed by their number, and summed in order: the same number gives the same bits.
+    """
+
+    def __init__(self, threads: int, device: torch.device):
+        self.count = 1
+        self._threads_before = torch.get_num_threads()
+        if device.type == "cpu":
+            self.count = threads or self._threads_before
+            torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.count)
+
+    def shares(self, batch: int) -> list[slice]:
+        """Slices of a batch, one per worker (fewer if the batch is smaller than that)."""
+        size = -(-batch // self.count)
+        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+    def gradients(
+        self,
+        loss_of: Callable[[slice], tuple[Tensor, dict[str, Tensor]]],
+        batch: int,
+        parameters: Iterable[nn.Parameter],
+    ) -> dict[str, Tensor]:
+        """Set every parameter's `.grad` to that of the batch's mean loss.
+
+        `loss_of(share)` gives the mean loss of a share and named 0-d tensors to log, whose means
+        over the batch are returned. A parameter that the loss does not use gets a zero gradient.
+        """
+        wanted = list(parameters)
+
+        def run(share: slice) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+            loss, values = loss_of(share)
+            weight = (share.stop - share.start) / batch
+            found = torch.autograd.grad(
+                loss * weight, wanted, allow_unused=True, materialize_grads=True
+            )
+            return found, {key: value.detach() * weight for key, value in values.items()}
+
+        results = list(self._pool.map(run, self.shares(batch)))
+        total = list(results[0][0])
+        for gradients, _ in results[1:]:
+            torch._foreach_add_(total, list(gradients))
+        for parameter, gradient in zip(wanted, total, strict=True):
+            parameter.grad = gradient
+        first = results[0][1]
+        return {key: torch.stack([values[key] for _, values in results]).sum() for key in first}
+
+    def close(self) -> None:
+        """End the threads and give torch its own back."""
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads_before)
+
+
+class Ema:
+    """An exponential moving average of a network's parameters; `model` is what is kept.
+
+    The decay grows from 0.1 to `decay`, so that the initial weights are forgotten early.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averaged = list(self.model.parameters())
+        torch._foreach_lerp_(averaged, list(model.parameters()), 1 - decay)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line. Opening it cuts a stage back to step `start`."""
+
+    def __init__(self, path: Path, stage: str, start: int):
+        self.path, self.stage = path, stage
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if self._keeps(line, start)]
+            write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def _keeps(self, line: str, start: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return False  # a line that a crash cut short
+        return bool(entry["stage"] != self.stage or entry["step"] <= start)
+
+    def write(self, step: int, **values: float) -> None:
+        rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
+        with self.path.open("a") as log:
+            log.write(json.dumps({"stage": self.stage, "step": step, **rounded}) + "\n")
+
+
+class StopSignals:
+    """Within `with`: SIGINT and SIGTERM set `requested` instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __enter__(self) -> StopSignals:
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(stage: str, total: int, done: int = 0, unit: str = "step") -> tqdm:
+    """A tqdm bar with the stage's name; silent where stderr is not a terminal."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=f"{stage:<12}",
+        unit=f" {unit}",
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+
+
+def check_finite(name: str, value: Tensor, step: int) -> float:
+    """The value as a float; TrainingError if it is not finite."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise TrainingError(
+            f"{name} is {number} at step {step}; the last good checkpoint is kept: "
+            "lower the learning rate and run the same command again"
+        )
+    return number
