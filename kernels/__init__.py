@@ -1,7 +1,10 @@
-"""Triton kernels of advkd; importable without Triton, `available()` then says why not."""
+"""Triton kernels of advkd. This package imports without Triton; its modules need it."""
 
 from __future__ import annotations
 
-from advkd.kernels.group_norm_silu import group_norm_silu, unavailable_reason
+from importlib.util import find_spec
 
-__all__ = ["group_norm_silu", "unavailable_reason"]
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be imported here, as a clause; None where they can."""
+    return None if find_spec("triton") else "Triton is not installed"

@@ -3,91 +3,77 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    triton = None
-    _reason: str | None = f"Triton cannot be imported ({error})"
-else:
-    _reason = None
 
 # A tile this large stays in the registers of 8 warps, so that its group is read only once.
 MAX_TILE = 8192
 
 
-def unavailable_reason() -> str | None:
-    """Why the kernels cannot run here, as a clause; None where they can."""
-    return _reason
+@triton.jit
+def _group_norm_silu_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    channels,
+    pixels,
+    group_channels,
+    eps,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    group = tl.program_id(0)
+    # 64-bit: a batch may hold more than 2^31 elements.
+    image = tl.program_id(1).to(tl.int64) * channels * pixels
+    size = group_channels * pixels
+    first_channel = group * group_channels
+    lane = tl.arange(0, TILE)
 
+    # Statistics: each tile in two passes, the tiles merged by Chan, Golub and LeVeque's rule.
+    mean = 0.0
+    squares = 0.0
+    for start in range(0, size, TILE):
+        at = start + lane
+        inside = at < size
+        if CHANNELS_LAST:
+            offset = (at // group_channels) * channels + first_channel + at % group_channels
+        else:
+            offset = first_channel * pixels + at
+        x = tl.load(x_ptr + image + offset, mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(size - start, TILE).to(tl.float32)
+        tile_mean = tl.sum(x, axis=0) / count
+        deviation = tl.where(inside, x - tile_mean, 0.0)
+        # The second pass also measures what rounding left in the mean of the first.
+        rest = tl.sum(deviation, axis=0) / count
+        tile_squares = tl.sum(deviation * deviation, axis=0) - count * rest * rest
+        tile_mean += rest
+        share = count / (start + count)
+        apart = tile_mean - mean
+        mean += apart * share
+        squares += tile_squares + apart * apart * share * start
+    inverse = 1.0 / tl.sqrt_rn(squares / size + eps)
 
-if triton is not None:
-
-    @triton.jit
-    def _group_norm_silu_kernel(
-        x_ptr,
-        weight_ptr,
-        bias_ptr,
-        y_ptr,
-        channels,
-        pixels,
-        group_channels,
-        eps,
-        CHANNELS_LAST: tl.constexpr,
-        SILU: tl.constexpr,
-        RESIDENT: tl.constexpr,
-        TILE: tl.constexpr,
-    ):
-        group = tl.program_id(0)
-        # 64-bit: a batch may hold more than 2^31 elements.
-        image = tl.program_id(1).to(tl.int64) * channels * pixels
-        size = group_channels * pixels
-        first_channel = group * group_channels
-        lane = tl.arange(0, TILE)
-
-        # Statistics: each tile in two passes, the tiles merged by Chan, Golub and LeVeque's rule.
-        mean = 0.0
-        squares = 0.0
-        for start in range(0, size, TILE):
-            at = start + lane
-            inside = at < size
-            if CHANNELS_LAST:
-                offset = (at // group_channels) * channels + first_channel + at % group_channels
-            else:
-                offset = first_channel * pixels + at
+    for start in range(0, size, TILE):
+        at = start + lane
+        inside = at < size
+        if CHANNELS_LAST:
+            channel = first_channel + at % group_channels
+            offset = (at // group_channels) * channels + channel
+        else:
+            channel = first_channel + at // pixels
+            offset = first_channel * pixels + at
+        if not RESIDENT:
             x = tl.load(x_ptr + image + offset, mask=inside, other=0.0).to(tl.float32)
-            count = tl.minimum(size - start, TILE).to(tl.float32)
-            tile_mean = tl.sum(x, axis=0) / count
-            deviation = tl.where(inside, x - tile_mean, 0.0)
-            # The second pass also measures what rounding left in the mean of the first.
-            rest = tl.sum(deviation, axis=0) / count
-            tile_squares = tl.sum(deviation * deviation, axis=0) - count * rest * rest
-            tile_mean += rest
-            share = count / (start + count)
-            apart = tile_mean - mean
-            mean += apart * share
-            squares += tile_squares + apart * apart * share * start
-        inverse = 1.0 / tl.sqrt_rn(squares / size + eps)
-
-        for start in range(0, size, TILE):
-            at = start + lane
-            inside = at < size
-            if CHANNELS_LAST:
-                channel = first_channel + at % group_channels
-                offset = (at // group_channels) * channels + channel
-            else:
-                channel = first_channel + at // pixels
-                offset = first_channel * pixels + at
-            if not RESIDENT:
-                x = tl.load(x_ptr + image + offset, mask=inside, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-            bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-            y = (x - mean) * (inverse * weight) + bias
-            if SILU:
-                y = y / (1.0 + tl.exp(-y))
-            tl.store(y_ptr + image + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        y = (x - mean) * (inverse * weight) + bias
+        if SILU:
+            y = y / (1.0 + tl.exp(-y))
+        tl.store(y_ptr + image + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_options(group_elements: int) -> dict[str, int | bool]:
