@@ -21,13 +21,17 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 # Settings of diffusers' schedulers that change nothing unless they are set to something we do not
-# do; any other value is refused rather than ignored.
+# do; any other value, and any other setting, is refused rather than ignored.
 _INERT = {
+    "_class_name": ("DDPMScheduler", "DDIMScheduler"),
     "trained_betas": (None,),
     "thresholding": (False,),
     "rescale_betas_zero_snr": (False,),
     "predict_epsilon": (True,),
+    "timestep_values": (None,),
 }
+# Settings without any effect here: two of thresholding, one of diffusers before 0.3.
+_IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +68,19 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, settings: Mapping[str, Any]) -> Schedule:
-        """Read the content of a `scheduler_config.json` (DDPM or DDIM scheduler of diffusers)."""
+        """Read the content of a `scheduler_config.json` (DDPM or DDIM scheduler of diffusers).
+
+        Raises ValueError that names a setting which this package does not implement.
+        """
         for name, inert in _INERT.items():
             if name in settings and settings[name] not in inert:
                 raise ValueError(f"scheduler setting {name}={settings[name]!r} is not supported")
         known = {field.name for field in dataclasses.fields(cls)}
-        chosen = {name: value for name, value in settings.items() if name in known}
-        return cls(**chosen)
+        settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+        unknown = sorted(set(settings) - known - set(_INERT) - _IGNORED)
+        if unknown:
+            raise ValueError(f"scheduler settings that are not known: {', '.join(unknown)}")
+        return cls(**{name: value for name, value in settings.items() if name in known})
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of a `scheduler_config.json` that diffusers' DDIMScheduler reads."""
@@ -126,7 +136,8 @@ def timesteps_of(schedule: Schedule, steps: int) -> NDArray[np.int64]:
     if schedule.timestep_spacing == "linspace":
         return np.linspace(0, T - 1, steps).round()[::-1].astype(np.int64)
     if schedule.timestep_spacing == "trailing":
-        return np.round(np.arange(T, 0, -T / steps)).astype(np.int64) - 1
+        # Cut, because arange's rounding can add one more time, -1.
+        return np.round(np.arange(T, 0, -T / steps)).astype(np.int64)[:steps] - 1
     times = (np.arange(steps) * (T // steps)).round()[::-1].astype(np.int64)
     times = times + schedule.steps_offset
     if times[0] >= T:
@@ -169,11 +180,9 @@ def ddpm_table(schedule: Schedule, steps: int | None = None) -> StepTable:
     """DDPM ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2); all T steps unless told."""
     steps = schedule.num_train_timesteps if steps is None else steps
     times = timesteps_of(schedule, steps)
-    stride = schedule.num_train_timesteps // steps
+    levels = [float(schedule.alpha_bar[t]) for t in times] + [1.0]
     rows = []
-    for t in times:
-        now = float(schedule.alpha_bar[t])
-        before = float(schedule.alpha_bar[t - stride]) if t - stride >= 0 else 1.0
+    for t, now, before in zip(times, levels, levels[1:], strict=False):
         alpha = now / before
         beta = 1 - alpha
         c_0 = math.sqrt(before) * beta / (1 - now)
