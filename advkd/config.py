@@ -204,6 +204,39 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Config:
     return override(parse(text, where=name), overrides)
 
 
+def config_for(size: int, channels: int) -> Config:
+    """A configuration for images that no preset is for: networks by resolution, small for a CPU.
+
+    Resolutions are halved down to 7 or 8 (twice at least). ConfigError for a size that cannot be.
+    """
+    resolutions = [size]
+    while resolutions[-1] % 2 == 0 and (resolutions[-1] > 8 or len(resolutions) < 2):
+        resolutions.append(resolutions[-1] // 2)
+    n = len(resolutions)
+    if resolutions[-1] > 8 or n < 2:
+        raise ConfigError(f"size={size} cannot be halved down to 8 or less; try {size // 8 * 8}")
+    base = 16 if channels == 1 else 24
+    unet = UNetConfig(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(min(base << i, 128) for i in range(n)),
+        down_block_types=("DownBlock2D",) * (n - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (n - 1),
+    )
+    lowest = resolutions[-1]
+    student = StudentConfig(
+        stages=tuple(resolutions[::-1]),
+        widths=tuple([96] * (n - 2) + [48, base]),
+        attention=(lowest,),
+    )
+    discriminator = DiscriminatorConfig(
+        widths=tuple(min(32 << i, 96) for i in range(n - 1)), attention=(lowest,)
+    )
+    data = DataConfig(size=size, channels=channels)
+    return Config(data=data, unet=unet, student=student, discriminator=discriminator)
+
+
 def parse(text: str, where: str = "configuration") -> Config:
     """Build a Config from TOML text; `where` names the source in errors."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import re
 from pathlib import Path
@@ -17,7 +18,9 @@ from advkd.checkpoint import (
     write_json,
     write_tensors,
 )
+from advkd.config import ConfigError, StudentConfig, build
 from advkd.diffusion import Schedule
+from advkd.models.student import Student
 from advkd.models.unet import UNet, config_from_diffusers, config_to_diffusers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -114,6 +117,38 @@ def _scheduler_file(folder: Path, scheduler: str | Path | None) -> Path:
     raise CheckpointError(
         f"{folder} has no scheduler_config.json; name its folder with scheduler=… (or --scheduler)"
     )
+
+
+def save_student(student: Student, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write model.safetensors and, last, config.json."""
+    tensors = {name: tensor.to(dtype) for name, tensor in student.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(
+        folder / "config.json",
+        {
+            "size": student.size,
+            "channels": student.channels,
+            "target": student.target,
+            "num_classes": student.num_classes,
+            "student": dataclasses.asdict(student.config),
+        },
+    )
+
+
+def load_student(source: str | Path) -> Student:
+    """Load a student that `save_student` wrote, in float32, from a folder or `zoo:NAME`.
+
+    Raises CheckpointError for a file that is absent, broken or does not fit.
+    """
+    folder = resolve(source)
+    settings = read_json(folder / "config.json")
+    try:
+        config = build(StudentConfig, settings.pop("student"), "student.")
+        student = Student(config, **settings)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json describes no student: {error}") from None
+    load_strictly(student, read_tensors(folder / "model.safetensors"), folder)
+    return student.eval().requires_grad_(False)
 
 
 def network_card(folder: Path) -> dict[str, Any]:

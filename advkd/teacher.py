@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,13 +23,13 @@ from advkd.config import Config, ConfigError
 from advkd.data import ImageSet
 from advkd.diffusion import Schedule
 from advkd.models.unet import UNet
+from advkd.parallel import Workers
 from advkd.pretrained import load_teacher, save_teacher
 from advkd.training import (
     Ema,
     Interrupted,
     MetricsLog,
     StopSignals,
-    Workers,
     autocast,
     check_finite,
     generator_at,
@@ -108,13 +109,15 @@ class TeacherTraining:
             group["lr"] = lr
         torch.manual_seed(step)  # of dropout, the only other user of randomness
         batch = self.batch(step)
+        parameters = list(self.unet.parameters())
 
-        def loss_of(share: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = self.loss(*(None if part is None else part[share] for part in batch))
-            return loss, {"loss": loss}
+        def gradients_of(share: slice) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+            x_0, eps, t, y = batch
+            loss = self.loss(x_0[share], eps[share], t[share], None if y is None else y[share])
+            return torch.autograd.grad(loss, parameters), {"loss": loss.detach()}
 
-        values = workers.gradients(loss_of, s.batch, self.unet.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), s.grad_clip)
+        values = workers.gradients(gradients_of, s.batch, parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
         loss = check_finite("the teacher's loss", values["loss"], step)
         grad_norm = check_finite("the teacher's gradient", norm, step)
         self.optimizer.step()
@@ -159,7 +162,6 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     non-finite loss and Interrupted after a signal, both with the state on disk.
     """
     training = TeacherTraining(config, images)
-    workers = Workers(config.run.threads, training.device)
     folder = run / "checkpoints"
     start, before = 0, 0.0
     found = latest_checkpoint(folder, STAGE)
@@ -169,7 +171,11 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     log = MetricsLog(run / "metrics.jsonl", STAGE, start)
     s = config.teacher
     began = time.monotonic()
-    with StopSignals() as stop, progress_bar(STAGE, s.steps, start) as bar:
+    with (
+        StopSignals() as stop,
+        Workers(config.run.threads, training.device) as workers,
+        progress_bar(STAGE, s.steps, start) as bar,
+    ):
         for step in range(start, s.steps):
             values = training.step(step, workers)
             bar.update()
@@ -182,7 +188,6 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
                 save_checkpoint(folder, STAGE, training.checkpoint(done, seconds))
             if stop.requested and done < s.steps:
                 raise Interrupted(f"stopped at step {done} of {s.steps} of the teacher")
-    workers.close()
     save_teacher(training.ema.model, run / "teacher")
     drop_checkpoints(folder, STAGE)
     return before + time.monotonic() - began

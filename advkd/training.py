@@ -12,8 +12,6 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -68,63 +66,6 @@ def learning_rate(step: int, base: float, warmup: int, steps: int, final: float)
         return base * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-class Workers:
-    """Threads that each take a share of a batch through forward and backward.
-
-    On the CPU each runs torch with one thread of its own: a step then has one barrier instead of
-    one for every operation, so a neighbour that takes a core costs its share and no more. The
-    shares are fixed by their number, and summed in order: the same number gives the same bits.
-    """
-
-    def __init__(self, threads: int, device: torch.device):
-        self.count = 1
-        self._threads_before = torch.get_num_threads()
-        if device.type == "cpu":
-            self.count = threads or self._threads_before
-            torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.count)
-
-    def shares(self, batch: int) -> list[slice]:
-        """Slices of a batch, one per worker (fewer if the batch is smaller than that)."""
-        size = -(-batch // self.count)
-        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-
-    def gradients(
-        self,
-        loss_of: Callable[[slice], tuple[Tensor, dict[str, Tensor]]],
-        batch: int,
-        parameters: Iterable[nn.Parameter],
-    ) -> dict[str, Tensor]:
-        """Set every parameter's `.grad` to that of the batch's mean loss.
-
-        `loss_of(share)` gives the mean loss of a share and named 0-d tensors to log, whose means
-        over the batch are returned. A parameter that the loss does not use gets a zero gradient.
-        """
-        wanted = list(parameters)
-
-        def run(share: slice) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-            loss, values = loss_of(share)
-            weight = (share.stop - share.start) / batch
-            found = torch.autograd.grad(
-                loss * weight, wanted, allow_unused=True, materialize_grads=True
-            )
-            return found, {key: value.detach() * weight for key, value in values.items()}
-
-        results = list(self._pool.map(run, self.shares(batch)))
-        total = list(results[0][0])
-        for gradients, _ in results[1:]:
-            torch._foreach_add_(total, list(gradients))
-        for parameter, gradient in zip(wanted, total, strict=True):
-            parameter.grad = gradient
-        first = results[0][1]
-        return {key: torch.stack([values[key] for _, values in results]).sum() for key in first}
-
-    def close(self) -> None:
-        """End the threads and give torch its own back."""
-        self._pool.shutdown()
-        torch.set_num_threads(self._threads_before)
 
 
 class Ema:

@@ -1,0 +1,21 @@
+"""advkd distils a diffusion model into a generator that makes an image in one pass.
+
+`load_teacher`, `load_student` and `generate` are the whole Python interface; see `advkd.api`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from advkd.api import generate, load_student, load_teacher
+
+__all__ = ["generate", "load_student", "load_teacher"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import advkd` and the commands' --help do not wait for torch.
+    if name in __all__:
+        return getattr(importlib.import_module("advkd.api"), name)
+    raise AttributeError(f"module 'advkd' has no attribute {name!r}")

@@ -1,0 +1,52 @@
+"""What the commands share: errors as one sentence, and options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from advkd.checkpoint import CheckpointError
+from advkd.training import Interrupted, TrainingError
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command's body; expected errors become one sentence on stderr and exit status 1.
+
+    130 means that it was stopped by a signal and goes on when it is run again.
+    """
+    warnings.showwarning = _one_line_warning
+    try:
+        command()
+    except (CheckpointError, TrainingError, ValueError, OSError) as error:
+        print(f"advkd: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"advkd: {stop}; the same command goes on from there", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("advkd: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line_warning(message: Warning | str, *details: object) -> None:
+    print(f"advkd: warning: {message}", file=sys.stderr)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Declare --threads."""
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)"
+    )
+
+
+def use_threads(threads: int) -> None:
+    """Let torch, and everything sized after it, use this many threads; 0 leaves it alone."""
+    if threads < 0:
+        raise ValueError(f"--threads {threads} is negative")
+    if threads:
+        torch.set_num_threads(threads)

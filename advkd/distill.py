@@ -1,0 +1,296 @@
+"""Distillation: a student learns a teacher's trajectories, a discriminator judges both.
+
+L_D = sum_k w_k [ softplus(-D(x^(k))) + softplus(D(xhat^(k))) + gamma/2 |grad_x D(x^(k))|^2 ]
+L_G = sum_k w_k [ lambda_adv softplus(-D(xhat^(k))) + lambda_rec rho(xhat^(k) - x^(k)) ]
+
+with x^(k) the teacher's k-th kept target and xhat^(k) the student's k-th head.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advkd.checkpoint import (
+    Checkpoint,
+    drop_checkpoints,
+    latest_checkpoint,
+    load_strictly,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from advkd.config import Config, ConfigError
+from advkd.models.discriminator import Discriminator
+from advkd.models.student import Student
+from advkd.parallel import Workers
+from advkd.pretrained import save_student
+from advkd.sampling import area_resized
+from advkd.training import (
+    Ema,
+    Interrupted,
+    MetricsLog,
+    StopSignals,
+    check_finite,
+    generator_at,
+    learning_rate,
+    pick_device,
+    progress_bar,
+)
+from advkd.trajectory import Trajectories
+
+STAGE = "distil"
+SCHEDULES = ("joint", "progressive")
+
+# Submodules that are not yet active take no part in a step.
+_UNUSED_IS_ZERO: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+
+
+def reconstruction(error: Tensor, rho: str, delta: float) -> Tensor:
+    """rho(error) averaged: "l2", or "huber" scaled so that it is |error| far from 0."""
+    if rho == "l2":
+        return error.square().mean()
+    if rho == "huber":
+        return F.huber_loss(error, torch.zeros_like(error), delta=delta) / delta
+    raise ConfigError(f"distill.rho={rho!r} is not one of huber, l2")
+
+
+def generator_gradient(fake_gradient: Tensor, logits: Tensor) -> Tensor:
+    """The gradient of softplus(-D(x)) in x, from that of softplus(D(x)), per image.
+
+    Both are D's gradient times a number of the image: sigmoid(D) for the one, -sigmoid(-D) for
+    the other; their ratio is -exp(-D). So one backward pass through D serves both networks. It
+    needs a D in which no image sees another (GroupNorm, never BatchNorm).
+    """
+    ratio = -torch.exp(-logits.clamp(min=-30.0))
+    return fake_gradient * ratio[:, None, None, None]
+
+
+def active_heads(schedule: str, K: int, step: int, steps: int) -> int:
+    """How many heads train at `step`: all (joint), or one more in each K-th of the training."""
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"distill.schedule={schedule!r} is not one of {SCHEDULES}")
+    return K if schedule == "joint" else min(K, 1 + step * K // steps)
+
+
+def head_weights(given: tuple[float, ...], K: int) -> tuple[float, ...]:
+    """w_1 .. w_K: as configured, or 1 for the last head and 0.25 for the others."""
+    if given and len(given) != K:
+        raise ConfigError(f"distill.head_weights has {len(given)} entries, the student {K} heads")
+    return given or (0.25,) * (K - 1) + (1.0,)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x_T (B, C, S, S), the targets x^(k) each at its head's resolution, labels or None."""
+
+    x_T: Tensor
+    targets: list[Tensor]
+    y: Tensor | None
+
+    def share(self, part: slice) -> Batch:
+        y = None if self.y is None else self.y[part]
+        return Batch(self.x_T[part], [x[part] for x in self.targets], y)
+
+
+class Distillation:
+    """Student, average, discriminator, their optimisers and the trajectories they learn from."""
+
+    def __init__(self, config: Config, trajectories: Trajectories):
+        self.config, self.settings = config, config.distill
+        self.trajectories = trajectories
+        self.device = pick_device(config.run.device)
+        index = trajectories.index
+        C, size, _ = index.shape
+        self.stages = config.student.stages
+        if len(self.stages) != trajectories.K:
+            raise ConfigError(
+                f"the store keeps {trajectories.K} targets, the student has {len(self.stages)}"
+            )
+        torch.manual_seed(config.run.seed)
+        student = Student(config.student, size, C, index.target, index.num_classes)
+        D = Discriminator(config.discriminator, size, C, self.stages, index.num_classes)
+        self.student = student.to(self.device, memory_format=torch.channels_last)
+        self.discriminator = D.to(self.device, memory_format=torch.channels_last)
+        self.ema = Ema(self.student, self.settings.ema)
+        self.weights = head_weights(self.settings.head_weights, len(self.stages))
+        betas = (self.settings.beta1, self.settings.beta2)
+        self.optimizer, self.optimizer_d = (
+            torch.optim.Adam(net.parameters(), betas=betas, fused=True)
+            for net in (self.student, self.discriminator)
+        )
+
+    def batch(self, step: int) -> Batch:
+        """The trajectories that belong to `step`."""
+        generator = generator_at(self.config.run.seed, step, STAGE)
+        indices = torch.randint(
+            self.trajectories.num, (self.settings.batch,), generator=generator
+        )
+        targets = self.trajectories.targets(indices)
+        y = self.trajectories.labels(indices)
+        return Batch(
+            self.trajectories.x_T(indices).to(self.device),
+            [
+                area_resized(targets[:, k], size)
+                .to(self.device)
+                .contiguous(memory_format=torch.channels_last)
+                for k, size in enumerate(self.stages)
+            ],
+            None if y is None else y.to(self.device),
+        )
+
+    def judge(self, batch: Batch, k: int, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """D's logits of the teacher's and of the student's images of head k, in one call."""
+        y = None if batch.y is None else torch.cat([batch.y, batch.y])
+        both = torch.cat([batch.targets[k], fake])
+        logits = self.discriminator(both, torch.cat([batch.x_T, batch.x_T]), k, y)
+        real, drawn = logits.chunk(2)
+        return real, drawn
+
+    def gradients(
+        self, batch: Batch, heads: int, penalise: bool
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Gradients of L_G in the student's and of L_D in D's parameters, and what is logged."""
+        s = self.settings
+        images = self.student.states(batch.x_T, batch.y, depth=heads)
+        fakes = [image.detach().requires_grad_() for image in images]
+        logged: dict[str, Tensor] = {}
+        loss_d = rec = images[0].new_zeros(())
+        logits = []
+        for k, (image, fake) in enumerate(zip(images, fakes, strict=True)):
+            real_logits, fake_logits = self.judge(batch, k, fake)
+            logits.append(fake_logits.detach())
+            loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+            loss_d = loss_d + self.weights[k] * loss
+            rec_k = reconstruction(image - batch.targets[k], s.rho, s.huber_delta)
+            rec = rec + self.weights[k] * s.lambda_rec * rec_k
+            logged[f"rec_{k + 1}"] = rec_k.detach()
+            logged[f"adv_{k + 1}"] = F.softplus(-logits[k]).mean()
+            logged[f"margin_{k + 1}"] = (real_logits - fake_logits).detach().mean()
+        logged["loss_d"] = loss_d.detach()
+        if penalise:
+            penalty = self.r1(batch, heads)
+            logged["r1"] = penalty.detach()
+            loss_d = loss_d + penalty * (s.r1_gamma / 2 * s.r1_every)
+        found = torch.autograd.grad(
+            loss_d, [*fakes, *self.discriminator.parameters()], **_UNUSED_IS_ZERO
+        )
+        cotangents = [
+            s.lambda_adv * generator_gradient(gradient, logit)
+            for gradient, logit in zip(found[:heads], logits, strict=True)
+        ]
+        found_g = torch.autograd.grad(
+            [rec, *images],
+            list(self.student.parameters()),
+            grad_outputs=[torch.ones_like(rec), *cotangents],
+            **_UNUSED_IS_ZERO,
+        )
+        return [*found_g, *found[heads:]], logged
+
+    def r1(self, batch: Batch, heads: int) -> Tensor:
+        """sum_k w_k E|grad_x D(x^(k))|^2 on the teacher's images (Mescheder et al. 2018)."""
+        total = batch.x_T.new_zeros(())
+        for k in range(heads):
+            x = batch.targets[k].detach().requires_grad_()
+            logits = self.discriminator(x, batch.x_T, k, batch.y)
+            (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+            total = total + self.weights[k] * gradient.square().sum(dim=(1, 2, 3)).mean()
+        return total
+
+    def step(self, step: int, workers: Workers) -> dict[str, float]:
+        """One step of both networks; returns what is logged."""
+        s = self.settings
+        decay = learning_rate(step, 1.0, s.warmup, s.steps, s.lr_final)
+        for optimizer, lr in ((self.optimizer, s.lr), (self.optimizer_d, s.lr_d)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * decay
+        batch = self.batch(step)
+        heads = active_heads(s.schedule, len(self.stages), step, s.steps)
+        penalise = s.r1_gamma > 0 and step % s.r1_every == 0
+
+        def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
+            return self.gradients(batch.share(share), heads, penalise)
+
+        of_g, of_d = list(self.student.parameters()), list(self.discriminator.parameters())
+        values = workers.gradients(gradients_of, s.batch, [*of_g, *of_d])
+        logged = {key: check_finite(key, value, step) for key, value in values.items()}
+        for name, parameters in (("grad_g", of_g), ("grad_d", of_d)):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
+            logged[name] = check_finite(name, norm, step)
+        self.optimizer.step()
+        self.optimizer_d.step()
+        self.ema.update(self.student, step)
+        return {**logged, "lr": s.lr * decay}
+
+    def checkpoint(self, step: int, seconds: float) -> Checkpoint:
+        tensors = {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self._modules().items()
+            for name, tensor in module.state_dict().items()
+        }
+        tensors |= optimizer_tensors(self.optimizer, "optimizer")
+        tensors |= optimizer_tensors(self.optimizer_d, "optimizer_d")
+        return Checkpoint(step, tensors, {"seconds": seconds})
+
+    def restore(self, checkpoint: Checkpoint, where: Path) -> None:
+        for prefix, module in self._modules().items():
+            own = {
+                name.removeprefix(f"{prefix}."): tensor
+                for name, tensor in checkpoint.tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
+            load_strictly(module, own, where)
+        restore_optimizer(self.optimizer, checkpoint.tensors, "optimizer")
+        restore_optimizer(self.optimizer_d, checkpoint.tensors, "optimizer_d")
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "ema": self.ema.model, "d": self.discriminator}
+
+
+def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
+    """Train a student from scratch, or on from its last checkpoint; save `run/student`.
+
+    Returns the seconds of training, earlier sessions included. Raises TrainingError on a
+    non-finite loss and Interrupted after a signal, both with the state on disk.
+    """
+    training = Distillation(config, trajectories)
+    folder = run / "checkpoints"
+    start, before = 0, 0.0
+    found = latest_checkpoint(folder, STAGE)
+    if found is not None:
+        training.restore(found, folder)
+        start, before = found.step, float(found.values["seconds"])
+    log = MetricsLog(run / "metrics.jsonl", STAGE, start)
+    s = config.distill
+    began = time.monotonic()
+    with (
+        StopSignals() as stop,
+        Workers(config.run.threads, training.device) as workers,
+        progress_bar(STAGE, s.steps, start) as bar,
+    ):
+        for step in range(start, s.steps):
+            values = training.step(step, workers)
+            bar.update()
+            done = step + 1
+            seconds = before + time.monotonic() - began
+            if done % s.log_every == 0 or done == s.steps:
+                log.write(done, seconds=seconds, **values)
+                last = max(int(key[4:]) for key in values if key.startswith("rec_"))
+                bar.set_postfix(
+                    rec=f"{values[f'rec_{last}']:.3f}",
+                    adv=f"{values[f'adv_{last}']:.2f}",
+                    margin=f"{values[f'margin_{last}']:.2f}",
+                )
+            if done % s.checkpoint_every == 0 or stop.requested or done == s.steps:
+                save_checkpoint(folder, STAGE, training.checkpoint(done, seconds))
+            if stop.requested and done < s.steps:
+                raise Interrupted(f"stopped at step {done} of {s.steps} of the distillation")
+    save_student(training.ema.model, run / "student")
+    drop_checkpoints(folder, STAGE)
+    return before + time.monotonic() - began

@@ -1,0 +1,194 @@
+"""Judging a teacher and its student by one protocol, side by side with real images.
+
+What judges (the features, the held-out images, the seeds from JUDGE_SEED on) is never seen in
+training. `docs/protocol.md` says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advkd.checkpoint import (
+    CheckpointError,
+    read_json,
+    read_tensors,
+    tensors_hash,
+    write_json,
+    write_tensors,
+)
+from advkd.data import ImageSet
+from advkd.metrics import Features, FeatureNet, Judged, extract, judge, sliced_wasserstein
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.sampling import JUDGE_SEED, generate
+
+REFERENCE_SEED = JUDGE_SEED + 1  # of the teacher's samples where they stand in for real images
+TIMED_IMAGES = 64
+TIMED_ROUNDS = 3
+
+Callback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What makes two sets of figures comparable; also the key of a teacher's stored judgement."""
+
+    num: int  # images drawn from each network
+    teacher_steps: int  # of DDIM, eta 0
+    seed: int
+    teacher: str  # hash of its weights
+    features: str  # hash of the network that judges
+    reference: str  # hash of the images judged against
+
+
+def protocol_words(protocol: Protocol, reference: str, features: str) -> str:
+    """The protocol in words, for reports; `reference` and `features` say what these are."""
+    return (
+        f"{protocol.num:,} images of each network, drawn from a seed that training refuses (the "
+        f"teacher by DDIM in {protocol.teacher_steps} steps, eta 0), against {reference}. FD and "
+        f"KID on the 64 features of {features}, in float64; precision and recall by 5 nearest "
+        "neighbours of the same features; SWD on pixels over 512 projections. Nothing that "
+        "judges takes part in training."
+    )
+
+
+def images_hash(images: ImageSet) -> str:
+    """The identity of a set of images."""
+    return tensors_hash({"pixels": torch.from_numpy(images.pixels)})
+
+
+def make_protocol(
+    net: FeatureNet, reference: str, teacher: UNet, num: int, teacher_steps: int
+) -> Protocol:
+    """The protocol under which `teacher` and its student are judged; `reference` is a hash."""
+    return Protocol(
+        num=num,
+        teacher_steps=teacher_steps,
+        seed=JUDGE_SEED,
+        teacher=tensors_hash(teacher.state_dict()),
+        features=tensors_hash(net.state_dict()),
+        reference=reference,
+    )
+
+
+def judge_real(net: FeatureNet, images: ImageSet, reference: Judged) -> dict[str, Any]:
+    """Figures of real training images against the reference: what a perfect network would get."""
+    count = min(len(images), len(reference.features.values))
+    some = ImageSet(images.pixels[_spread(len(images), count)], None, images.source)
+    return judge(reference, Judged(extract(net, some), some))
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """`count` numbers below `total`, evenly spaced, so that no class of a sorted set is missed."""
+    return np.arange(count) * total // max(1, count)
+
+
+def judge_student(
+    net: FeatureNet, student: Student, reference: Judged, protocol: Protocol
+) -> dict[str, Any]:
+    """Figures of a student's images, drawn anew."""
+    images = generate(student, protocol.num, protocol.seed, batch=250)
+    return judge(reference, Judged(extract(net, images), images))
+
+
+def judge_teacher(
+    net: FeatureNet,
+    teacher: UNet,
+    reference: Judged,
+    protocol: Protocol,
+    stored: tuple[Path, ...],
+    callback: Callback | None = None,
+) -> dict[str, Any]:
+    """Figures of a teacher's images: from a stored judgement of this very protocol, else drawn.
+
+    `stored` are folders that may hold one; what is drawn is kept in the last of them.
+    """
+    for folder in stored:
+        found = _load_judged(folder, protocol)
+        if found is not None:
+            features, swd = found
+            return {**judge(reference, Judged(features, None)), "swd": swd}
+    images = generate(
+        teacher, protocol.num, protocol.seed, protocol.teacher_steps, callback=callback, batch=125
+    )
+    features = extract(net, images)
+    swd = None if reference.images is None else sliced_wasserstein(reference.images, images)
+    if stored:
+        _save_judged(stored[-1], protocol, features, swd)
+    return {**judge(reference, Judged(features, None)), "swd": swd}
+
+
+def _save_judged(folder: Path, protocol: Protocol, features: Features, swd: float | None) -> None:
+    tensors = {"values": torch.from_numpy(features.values).float()}
+    if features.classes is not None:
+        tensors["classes"] = torch.from_numpy(features.classes).to(torch.int16)
+    sha256 = write_tensors(folder / "judged.safetensors", tensors)
+    closing = {
+        "protocol": asdict(protocol),
+        "swd": swd,
+        "num_classes": features.num_classes,
+        "sha256": sha256,
+    }
+    write_json(folder / "judged.json", closing)
+
+
+def _load_judged(folder: Path, protocol: Protocol) -> tuple[Features, float | None] | None:
+    try:
+        closing = read_json(folder / "judged.json")
+        if closing["protocol"] != asdict(protocol):
+            return None
+        tensors = read_tensors(folder / "judged.safetensors", closing["sha256"])
+    except (CheckpointError, KeyError, TypeError):
+        return None
+    classes = tensors.get("classes")
+    features = Features(
+        tensors["values"].double().numpy(),
+        None if classes is None else classes.numpy().astype(np.int64),
+        closing["num_classes"],
+    )
+    return features, closing["swd"]
+
+
+def measure_milliseconds(
+    teacher: UNet, student: Student, teacher_steps: int, images: int = TIMED_IMAGES
+) -> dict[str, float]:
+    """Milliseconds per image of both, wall time, in batches of the same size in one run.
+
+    The two take turns, and the median of the rounds counts: a neighbour's noise falls on both.
+    """
+
+    def seconds(model: nn.Module, steps: int) -> float:
+        assert isinstance(model, UNet | Student)
+        began = time.perf_counter()
+        generate(model, images, JUDGE_SEED, steps, batch=-(-images // torch.get_num_threads()))
+        return time.perf_counter() - began
+
+    seconds(student, 1)  # the first call also allocates and picks algorithms
+    seconds(teacher, 1)
+    rounds: dict[str, list[float]] = {"teacher": [], "student": []}
+    for _ in range(TIMED_ROUNDS):
+        rounds["student"].append(statistics.median(seconds(student, 1) for _ in range(9)))
+        rounds["teacher"].append(seconds(teacher, teacher_steps))
+    return {name: statistics.median(times) / images * 1e3 for name, times in rounds.items()}
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers a network learns."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def teacher_reference(
+    net: FeatureNet, teacher: UNet, num: int, steps: int, callback: Callback | None = None
+) -> tuple[Judged, Tensor]:
+    """The reference where there are no real images: other samples of the teacher."""
+    images = generate(teacher, num, REFERENCE_SEED, steps, batch=125, callback=callback)
+    return Judged(extract(net, images), images), images

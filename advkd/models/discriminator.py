@@ -1,0 +1,93 @@
+"""The discriminator D(x, x_T, k): one network that judges every head at its own resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advkd.config import DiscriminatorConfig
+from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock
+
+
+def resized_noise(x_T: Tensor, size: int) -> Tensor:
+    """x_T area-resized to `size` and scaled so that its standard deviation stays 1."""
+    factor = x_T.shape[-1] // size
+    return x_T if factor == 1 else F.avg_pool2d(x_T, factor) * factor
+
+
+class Discriminator(nn.Module):
+    """Logits of "drawn by the teacher": x (B, C, r, r), x_T (B, C, S, S), k -> (B,).
+
+    The trunk works at S/2, S/4, ... (`config.widths`). An image of full resolution enters by a
+    convolution of stride 2, a smaller one at the level of its own resolution; x_T is concatenated
+    there. k (and the label y) act by projection (Miyato & Koyama 2018).
+    """
+
+    def __init__(
+        self,
+        config: DiscriminatorConfig,
+        size: int,
+        channels: int,
+        stages: Sequence[int],
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        widths = config.widths
+        self.levels = [size >> (i + 1) for i in range(len(widths))]
+        if size % (1 << len(widths)):
+            raise ValueError(f"{len(widths)} halvings do not fit images of size {size}")
+        self.size, self.stages = size, tuple(stages)
+        self.entrances = nn.ModuleDict()
+        for r in sorted(set(stages)):
+            level = self._level(r)
+            self.entrances[str(r)] = nn.Conv2d(
+                2 * channels, widths[level], 3, padding=1, stride=2 if r == size else 1
+            )
+        self.blocks = nn.ModuleList(ResnetBlock(w, w, None, config.groups) for w in widths)
+        self.attentions = nn.ModuleDict(
+            {
+                str(i): Attention(w, None, config.groups, explicit=True)
+                for i, (w, r) in enumerate(zip(widths, self.levels, strict=True))
+                if r in config.attention
+            }
+        )
+        self.downs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1)
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.norm_out = GroupNormSiLU(config.groups, widths[-1])
+        self.out = nn.Linear(widths[-1], 1)
+        self.head_embedding = nn.Embedding(len(stages), widths[-1])
+        self.class_embedding = nn.Embedding(num_classes, widths[-1]) if num_classes else None
+        for embedding in (self.head_embedding, self.class_embedding):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=widths[-1] ** -0.5)
+
+    def _level(self, resolution: int) -> int:
+        if resolution == self.size:
+            return 0
+        if resolution not in self.levels:
+            raise ValueError(f"the discriminator has no level for images of size {resolution}")
+        return self.levels.index(resolution)
+
+    def forward(self, x: Tensor, x_T: Tensor, k: int, y: Tensor | None = None) -> Tensor:
+        r = x.shape[-1]
+        h = self.entrances[str(r)](torch.cat([x, resized_noise(x_T, r)], dim=1))
+        first = self._level(r)
+        for i in range(first, len(self.blocks)):
+            if i > first:
+                h = self.downs[i - 1](h)
+            h = self.blocks[i](h)
+            if str(i) in self.attentions:
+                h = self.attentions[str(i)](h)
+        phi = self.norm_out(h).mean(dim=(2, 3))
+        projected = self.head_embedding.weight[k].expand_as(phi)
+        if self.class_embedding is not None:
+            if y is None:
+                raise ValueError("this discriminator is class-conditional: pass labels y (B,)")
+            projected = projected + self.class_embedding(y)
+        logits: Tensor = self.out(phi).squeeze(1) + (projected * phi).sum(dim=1)
+        return logits

@@ -1,0 +1,188 @@
+"""The student: x_T in, image out, in one pass; its submodules stand for times of the teacher.
+
+h_0 = stem(x_T); h_k = f_k(h_{k-1}); xhat^(k) = head_k(h_k). Two families share the submodules:
+`unet` encodes x_T and hands skips to them, `pyramid` (the paper's) has no encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advkd.config import StudentConfig
+from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock
+
+FAMILIES = ("unet", "pyramid")
+
+
+class Head(nn.Module):
+    """GroupNorm-SiLU and a convolution: features to an image of the same resolution."""
+
+    def __init__(self, width: int, channels: int, groups: int):
+        super().__init__()
+        self.norm = GroupNormSiLU(groups, width)
+        self.conv = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        image: Tensor = self.conv(self.norm(h))
+        return image
+
+
+class Submodule(nn.Module):
+    """f_k: (doubling,) residual blocks, attention. (B, C, H, W) -> (B, width, size, size).
+
+    A change of width is a 1x1 convolution before the doubling, where pixels are few.
+    """
+
+    def __init__(
+        self, c_in: int, c_skip: int, config: StudentConfig, k: int, temb: int | None, double: bool
+    ):
+        super().__init__()
+        width = config.widths[k]
+        self.reduce = nn.Conv2d(c_in, width, 1) if c_in != width else None
+        self.double = double
+        self.blocks = nn.ModuleList(
+            ResnetBlock(width + (c_skip if i == 0 else 0), width, temb, config.groups)
+            for i in range(config.blocks)
+        )
+        self.attention = (
+            Attention(width, None, config.groups) if config.stages[k] in config.attention else None
+        )
+
+    def forward(self, h: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
+        if self.reduce is not None:
+            h = self.reduce(h)
+        if self.double:
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
+        for block in self.blocks:
+            h = block(h, temb)
+        return h if self.attention is None else self.attention(h)
+
+
+class Encoder(nn.Module):
+    """The `unet` family's way down: one feature map of x_T per resolution, highest first."""
+
+    def __init__(self, channels: int, widths: Sequence[int], groups: int, temb: int | None):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.downs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+            for c_in, c_out in zip(widths, widths[1:], strict=False)
+        )
+        self.blocks = nn.ModuleList(ResnetBlock(c, c, temb, groups) for c in widths[1:])
+
+    def forward(self, x_T: Tensor, temb: Tensor | None) -> list[Tensor]:
+        h = self.conv_in(x_T)
+        maps = [h]
+        for down, block in zip(self.downs, self.blocks, strict=True):
+            h = block(down(h), temb)
+            maps.append(h)
+        return maps
+
+
+class Stem(nn.Module):
+    """The `pyramid` family's start: space-to-depth of the whole x_T and a 1x1 convolution."""
+
+    def __init__(self, channels: int, factor: int, width: int):
+        super().__init__()
+        self.factor = factor
+        self.conv = nn.Conv2d(channels * factor**2, width, 1)
+
+    def forward(self, x_T: Tensor) -> Tensor:
+        h: Tensor = self.conv(F.pixel_unshuffle(x_T, self.factor))
+        return h
+
+
+class Student(nn.Module):
+    """`student(x_T, y=None, exit_at=None)` -> image, (B, C, S, S) -> (B, C, s, s) float32.
+
+    `exit_at=k` (1..K) leaves after submodule k with head k's image, at that stage's resolution;
+    with `target="state"` heads are noisy by design and leaving early is a ValueError.
+    `num_classes` makes it conditional on labels y (B,) int64.
+    """
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        size: int,
+        channels: int,
+        target: str = "denoised",
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        _check(config, size)
+        self.config, self.size, self.channels = config, size, channels
+        self.target, self.num_classes = target, num_classes
+        temb = 4 * config.widths[0] if num_classes else None
+        self.class_embedding = nn.Embedding(num_classes, temb) if num_classes and temb else None
+        resolutions = sorted(set(config.stages), reverse=True)
+        first = {r: config.stages.index(r) for r in resolutions}
+        self.encoder: Encoder | None = None
+        self.stem: Stem | None = None
+        if config.family == "unet":
+            widths = [config.widths[first[r]] for r in resolutions]
+            self.encoder = Encoder(channels, widths, config.groups, temb)
+        else:
+            self.stem = Stem(channels, size // config.stages[0], config.widths[0])
+        self.submodules = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        for k, r in enumerate(config.stages):
+            double = k > 0 and r != config.stages[k - 1]
+            c_skip = config.widths[k] if self.encoder is not None and double else 0
+            c_in = config.widths[max(k - 1, 0)]
+            self.submodules.append(Submodule(c_in, c_skip, config, k, temb, double))
+            self.heads.append(Head(config.widths[k], channels, config.groups))
+
+    def _trunk(self, x_T: Tensor, y: Tensor | None, depth: int) -> list[Tensor]:
+        """h_1 .. h_depth."""
+        temb = None
+        if self.class_embedding is not None:
+            if y is None:
+                raise ValueError("this student is class-conditional: pass labels y (B,)")
+            temb = self.class_embedding(y)
+        elif y is not None:
+            raise ValueError("this student is unconditional: it takes no labels")
+        skips = self.encoder(x_T, temb) if self.encoder is not None else []
+        h = skips.pop() if self.encoder is not None or self.stem is None else self.stem(x_T)
+        features = []
+        for submodule in self.submodules[:depth]:
+            skip = skips.pop() if submodule.double and skips else None
+            h = submodule(h, skip, temb)
+            features.append(h)
+        return features
+
+    def states(self, x_T: Tensor, y: Tensor | None = None, depth: int | None = None) -> list[Tensor]:
+        """All heads' images xhat^(1) .. xhat^(K), each at its stage's resolution."""
+        features = self._trunk(x_T, y, len(self.heads) if depth is None else depth)
+        return [head(h) for head, h in zip(self.heads, features, strict=False)]
+
+    def forward(self, x_T: Tensor, y: Tensor | None = None, exit_at: int | None = None) -> Tensor:
+        K = len(self.heads)
+        depth = K if exit_at is None else exit_at
+        if not 1 <= depth <= K:
+            raise ValueError(f"exit_at={exit_at} is not between 1 and {K}")
+        if depth < K and self.target == "state":
+            raise ValueError(
+                "this student was trained on noisy states (target = 'state'), so its early heads "
+                "give no clean image and exit_at is not possible; student.states(x_T) returns them"
+            )
+        image: Tensor = self.heads[depth - 1](self._trunk(x_T, y, depth)[-1])
+        return image
+
+
+def _check(config: StudentConfig, size: int) -> None:
+    stages = config.stages
+    if config.family not in FAMILIES:
+        raise ValueError(f"student.family={config.family!r} is not one of {FAMILIES}")
+    if not stages or len(stages) != len(config.widths):
+        raise ValueError(f"student.widths has {len(config.widths)} entries, stages {len(stages)}")
+    steps = zip(stages, stages[1:], strict=False)
+    if stages[-1] != size or any(b not in (a, 2 * a) for a, b in steps) or size % stages[0]:
+        raise ValueError(
+            f"student.stages={list(stages)} must keep or double the resolution up to {size}"
+        )

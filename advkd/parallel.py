@@ -1,0 +1,77 @@
+"""Work shared out over threads so that it does not depend on how busy the machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Threads that each take a share of a batch through forward and backward.
+
+    On the CPU each runs torch with one thread of its own: a step then has one barrier instead of
+    one for every operation, so a neighbour that takes a core costs its share and no more. The
+    shares are fixed by their number, and summed in order: the same number gives the same bits.
+    """
+
+    def __init__(self, threads: int, device: torch.device):
+        self.count = 1
+        self._threads_before = torch.get_num_threads()
+        if device.type == "cpu":
+            self.count = threads or self._threads_before
+            torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.count)
+
+    def shares(self, batch: int) -> list[slice]:
+        """Slices of a batch, one per worker (fewer if the batch is smaller than that)."""
+        size = -(-batch // self.count)
+        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+    def gradients(
+        self,
+        gradients_of: Callable[[slice], tuple[Sequence[Tensor], dict[str, Tensor]]],
+        batch: int,
+        parameters: Iterable[nn.Parameter],
+    ) -> dict[str, Tensor]:
+        """Set every parameter's `.grad` to that of the batch, each worker taking a share of it.
+
+        `gradients_of(share)` returns the gradients of the share's mean loss, in the parameters'
+        order, and named 0-d tensors to log, whose means over the batch are returned.
+        """
+        shares = self.shares(batch)
+        results = list(self._pool.map(gradients_of, shares))
+        weights = [(share.stop - share.start) / batch for share in shares]
+        total = torch._foreach_mul(list(results[0][0]), weights[0])
+        for (gradients, _), weight in zip(results[1:], weights[1:], strict=True):
+            torch._foreach_add_(total, list(gradients), alpha=weight)
+        for parameter, gradient in zip(parameters, total, strict=True):
+            parameter.grad = gradient
+        return {
+            key: sum(
+                (values[key] * weight for (_, values), weight in zip(results, weights, strict=True)),
+                start=torch.zeros(()),
+            )
+            for key in results[0][1]
+        }
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Apply `function` to the items, several at once; results come in the items' order."""
+        return self._pool.map(function, items)
+
+    def close(self) -> None:
+        """End the threads, dropping work that has not begun, and give torch its own back."""
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads_before)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()

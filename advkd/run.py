@@ -1,0 +1,392 @@
+"""The main job as stages over one folder: teacher, trajectories, distil, evaluate, report.
+
+Each stage leaves a marker with what it was made from; a stage whose marker fits is skipped, so
+running the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from advkd.checkpoint import (
+    CheckpointError,
+    drop_checkpoints,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from advkd.config import Config, ConfigError, as_tree, parse, to_toml
+from advkd.data import ImageSet, load_images, shipped
+from advkd.distill import distil
+from advkd.judging import (
+    images_hash,
+    judge_real,
+    judge_student,
+    judge_teacher,
+    make_protocol,
+    measure_milliseconds,
+    parameters,
+    protocol_words,
+    teacher_reference,
+)
+from advkd.metrics import (
+    FeatureNet,
+    FitSettings,
+    Judged,
+    extract,
+    fit_features,
+    load_features,
+    save_features,
+)
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pretrained import load_student, load_teacher, resolve, save_teacher
+from advkd.report import Pictures, read_metrics, write_report
+from advkd.sampling import JUDGE_SEED, area_resized, draw_labels, draw_x_T, sample, table_of
+from advkd.teacher import train_teacher
+from advkd.training import Interrupted, StopSignals, progress_bar
+from advkd.trajectory import Trajectories, draw_trajectories, index_of
+
+STAGES = ("teacher", "trajectories", "distil", "evaluate", "report")
+
+# The tables of the configuration that a stage's result depends on, beside the stages before it.
+_DEPENDS = {
+    "teacher": ("data", "unet", "schedule", "teacher"),
+    "trajectories": ("trajectory",),
+    "distil": ("student", "discriminator", "distill"),
+    "evaluate": ("evaluate",),
+    "report": (),
+}
+_HARMLESS = ("log_every", "checkpoint_every")  # keys that change no result
+_FOLDERS = {
+    "teacher": "teacher",
+    "trajectories": "trajectories",
+    "distil": "student",
+    "evaluate": "report",
+    "report": "report",
+}
+PICTURED = 48  # images of each side in the report's grids
+PICTURED_PATHS = 8  # trajectories in the report
+MIN_IMAGES = 20  # the fewest images that can be learnt from and judged by
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The images of a run: to train on, and held out to judge by."""
+
+    train: ImageSet
+    held_out: ImageSet
+
+
+def read_images(config: Config) -> RealImages:
+    """The shipped Fashion-MNIST, or `data.path` with every fifth image (at most 2,000) held out."""
+    d = config.data
+    if not d.path:
+        return RealImages(shipped("train"), shipped("test"))
+    images = load_images(d.path, size=d.size, channels=d.channels, crop=d.crop)
+    if len(images) < MIN_IMAGES:
+        raise ConfigError(f"{d.path} holds {len(images)} images; at least {MIN_IMAGES} are needed")
+    count = min(2000, len(images) // 5)
+    order = np.random.default_rng(0).permutation(len(images))
+    return RealImages(_part(images, order[count:]), _part(images, order[:count]))
+
+
+def _part(images: ImageSet, rows: np.ndarray) -> ImageSet:
+    labels = None if images.labels is None else images.labels[rows]
+    return ImageSet(images.pixels[rows], labels, images.source)
+
+
+class Run:
+    """One run: its configuration, its folder, and its stages in order."""
+
+    def __init__(self, config: Config, folder: Path, has_images: bool = True):
+        self.config, self.folder = config, folder
+        self.has_images = has_images
+        self._images: RealImages | None = None
+
+    # What is on disk.
+
+    def marker(self, stage: str) -> Path:
+        """The file that closes a stage."""
+        return self.folder / _FOLDERS[stage] / f"{stage}.done.json"
+
+    def is_done(self, stage: str) -> bool:
+        return self.marker(stage).is_file()
+
+    def finish(self, stage: str, seconds: float) -> None:
+        write_json(self.marker(stage), {"seconds": round(seconds, 3)})
+
+    def seconds(self, stage: str) -> float | None:
+        return read_json(self.marker(stage))["seconds"] if self.is_done(stage) else None
+
+    def open(self, redo: str | None = None) -> None:
+        """Create the folder, or check that what is in it was made by this configuration.
+
+        `redo` names a stage whose result, and those of all later ones, are removed first.
+        Raises ConfigError where a result stands that another configuration made.
+        """
+        stored = self.folder / "config.toml"
+        if redo is not None:
+            for stage in STAGES[STAGES.index(redo) :]:
+                self._remove(stage)
+        elif stored.is_file():
+            self._refuse_other(parse(stored.read_text(), where=str(stored)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(stored, to_toml(self.config).encode())
+
+    def _refuse_other(self, stored: Config) -> None:
+        for i, stage in enumerate(STAGES):
+            differing = _differing(stored, self.config, _DEPENDS[stage] + (("run",) if i == 0 else ()))
+            begun = [later for later in STAGES[i:] if self._has_begun(later)]
+            if differing and begun:
+                raise ConfigError(
+                    f"{self.folder} was made with another {', '.join(differing)}; choose another "
+                    f"--name, or --redo {stage} to remove its {' and '.join(begun)}"
+                )
+
+    def _has_begun(self, stage: str) -> bool:
+        checkpoints = any((self.folder / "checkpoints").glob(f"{stage}-*"))
+        return self.is_done(stage) or checkpoints or (self.folder / _FOLDERS[stage]).exists()
+
+    def _remove(self, stage: str) -> None:
+        shutil.rmtree(self.folder / _FOLDERS[stage], ignore_errors=True)
+        drop_checkpoints(self.folder / "checkpoints", stage)
+
+    # What the stages share.
+
+    def images(self) -> RealImages | None:
+        """Real images, or None where a teacher is distilled without any."""
+        if self._images is None and self.has_images:
+            self._images = read_images(self.config)
+        return self._images
+
+    def teacher(self) -> UNet:
+        return load_teacher(self.folder / "teacher")
+
+    def student(self) -> Student:
+        return load_student(self.folder / "student")
+
+    # The stages.
+
+    def make(self, stage: str) -> None:
+        """Carry out one stage unless its result stands."""
+        if self.is_done(stage):
+            return
+        seconds = _MAKERS[stage](self)
+        self.finish(stage, seconds)
+
+
+def _differing(a: Config, b: Config, tables: tuple[str, ...]) -> list[str]:
+    """Keys of these tables that differ in a way that changes results."""
+    tree_a, tree_b = as_tree(a), as_tree(b)
+    return [
+        f"{table}.{key}"
+        for table in tables
+        for key in sorted(set(tree_a[table]) | set(tree_b[table]))
+        if key not in _HARMLESS and tree_a[table].get(key) != tree_b[table].get(key)
+    ]
+
+
+def make_teacher(run: Run) -> float:
+    """Take the teacher that the configuration names, or train one."""
+    began = time.monotonic()
+    source = run.config.teacher.source
+    if source:
+        save_teacher(load_teacher(source), run.folder / "teacher")
+        return time.monotonic() - began
+    images = run.images()
+    if images is None:
+        raise ConfigError("there is neither a teacher to take nor data to train one on")
+    return train_teacher(run.config, images.train, run.folder)
+
+
+def make_trajectories(run: Run) -> float:
+    """Draw the teacher's trajectories."""
+    began = time.monotonic()
+    unet = run.teacher()
+    settings = run.config.trajectory
+    folder = run.folder / "trajectories"
+    index = index_of(
+        unet, settings, len(run.config.student.stages), run.config.run.seed, run.config.data.size
+    )
+    with StopSignals() as stop, progress_bar("trajectories", settings.num, unit="image") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        threads = run.config.run.threads
+        store = draw_trajectories(
+            unet, folder, index, settings.num, threads, report, lambda: stop.requested
+        )
+    if store is None:
+        raise Interrupted("stopped while drawing trajectories; finished shards are kept")
+    return time.monotonic() - began
+
+
+def make_student(run: Run) -> float:
+    """Distil the student."""
+    store = Trajectories(run.folder / "trajectories", run.config.trajectory.num)
+    return distil(run.config, store, run.folder)
+
+
+def features_of(run: Run) -> FeatureNet:
+    """The network that judges: configured, shipped where it fits, else fitted on the data."""
+    config, images = run.config, run.images()
+    if config.evaluate.features:
+        return load_features(resolve(config.evaluate.features))
+    own = run.folder / "features"
+    if (own / "config.json").is_file():
+        return load_features(own)
+    if (config.data.size, config.data.channels) == (28, 1):
+        return load_features()
+    if images is None:
+        raise ConfigError(
+            "the shipped features are for 28x28 greyscale images: give --features FOLDER, fitted "
+            "by python -m advkd.evaluate --fit-features DATA --out FOLDER"
+        )
+    save_features(fit_features(images.train, settings=FitSettings(steps=400)), own)
+    return load_features(own)
+
+
+def make_judgement(run: Run) -> float:
+    """Judge teacher and student, and measure their speed, into report/summary.json."""
+    began = time.monotonic()
+    settings = run.config.evaluate
+    teacher, student, net = run.teacher(), run.student(), features_of(run)
+    images = run.images()
+    steps = settings.teacher_steps
+    total = 2 if images is None else 1
+    with progress_bar("evaluate", 100 * total, unit="%") as bar:
+
+        def report(done: int, passes: int) -> None:
+            bar.update(100 * done // passes - bar.n % 100)
+
+        real = None
+        if images is None:
+            reference, _ = teacher_reference(net, teacher, settings.num, steps, report)
+            reference_hash, reference_words = "teacher", "as many other samples of the teacher"
+        else:
+            held_out = images.held_out
+            reference = Judged(extract(net, held_out), held_out)
+            reference_hash = images_hash(held_out)
+            reference_words = f"{len(held_out):,} held-out images of {held_out.source}"
+            real = judge_real(net, images.train, reference)
+        protocol = make_protocol(net, reference_hash, teacher, settings.num, steps)
+        source = run.config.teacher.source
+        stored = (*((resolve(source),) if source else ()), run.folder / "judged")
+        of_teacher = judge_teacher(net, teacher, reference, protocol, stored, report)
+        of_student = judge_student(net, student, reference, protocol)
+    features_words = _features_words(run, net)
+    summary = _side_by_side(real, of_teacher, of_student)
+    summary |= _costs(teacher, student, steps)
+    summary |= {
+        "name": run.config.name,
+        "student_family": student.config.family,
+        "teacher_steps": steps,
+        "protocol": protocol_words(protocol, reference_words, features_words),
+        "features": features_words,
+    }
+    write_json(run.folder / "report" / "summary.json", summary)
+    return time.monotonic() - began
+
+
+def _features_words(run: Run, net: FeatureNet) -> str:
+    kind = "a small autoencoder" if net.num_classes is None else "a small classifier"
+    if run.config.evaluate.features:
+        return f"{kind} ({run.config.evaluate.features})"
+    fitted = (run.folder / "features" / "config.json").is_file()
+    return f"{kind} fitted on the training images" if fitted else f"{kind} that ships with advkd"
+
+
+def _side_by_side(
+    real: dict[str, Any] | None, teacher: dict[str, Any], student: dict[str, Any]
+) -> dict[str, Any]:
+    sides = {"teacher": teacher, "student": student}
+    if real is not None:
+        sides = {"real": real, **sides}
+    return {
+        key: {name: side[key] for name, side in sides.items()}
+        for key in ("fd", "kid", "precision", "recall", "swd", "classes")
+    }
+
+
+def _costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:
+    milliseconds = measure_milliseconds(teacher, student, steps)
+    return {
+        "passes": {"teacher": steps, "student": 1},
+        "parameters": {"teacher": parameters(teacher), "student": parameters(student)},
+        "ms_per_image": milliseconds,
+        "speed_up": milliseconds["teacher"] / milliseconds["student"],
+    }
+
+
+def make_report(run: Run) -> float:
+    """Draw the pictures and write report/report.html."""
+    began = time.monotonic()
+    summary = read_json(run.folder / "report" / "summary.json")
+    seconds = {stage: run.seconds(stage) for stage in STAGES[:-1]}
+    summary["seconds"] = {stage: value for stage, value in seconds.items() if value is not None}
+    metrics = read_metrics(run.folder / "metrics.jsonl")
+    pictures = draw_pictures(run, summary["teacher_steps"])
+    write_report(run.folder, summary, metrics, pictures, to_toml(run.config))
+    return time.monotonic() - began
+
+
+@torch.inference_mode()
+def draw_pictures(run: Run, steps: int) -> Pictures:
+    """Samples of teacher and student from the same x_T, real images, and the heads' path."""
+    teacher, student, images = run.teacher(), run.student(), run.images()
+    shape = (student.channels, student.size, student.size)
+    numbers = torch.arange(PICTURED)
+    y = None
+    if student.num_classes is not None:
+        y = draw_labels(JUDGE_SEED, numbers, student.num_classes)
+    settings = run.config.trajectory
+    K = len(student.config.stages)
+    table = table_of(teacher.schedule, "ddim", max(steps, K), 0.0)
+    keep = [round(len(table) * (k + 1) / K) for k in range(K)]
+    kept = sample(
+        teacher, table, JUDGE_SEED, numbers, y=y, keep=keep, target=settings.target, size=shape[-1]
+    )
+    heads = student.states(draw_x_T(JUDGE_SEED, numbers, shape), y)
+    data = None
+    if images is not None:
+        train = images.train
+        data = train.batch(np.random.default_rng(1).permutation(len(train))[:PICTURED])
+    few = PICTURED_PATHS
+    sizes = student.config.stages
+    return Pictures(
+        teacher=kept[-1].clamp(-1, 1),
+        student=heads[-1].clamp(-1, 1),
+        data=data,
+        trajectory=[area_resized(x[:few], s) for x, s in zip(kept, sizes, strict=True)],
+        heads=[x[:few] for x in heads],
+        times=[int(table.timesteps[i - 1]) if i < len(table) else 0 for i in keep],
+    )
+
+
+_MAKERS: dict[str, Callable[[Run], float]] = {
+    "teacher": make_teacher,
+    "trajectories": make_trajectories,
+    "distil": make_student,
+    "evaluate": make_judgement,
+    "report": make_report,
+}
+
+
+def run_stages(run: Run, stages: tuple[str, ...]) -> None:
+    """Carry out these stages in order; each needs the ones before it to stand."""
+    for stage in stages:
+        missing = [s for s in STAGES[: STAGES.index(stage)] if not run.is_done(s)]
+        if missing:
+            raise CheckpointError(f"stage {stage} needs {missing[0]}, which {run.folder} lacks")
+        run.make(stage)

@@ -1,0 +1,175 @@
+"""Sampling a teacher: x_T from (seed, image index), then one network pass and one update a step.
+
+The update (`advkd.ops.sampling_step`) runs fused where the extension is built, on its plain twin
+elsewhere. Noise is counter-based, so an image does not depend on the batch it is drawn in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advkd import ops
+from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.parallel import Workers
+
+SAMPLERS = ("ddim", "ddpm")
+TARGETS = ("denoised", "state")
+
+# Seeds from here on are for judging; trajectories, which a student learns from, refuse them.
+JUDGE_SEED = 1 << 63
+
+Callback = Callable[[int, int], None]  # (steps done, steps in all); may raise to stop
+
+
+def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:
+    """The step table of a sampler by name: "ddim" in `steps` steps, or "ddpm" in all T."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r} is not one of {SAMPLERS}")
+    return ddim_table(schedule, steps, eta) if sampler == "ddim" else ddpm_table(schedule)
+
+
+def draw_x_T(seed: int, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """x_T ~ N(0, I) of the images `indices` (B,) int64: (B, C, H, W) float32, channels_last."""
+    return ops.philox_normal(
+        seed, indices, ops.X_T_STEP, shape, memory_format=torch.channels_last
+    )
+
+
+def draw_labels(seed: int, indices: Tensor, num_classes: int) -> Tensor:
+    """Class labels of the images `indices`, uniform: (B,) int64."""
+    return ops.philox_labels(seed, indices, num_classes)
+
+
+def area_resized(images: Tensor, size: int) -> Tensor:
+    """Average pooling down to (size, size); sizes divide. Values keep their scale."""
+    factor = images.shape[-1] // size
+    return images if factor == 1 else F.avg_pool2d(images, factor)
+
+
+def shape_of(unet: UNet, size: int | None = None) -> tuple[int, int, int]:
+    """(C, S, S) of the images a teacher makes; `size` for one whose config names none."""
+    side = unet.config.sample_size if size is None else size
+    if side is None:
+        raise ValueError("this teacher's configuration names no sample_size; give a size")
+    return unet.config.in_channels, side, side
+
+
+@torch.inference_mode()
+def sample(
+    unet: UNet,
+    table: StepTable,
+    seed: int,
+    indices: Tensor,
+    *,
+    y: Tensor | None = None,
+    keep: Sequence[int] = (),
+    target: str = "denoised",
+    callback: Callback | None = None,
+    size: int | None = None,
+) -> list[Tensor]:
+    """Run a sampler and return what it kept, each (B, C, H, W) float32, the final sample last.
+
+    `indices` (B,) are image numbers under `seed`; `keep` are numbers of steps (1..N, ascending)
+    after which x0_hat (target "denoised") or x_t (target "state") is kept. The final sample is
+    always kept, in place of step N's. Raises ValueError for a target that does not exist.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} is not one of {TARGETS}")
+    N = len(table)
+    device = unet.conv_in.weight.device
+    x_t = draw_x_T(seed, indices, shape_of(unet, size)).to(device)
+    wanted = set(keep) - {N}
+    kept = []
+    for i, t in enumerate(table.timesteps.tolist()):
+        x_t, x0_hat = ops.sampling_step(
+            x_t,
+            unet(x_t, t, y),
+            table.coefficients[i],
+            clip=table.clip,
+            seed=seed,
+            image_index=indices,
+            step=i,
+        )
+        if i + 1 in wanted:
+            kept.append(x0_hat if target == "denoised" else x_t)
+        if callback is not None:
+            callback(i + 1, N)
+    return [*kept, x_t]
+
+
+def generate(
+    model: UNet | Student,
+    num: int,
+    seed: int,
+    steps: int = 50,
+    *,
+    eta: float = 0.0,
+    sampler: str = "ddim",
+    y: Tensor | None = None,
+    exit_at: int | None = None,
+    first: int = 0,
+    batch: int = 64,
+    threads: int = 0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Draw images number `first` .. `first + num - 1` of `seed`: (num, C, H, W) float32 in [-1, 1].
+
+    A student makes each in one pass (`exit_at` leaves early), a teacher by `sampler` in `steps`
+    steps. `y` (num,) int64 are labels for a class-conditional model; without them they are drawn
+    from the seed. `batch` images are drawn at once, several batches at a time on `threads`
+    threads (0: as many as torch has). `callback` is told (passes done, passes in all).
+    """
+    if num < 0:
+        raise ValueError(f"num={num} is negative")
+    numbers = torch.arange(first, first + num)
+    classes = model.num_classes if isinstance(model, Student) else model.config.num_class_embeds
+    if y is None and classes is not None:
+        y = draw_labels(seed, numbers, classes)
+    device = next(model.parameters()).device
+    batches = [slice(start, min(start + batch, num)) for start in range(0, num, batch)]
+    table = None
+    if isinstance(model, UNet):
+        table = table_of(model.schedule, sampler, steps, eta)
+    total = len(batches) * (1 if table is None else len(table))
+    done = 0
+
+    def on_pass(step: int, steps: int) -> None:
+        nonlocal done
+        done += 1
+        if callback is not None:
+            callback(done, total)
+
+    def run(part: slice) -> Tensor:
+        labels = None if y is None else y[part].to(device)
+        if isinstance(model, UNet):
+            assert table is not None
+            kept = sample(model, table, seed, numbers[part], y=labels, callback=on_pass)
+            return kept[-1].cpu().clamp(-1, 1)
+        image = _in_one_pass(model, seed, numbers[part], labels, exit_at)
+        on_pass(1, 1)
+        return image.cpu().clamp(-1, 1)
+
+    with Workers(threads, device) as workers:
+        images = list(workers.map(run, batches))
+    return torch.cat(images).contiguous() if images else torch.empty((0, *_shape(model)))
+
+
+def _shape(model: UNet | Student) -> tuple[int, int, int]:
+    if isinstance(model, Student):
+        return model.channels, model.size, model.size
+    return shape_of(model)
+
+
+@torch.inference_mode()
+def _in_one_pass(
+    student: Student, seed: int, indices: Tensor, y: Tensor | None, exit_at: int | None
+) -> Tensor:
+    x_T = draw_x_T(seed, indices, _shape(student)).to(next(student.parameters()).device)
+    image: Tensor = student(x_T, y, exit_at)
+    return image

@@ -1,0 +1,222 @@
+"""The store of a teacher's trajectories: what a student learns from.
+
+A folder of memory-mapped shards `shard-NNNNN.npy`, (n, K, C, S, S), closed one by one by a JSON
+with their checksum, under an `index.json` that says which teacher, seed and times made them. x_T
+and labels are not stored: they are drawn again from (seed, image index).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advkd.checkpoint import CheckpointError, read_json, replacing, tensors_hash, write_json
+from advkd.config import ConfigError, TrajectoryConfig
+from advkd.models.unet import UNet
+from advkd.parallel import Workers
+from advkd.sampling import JUDGE_SEED, draw_labels, draw_x_T, sample, shape_of, table_of
+
+INDEX = "index.json"
+
+
+class _Stopped(Exception):
+    """Ends a shard in the middle."""
+
+
+@dataclass(frozen=True)
+class TrajectoryIndex:
+    """What makes a store what it is; two stores are alike where all of this is equal."""
+
+    teacher: str  # hash of the weights
+    schedule: dict[str, Any]
+    seed: int
+    sampler: str
+    steps: int
+    eta: float
+    target: str
+    kept: list[int]  # numbers of the steps after which something is kept, the last one included
+    shape: list[int]  # (C, S, S)
+    dtype: str
+    shard: int
+    num_classes: int | None
+
+
+def index_of(
+    unet: UNet, settings: TrajectoryConfig, kept: int, seed: int, size: int
+) -> TrajectoryIndex:
+    """The index of the store that these settings ask for. `kept` = K targets, evenly spaced."""
+    if not 0 <= seed < JUDGE_SEED:
+        raise ConfigError(f"seed={seed} is not below 2**63, where seeds for judging begin")
+    if settings.dtype not in ("float16", "float32"):
+        raise ConfigError(f"trajectory.dtype={settings.dtype!r} is not float16 or float32")
+    table = table_of(unet.schedule, settings.sampler, settings.steps, settings.eta)
+    N = len(table)
+    if kept > N:
+        raise ConfigError(f"{kept} submodules need at least as many steps, not {N}")
+    return TrajectoryIndex(
+        teacher=tensors_hash(unet.state_dict()),
+        schedule=asdict(unet.schedule),
+        seed=seed,
+        sampler=settings.sampler,
+        steps=N,
+        eta=settings.eta if settings.sampler == "ddim" else 1.0,
+        target=settings.target,
+        kept=[round(N * (k + 1) / kept) for k in range(kept)],
+        shape=list(shape_of(unet, size)),
+        dtype=settings.dtype,
+        shard=settings.shard,
+        num_classes=unet.config.num_class_embeds,
+    )
+
+
+class Trajectories:
+    """A store that is whole up to `num` trajectories: reads targets, draws x_T and labels."""
+
+    def __init__(self, folder: Path, num: int):
+        self.index = TrajectoryIndex(**read_json(folder / INDEX))
+        self.num = num
+        self._maps = []
+        for i in range(-(-num // self.index.shard)):
+            _check_shard(folder, i)
+            self._maps.append(np.load(_shard_path(folder, i), mmap_mode="r", allow_pickle=False))
+
+    @property
+    def K(self) -> int:
+        return len(self.index.kept)
+
+    def targets(self, indices: Tensor) -> Tensor:
+        """x^(1) .. x^(K) of the images `indices` (B,): (B, K, C, S, S) float32."""
+        size = self.index.shard
+        rows = [self._maps[i // size][i % size] for i in indices.tolist()]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    def x_T(self, indices: Tensor) -> Tensor:
+        """The noise these images grew from: (B, C, S, S) float32, channels_last."""
+        C, H, W = self.index.shape
+        return draw_x_T(self.index.seed, indices, (C, H, W))
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        """Their class labels (B,) int64, or None for an unconditional teacher."""
+        if self.index.num_classes is None:
+            return None
+        return draw_labels(self.index.seed, indices, self.index.num_classes)
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.npy"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_shard(folder: Path, number: int) -> None:
+    """Raise CheckpointError unless the shard is there and is what was written."""
+    path = _shard_path(folder, number)
+    written = read_json(path.with_suffix(".json"))
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    if _sha256(path) != written["sha256"]:
+        raise CheckpointError(f"{path} is not the file that was written (checksum differs)")
+
+
+def _is_whole(folder: Path, number: int) -> bool:
+    try:
+        _check_shard(folder, number)
+    except CheckpointError:
+        return False
+    return True
+
+
+def open_store(folder: Path, wanted: TrajectoryIndex) -> None:
+    """Begin a store, or check that the one there is the wanted one; ConfigError if it is not."""
+    path = folder / INDEX
+    if not path.exists():
+        write_json(path, asdict(wanted))
+        return
+    found = TrajectoryIndex(**read_json(path))
+    if found != wanted:
+        theirs, ours = asdict(found), asdict(wanted)
+        differing = [key for key in ours if ours[key] != theirs[key]]
+        raise ConfigError(
+            f"{folder} holds other trajectories (they differ in {', '.join(differing)}); "
+            "remove that folder or choose another run name"
+        )
+
+
+def draw_trajectories(
+    unet: UNet,
+    folder: Path,
+    index: TrajectoryIndex,
+    num: int,
+    threads: int = 0,
+    report: Callable[[int, int], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Trajectories | None:
+    """Draw what is missing of `num` trajectories, shard by shard, and return the whole store.
+
+    A shard is always drawn whole, in one batch and by one thread, so its bits depend neither on
+    the number of threads nor on where an earlier call was cut. `report(images done, images)` is
+    called after every network pass; once `stopped()` is true it ends within a pass, returning
+    None, and an unfinished shard is drawn anew by the next call.
+    """
+    open_store(folder, index)
+    table = table_of(unet.schedule, index.sampler, index.steps, index.eta)
+    shards = -(-num // index.shard)
+    missing = [i for i in range(shards) if not _is_whole(folder, i)]
+    passes = (shards - len(missing)) * len(table)
+    lock = threading.Lock()
+
+    def on_step(done: int, steps: int) -> None:
+        nonlocal passes
+        if stopped():
+            raise _Stopped
+        with lock:
+            passes += 1
+            if report is not None:
+                report(passes * index.shard // len(table), shards * index.shard)
+
+    def draw(number: int) -> None:
+        indices = torch.arange(number * index.shard, (number + 1) * index.shard)
+        y = None
+        if index.num_classes is not None:
+            y = draw_labels(index.seed, indices, index.num_classes)
+        kept = sample(
+            unet,
+            table,
+            index.seed,
+            indices,
+            y=y,
+            keep=index.kept,
+            target=index.target,
+            callback=on_step,
+            size=index.shape[-1],
+        )
+        stacked = torch.stack(kept, dim=1).cpu().contiguous().numpy()
+        _write_shard(folder, number, stacked.astype(index.dtype))
+
+    with (
+        contextlib.suppress(_Stopped),
+        Workers(threads, unet.conv_in.weight.device) as workers,
+    ):
+        for _ in workers.map(draw, missing):
+            pass
+        return Trajectories(folder, num)
+    return None
+
+
+def _write_shard(folder: Path, number: int, values: np.ndarray) -> None:
+    path = _shard_path(folder, number)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+    write_json(path.with_suffix(".json"), {"images": len(values), "sha256": _sha256(path)})
