@@ -27,15 +27,15 @@ PER_ISA_SOURCES = ("group_norm_silu.cpp", "kernel_table.cpp", "philox.cpp", "sam
 X86_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
         "-mprefer-vector-width=512",
     ],
 }
 # No contraction: the normals must be the same bits in every unit and in torch. The two -fno-*
 # flags only let sqrt and comparisons be vectorised; they change no result.
 CXX_FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off",
-    "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra",
+    *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 ]
 
 

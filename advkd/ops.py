@@ -7,33 +7,34 @@ and otherwise uses the fused op wherever it exists. `use_backend` changes that f
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from advkd import kernels
+from advkd import reference
+from advkd.kernels import unavailable_reason as triton_missing
 
-extension: ModuleType | None
-extension_missing: str | None
-try:
-    from advkd import _C as extension
-except ImportError as error:
-    extension = None
-    extension_missing = f"the C++ extension is not installed ({error})"
-else:
-    extension_missing = None
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """The C++ extension, or why there is none."""
+    try:
+        return import_module("advkd._C"), None
+    except ImportError as error:
+        return None, f"the C++ extension is not installed ({error})"
+
+
+extension, extension_missing = _load_extension()
 
 X_T_STEP = 0xFFFFFFFF  # the Philox step whose normals are x_T
 LABEL_STEP = 0xFFFFFFFE  # the Philox step whose first number picks the class label
 
 BACKENDS = ("reference", "fused")
-_WORD = 0xFFFFFFFF
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -78,9 +79,9 @@ def _cpu_unavailable(*tensors: Tensor) -> str | None:
     if extension_missing is not None:
         return extension_missing
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"no kernel serves tensors on {tensor.device.type}"
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+        if tensor.dtype is not torch.float32 and tensor.is_floating_point():
             return f"the C++ kernel takes float32, not {tensor.dtype}"
     return None
 
@@ -91,7 +92,7 @@ def _group_norm_unavailable(x: Tensor, weight: Tensor, bias: Tensor) -> str | No
         return _cpu_unavailable(x, weight, bias)
     if x.dtype not in _TRITON_DTYPES:
         return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
-    return kernels.unavailable_reason()
+    return triton_missing()
 
 
 def _fused_extension() -> ModuleType:
@@ -100,26 +101,26 @@ def _fused_extension() -> ModuleType:
     return extension
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for 4-D tensors whose channels are neighbours in memory, else contiguous."""
-    if x.dim() == 4 and not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def philox_uint32(
-    seed: int, image_index: Tensor, step: int, count: int, *, backend: str | None = None
+    seed: int,
+    image_index: Tensor,
+    step: int,
+    count: int,
+    *,
+    first_block: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
-    """The first `count` numbers of each image's stream of Philox4x32-10.
+    """`count` numbers of each image's stream of Philox4x32-10.
 
     Number e is word e % 4 of the block with counter (e / 4, step, image index low, high) and the
     64-bit seed as key (Salmon, Moraes, Dror, Shaw, SC 2011).
 
     Args:
         seed: in [0, 2^64).
-        image_index: (B,) int64.
+        image_index: (B,) int64; its 64 bits count, so that a negative one is as good as any.
         step: in [0, 2^32).
-        count: numbers per image, at least 0.
+        count: numbers per image, in [0, 2^34].
+        first_block: the block of four that they begin with, in [0, 2^32).
 
     Returns:
         (B, count) int64, each in [0, 2^32), on image_index's device.
@@ -130,8 +131,12 @@ def philox_uint32(
     _check_stream(seed, image_index, step)
     if not 0 <= count <= 1 << 34:
         raise ValueError(f"count={count} is not in [0, 2^34].")
+    if not 0 <= first_block <= 0xFFFFFFFF:
+        raise ValueError(f"first_block={first_block} is not in [0, 2^32).")
     fused = _use_fused("philox_uint32", backend, _cpu_unavailable(image_index))
-    return torch.ops.advkd.philox_uint32(_signed(seed), image_index, step, count, fused)
+    return torch.ops.advkd.philox_uint32(
+        _signed(seed), image_index, step, count, first_block, fused
+    )
 
 
 def philox_normal(
@@ -204,98 +209,21 @@ def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def _philox_words(seed: int, image_index: Tensor, step: int, blocks: int) -> list[Tensor]:
-    """The four words of blocks 0..blocks-1 of each image: int64 (B, blocks) each."""
-    index = image_index[:, None].expand(-1, blocks)
-    c0 = torch.arange(blocks, device=index.device).expand_as(index)
-    c1 = torch.full_like(index, step)
-    c2, c3 = index & _WORD, (index >> 32) & _WORD
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        # 64-bit products wrap around in int64; masking the shift makes their high words unsigned.
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((product1 >> 32) & _WORD) ^ c1 ^ k0, product1 & _WORD
-        c2, c3 = ((product0 >> 32) & _WORD) ^ c3 ^ k1, product0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return [c0, c1, c2, c3]
-
-
-def _box_muller_radius(bits: Tensor) -> Tensor:
-    """sqrt(-2 log u), u = (bits + 1/2) / 2^32; the operations of csrc/cpu/philox.h, one by one."""
-    whole = (bits >> 16).float() * 65536.0 + (bits & 0xFFFF).float()
-    u = whole * 2.0**-32 + 2.0**-33
-    pattern = u.view(torch.int32)
-    exponent = (pattern - 0x3F3504F3) >> 23
-    f = (pattern - exponent * 0x800000).view(torch.float32) - 1.0
-    e = exponent.float()
-    p = torch.full_like(f, 6.746601313e-02)
-    for coefficient in (
-        -1.167564094e-01, 1.188817471e-01, -1.240559146e-01, 1.421955079e-01,
-        -1.666799635e-01, 2.000211924e-01, -2.500000894e-01, 3.333331347e-01,
-    ):  # fmt: skip
-        p = p * f + coefficient
-    f2 = f * f
-    log_u = p * f * f2 + e * -2.121944400e-04
-    log_u = log_u - 0.5 * f2
-    log_u = log_u + f
-    log_u = log_u + e * 0.693359375
-    return _rounded_sqrt(-2.0 * log_u)
-
-
-def _rounded_sqrt(x: Tensor) -> Tensor:
-    # torch.sqrt on the CPU may be the vector library of MKL, which is off by an ulp at times.
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
-
-
-def _box_muller_angle(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of 2 pi bits / 2^32; the operations of csrc/cpu/philox.h, one by one."""
-    quarter = ((bits + 0x20000000) >> 30) & 3
-    rest = bits & 0x3FFFFFFF
-    rest = (rest - ((rest & 0x20000000) << 1)) << 2
-    angle = rest.float() * 3.657383918e-10
-    a2 = angle * angle
-    s = torch.full_like(a2, 2.718307769e-06)
-    for coefficient in (-1.983933471e-04, 8.333329111e-03, -1.666666716e-01):
-        s = s * a2 + coefficient
-    s = s * a2 * angle + angle
-    c = torch.full_like(a2, 2.443841367e-05)
-    for coefficient in (-1.388736768e-03, 4.166664556e-02):
-        c = c * a2 + coefficient
-    c = c * a2 * a2 - 0.5 * a2 + 1.0
-    odd = (quarter & 1) != 0
-    sine, cosine = torch.where(odd, c, s), torch.where(odd, s, c)
-    return (
-        torch.where((quarter & 2) != 0, -sine, sine),
-        torch.where(((quarter + 1) & 2) != 0, -cosine, cosine),
-    )
-
-
-def _philox_normal_reference(
-    seed: int, image_index: Tensor, step: int, channels: int, height: int, width: int
-) -> Tensor:
-    """(B, C, H, W) contiguous float32 normals in plain torch."""
-    elements = channels * height * width
-    words = _philox_words(seed, image_index, step, (elements + 3) // 4)
-    normals = []
-    for pair in (0, 2):
-        radius = _box_muller_radius(words[pair])
-        sine, cosine = _box_muller_angle(words[pair + 1])
-        normals += [radius * cosine, radius * sine]
-    flat = torch.stack(normals, dim=-1).flatten(1)[:, :elements]
-    return flat.reshape(-1, channels, height, width)
+def _unsigned(seed: int) -> int:
+    return seed & 0xFFFFFFFFFFFFFFFF
 
 
 def _philox_uint32_op(
-    seed: int, image_index: Tensor, step: int, count: int, fused: bool
+    seed: int, image_index: Tensor, step: int, count: int, first_block: int, fused: bool
 ) -> Tensor:
     if not fused:
-        words = _philox_words(seed, image_index, step, (count + 3) // 4)
+        words = reference.philox_words(seed, image_index, step, (count + 3) // 4, first_block)
         return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
     image_index = image_index.contiguous()
     out = torch.empty(len(image_index), count, dtype=torch.int64)
     _fused_extension().philox_uint32(
-        seed & 0xFFFFFFFFFFFFFFFF, image_index.data_ptr(), step, len(image_index), count,
-        out.data_ptr(), torch.get_num_threads(),
+        _unsigned(seed), image_index.data_ptr(), step, len(image_index), count,
+        first_block, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -314,12 +242,10 @@ def _philox_normal_op(
         seed, image_index, step, channels, height, width, channels_last, fused
     )
     if not fused:
-        return out.copy_(
-            _philox_normal_reference(seed, image_index, step, channels, height, width)
-        )
+        return out.copy_(reference.philox_normal(seed, image_index, step, channels, height, width))
     image_index = image_index.contiguous()
     _fused_extension().philox_normal(
-        seed & 0xFFFFFFFFFFFFFFFF, image_index.data_ptr(), step, len(image_index), channels,
+        _unsigned(seed), image_index.data_ptr(), step, len(image_index), channels,
         height * width, channels_last, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -373,9 +299,7 @@ def sampling_step(
     """
     _check_stream(seed, image_index, step)
     _check_sampling_step(x_t, model_out, coefficients, clip, image_index)
-    fused = _use_fused(
-        "sampling_step", backend, _cpu_unavailable(x_t, model_out, image_index)
-    )
+    fused = _use_fused("sampling_step", backend, _cpu_unavailable(x_t, model_out, image_index))
     numbers = [float(coefficient) for coefficient in coefficients]
     return torch.ops.advkd.sampling_step(
         x_t, model_out, numbers, float(clip), _signed(seed), image_index, step, fused
@@ -410,20 +334,6 @@ def _check_sampling_step(
         raise ValueError(f"clip={clip} is negative or not a number.")
 
 
-def _sampling_step_reference(
-    x_t: Tensor, model_out: Tensor, coefficients: Sequence[float], clip: float, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The two formulas of `sampling_step` in plain torch, rounding after every operation."""
-    a_x, a_m, c_0, c_x, c_m, sigma = coefficients
-    x0_hat = x_t * a_x + model_out * a_m
-    if clip > 0:
-        x0_hat = x0_hat.clamp(-clip, clip)
-    x_prev = x0_hat * c_0 + x_t * c_x + model_out * c_m
-    if noise is not None:
-        x_prev = x_prev + noise.to(x_t.dtype) * sigma
-    return x_prev, x0_hat
-
-
 def _sampling_step_op(
     x_t: Tensor,
     model_out: Tensor,
@@ -434,7 +344,7 @@ def _sampling_step_op(
     step: int,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    memory_format = _memory_format(x_t)
+    memory_format = reference.memory_format_of(x_t)
     x_t = x_t.contiguous(memory_format=memory_format)
     model_out = model_out.contiguous(memory_format=memory_format)
     batch, channels, height, width = x_t.shape
@@ -445,13 +355,13 @@ def _sampling_step_op(
             noise = _philox_normal_op(
                 seed, image_index, step, channels, height, width, channels_last, False
             )
-        return _sampling_step_reference(x_t, model_out, coefficients, clip, noise)
+        return reference.sampling_step(x_t, model_out, coefficients, clip, noise)
     x_prev, x0_hat = torch.empty_like(x_t), torch.empty_like(x_t)
     image_index = image_index.contiguous()
     _fused_extension().sampling_step(
         x_t.data_ptr(), model_out.data_ptr(), x_prev.data_ptr(), x0_hat.data_ptr(),
         batch, channels, height * width, channels_last, *coefficients, clip,
-        seed & 0xFFFFFFFFFFFFFFFF, image_index.data_ptr(), step, torch.get_num_threads(),
+        _unsigned(seed), image_index.data_ptr(), step, torch.get_num_threads(),
     )  # fmt: skip
     return x_prev, x0_hat
 
@@ -466,7 +376,7 @@ def _sampling_step_fake(
     step: int,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    x_t = x_t.contiguous(memory_format=_memory_format(x_t))
+    x_t = x_t.contiguous(memory_format=reference.memory_format_of(x_t))
     return torch.empty_like(x_t), torch.empty_like(x_t)
 
 
@@ -506,7 +416,7 @@ def group_norm_silu(
     if (needs_grad and backend is None) or not _use_fused(
         "group_norm_silu", backend, _group_norm_unavailable(x, weight, bias)
     ):
-        return _group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
+        return reference.group_norm_silu(x, weight, bias, num_groups, eps, silu)
     return torch.ops.advkd.group_norm_silu(x, weight, bias, num_groups, eps, silu)
 
 
@@ -524,8 +434,7 @@ def _check_group_norm(
         raise ValueError(f"num_groups={num_groups} does not divide channels={channels}.")
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
-            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must both be "
-            f"({channels},)."
+            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must both be ({channels},)."
         )
     if not x.device == weight.device == bias.device:
         raise ValueError(
@@ -536,23 +445,14 @@ def _check_group_norm(
         raise ValueError(f"eps={eps} is negative or not a number.")
 
 
-def _group_norm_silu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> Tensor:
-    # torch.group_norm, because F.group_norm refuses a group of one element.
-    y = torch.group_norm(x, num_groups, weight, bias, eps)
-    y = F.silu(y) if silu else y
-    return y.contiguous(memory_format=_memory_format(x))
-
-
 def _group_norm_silu_op(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> Tensor:
-    memory_format = _memory_format(x)
+    memory_format = reference.memory_format_of(x)
     x = x.contiguous(memory_format=memory_format)
     if _group_norm_unavailable(x, weight, bias) is not None:
         # An exported program that was traced with the fused op runs here too.
-        return _group_norm_silu_reference(x, weight, bias, num_groups, eps, silu)
+        return reference.group_norm_silu(x, weight, bias, num_groups, eps, silu)
     weight, bias = weight.contiguous(), bias.contiguous()
     if x.is_cuda:
         # Here and not above, because importing Triton takes long and only CUDA needs it.
@@ -560,8 +460,8 @@ def _group_norm_silu_op(
 
         return triton_group_norm_silu(x, weight, bias, num_groups, eps, silu)
     y = torch.empty_like(x)
-    batch, channels = x.shape[:2]
-    pixels = x.shape[2:].numel()
+    batch, channels, *sizes = x.shape
+    pixels = math.prod(sizes)
     _fused_extension().group_norm_silu(
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), batch, channels, pixels,
         memory_format == torch.channels_last, num_groups, eps, silu, torch.get_num_threads(),
@@ -572,7 +472,7 @@ def _group_norm_silu_op(
 def _group_norm_silu_fake(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> Tensor:
-    return torch.empty_like(x.contiguous(memory_format=_memory_format(x)))
+    return torch.empty_like(x.contiguous(memory_format=reference.memory_format_of(x)))
 
 
 def _group_norm_silu_setup(
@@ -582,34 +482,26 @@ def _group_norm_silu_setup(
 ) -> None:
     x, weight, bias, num_groups, eps, silu = inputs
     ctx.save_for_backward(x, weight, bias)
-    ctx.num_groups, ctx.eps, ctx.silu = num_groups, eps, silu  # type: ignore[attr-defined]
+    ctx.options = (num_groups, eps, silu)  # type: ignore[attr-defined]
 
 
 def _group_norm_silu_backward(
     ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-    """The gradient in plain differentiable torch, so that a second backward works too."""
     x, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
-    grouped = x.flatten(2).unflatten(1, (ctx.num_groups, -1))  # type: ignore[attr-defined]
-    variance, mean = torch.var_mean(grouped, dim=(2, 3), correction=0, keepdim=True)
-    inverse = torch.rsqrt(variance + ctx.eps)  # type: ignore[attr-defined]
-    normed = (grouped - mean) * inverse
-    scale = weight.view(1, ctx.num_groups, -1, 1)  # type: ignore[attr-defined]
-    grad = grad_y.flatten(2).unflatten(1, (ctx.num_groups, -1))  # type: ignore[attr-defined]
-    if ctx.silu:  # type: ignore[attr-defined]
-        before = normed * scale + bias.view_as(scale)
-        gate = torch.sigmoid(before)
-        grad = grad * gate * (1 + before * (1 - gate))
-    grad_weight = (grad * normed).sum(dim=(0, 3)).flatten()
-    grad_bias = grad.sum(dim=(0, 3)).flatten()
-    grad = grad * scale
-    along = (grad * normed).mean(dim=(2, 3), keepdim=True)
-    grad = inverse * (grad - grad.mean(dim=(2, 3), keepdim=True) - normed * along)
-    return grad.reshape(x.shape), grad_weight, grad_bias, None, None, None
+    grads = reference.group_norm_silu_backward(
+        grad_y,
+        x,
+        weight,
+        bias,
+        *ctx.options,  # type: ignore[attr-defined]
+    )
+    return *grads, None, None, None
 
 
 _SCHEMAS = {
-    "philox_uint32": "(int seed, Tensor image_index, int step, SymInt count, bool fused) -> Tensor",
+    "philox_uint32": "(int seed, Tensor image_index, int step, SymInt count, int first_block, "
+    "bool fused) -> Tensor",
     "philox_normal": "(int seed, Tensor image_index, int step, SymInt channels, SymInt height, "
     "SymInt width, bool channels_last, bool fused) -> Tensor",
     "sampling_step": "(Tensor x_t, Tensor model_out, float[] coefficients, float clip, int seed, "
@@ -625,7 +517,7 @@ torch.library.impl("advkd::sampling_step", "default", _sampling_step_op)
 torch.library.impl("advkd::group_norm_silu", "default", _group_norm_silu_op)
 torch.library.register_fake(
     "advkd::philox_uint32",
-    lambda seed, image_index, step, count, fused: image_index.new_empty(
+    lambda seed, image_index, step, count, first_block, fused: image_index.new_empty(
         (image_index.shape[0], count)
     ),
 )
@@ -647,7 +539,7 @@ def describe() -> list[tuple[str, str, str]]:
         for op in ("philox_uint32", "philox_normal", "sampling_step", "group_norm_silu")
     ]
     no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
-    triton_reason = asked or kernels.unavailable_reason()
+    triton_reason = asked or triton_missing()
     rows.append(
         (
             "group_norm_silu on CUDA",

@@ -30,10 +30,11 @@ NoiseSource noise_source(std::uint64_t seed, std::uintptr_t image_index, std::ui
 }
 
 void philox_uint32(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step,
-                   std::int64_t batch, std::int64_t count, std::uintptr_t out, int threads) {
+                   std::int64_t batch, std::int64_t count, std::uint32_t first_block,
+                   std::uintptr_t out, int threads) {
   const py::gil_scoped_release released;
   kernels().philox_uint32({noise_source(seed, image_index, step), batch, count,
-                           pointer<std::int64_t>(out), threads});
+                           first_block, pointer<std::int64_t>(out), threads});
 }
 
 void philox_normal(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step,

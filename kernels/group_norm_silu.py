@@ -12,7 +12,7 @@ MAX_TILE = 8192
 
 
 @triton.jit
-def _group_norm_silu_kernel(
+def _group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
     bias_ptr,

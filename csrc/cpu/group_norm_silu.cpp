@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
+#include "cpu/vector.h"
 
 namespace advkd::ADVKD_ISA {
 namespace {
@@ -59,90 +60,114 @@ struct Affine {
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-inline float silu(float v) {
-  // exp(-v) = 2^n exp(f), |f| <= log(2) / 2; the clamp keeps 2^n finite and lets NaN through.
-  float t = -v;
-  t = t < -87.0f ? -87.0f : t;
-  t = t > 88.0f ? 88.0f : t;
-  const float rounding = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
-  const float shifted = t * 1.44269504f + rounding;
-  const float n = shifted - rounding;
-  const float f = t - n * 0.693359375f - n * -2.121944400e-04f;
-  float p = 1.395047642e-03f;
-  p = p * f + 8.368882351e-03f;
-  p = p * f + 4.166620597e-02f;
-  p = p * f + 1.666651815e-01f;
-  p = p * f + 0.5f;
-  p = p * f * f + f + 1.0f;
-  std::uint32_t power;
-  std::memcpy(&power, &shifted, sizeof power);
-  power = (power + 127u) << 23;
-  float scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return v / (1.0f + p * scale);
+// kLanes floats side by side, spelled as vectors: left to itself the compiler vectorises the outer
+// loops below, across cache lines.
+constexpr int kVectors = kLanes / kWidth;
+
+struct Lanes {
+  Vector part[kVectors] = {};
+};
+
+inline Lanes all_lanes(float value) {
+  Lanes lanes;
+  for (Vector& part : lanes.part) part = filled(value);
+  return lanes;
 }
 
-double lane_sum(const float* lanes) {
+inline Lanes load_lanes(const float* from) {
+  Lanes lanes;
+  for (int v = 0; v < kVectors; ++v) lanes.part[v] = load(from + v * kWidth);
+  return lanes;
+}
+
+inline void store_lanes(float* to, const Lanes& lanes) {
+  for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, lanes.part[v]);
+}
+
+// sums += x - origin
+inline void add_deviations(const float* x, const Lanes& origin, Lanes& sums) {
+  for (int v = 0; v < kVectors; ++v) sums.part[v] += load(x + v * kWidth) - origin.part[v];
+}
+
+// squares += (x - origin - centre)^2
+inline void add_squares(const float* x, const Lanes& origin, const Lanes& centre, Lanes& squares) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector d = load(x + v * kWidth) - origin.part[v] - centre.part[v];
+    squares.part[v] += d * d;
+  }
+}
+
+double lane_sum(const Lanes& lanes) {
+  float each[kLanes];
+  store_lanes(each, lanes);
   double sum = 0.0;
-  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(lanes[i]);
+  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(each[i]);
   return sum;
 }
 
 Moments block_moments_nchw(const float* x, std::int64_t n) {
-  const float origin = x[0];
+  const Lanes origin = all_lanes(x[0]);
   const std::int64_t whole = n / kLanes * kLanes;
-  float sums[kLanes] = {};
-  for (std::int64_t i = 0; i < whole; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) sums[j] += x[i + j] - origin;
-  }
-  for (std::int64_t i = whole; i < n; ++i) sums[i - whole] += x[i] - origin;
+  // The last lanes are filled up with the origin, which adds nothing to the sums.
+  float tail[kLanes];
+  store_lanes(tail, origin);
+  std::memcpy(tail, x + whole, static_cast<std::size_t>(n - whole) * sizeof(float));
+  Lanes sums;
+  for (std::int64_t i = 0; i < whole; i += kLanes) add_deviations(x + i, origin, sums);
+  add_deviations(tail, origin, sums);
   const double offset = lane_sum(sums) / static_cast<double>(n);
-  const float centre = static_cast<float>(offset);
-  float squares[kLanes] = {};
-  for (std::int64_t i = 0; i < whole; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float d = x[i + j] - origin - centre;
-      squares[j] += d * d;
-    }
-  }
+  const Lanes centre = all_lanes(static_cast<float>(offset));
+  Lanes squares;
+  for (std::int64_t i = 0; i < whole; i += kLanes) add_squares(x + i, origin, centre, squares);
+  double total = lane_sum(squares);
   for (std::int64_t i = whole; i < n; ++i) {
-    const float d = x[i] - origin - centre;
-    squares[i - whole] += d * d;
+    const double d = static_cast<double>(x[i] - x[0] - static_cast<float>(offset));
+    total += d * d;
   }
-  return {static_cast<double>(origin) + offset, lane_sum(squares)};
+  return {static_cast<double>(x[0]) + offset, total};
 }
 
-// Moments of `width` <= kLanes neighbouring channels over `rows` pixels.
-template <bool kFull>
-void tile_moments(const float* x, std::int64_t rows, std::int64_t stride, int width, Moments* out) {
-  const int lanes = kFull ? kLanes : width;
-  float origin[kLanes], sums[kLanes] = {}, centre[kLanes], squares[kLanes] = {};
-  for (int j = 0; j < lanes; ++j) origin[j] = x[j];
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (int j = 0; j < lanes; ++j) sums[j] += x[r * stride + j] - origin[j];
-  }
+// Moments of kLanes neighbouring channels over `rows` pixels.
+void tile_moments(const float* x, std::int64_t rows, std::int64_t stride, Moments* out) {
+  const Lanes origin = load_lanes(x);
+  Lanes sums;
+  for (std::int64_t r = 0; r < rows; ++r) add_deviations(x + r * stride, origin, sums);
+  float sum[kLanes], centre[kLanes], square[kLanes];
+  store_lanes(sum, sums);
   const double share = 1.0 / static_cast<double>(rows);
-  for (int j = 0; j < lanes; ++j) {
-    const double offset = static_cast<double>(sums[j]) * share;
-    centre[j] = static_cast<float>(offset);
-    out[j].mean = static_cast<double>(origin[j]) + offset;
+  for (int j = 0; j < kLanes; ++j) centre[j] = static_cast<float>(sum[j] * share);
+  const Lanes centres = load_lanes(centre);
+  Lanes squares;
+  for (std::int64_t r = 0; r < rows; ++r) add_squares(x + r * stride, origin, centres, squares);
+  store_lanes(square, squares);
+  for (int j = 0; j < kLanes; ++j) {
+    out[j] = {static_cast<double>(x[j]) + static_cast<double>(sum[j]) * share,
+              static_cast<double>(square[j])};
   }
+}
+
+// The same for one channel.
+Moments channel_moments(const float* x, std::int64_t rows, std::int64_t stride) {
+  float sum = 0.0f, square = 0.0f;
+  for (std::int64_t r = 0; r < rows; ++r) sum += x[r * stride] - x[0];
+  const double offset = static_cast<double>(sum) / static_cast<double>(rows);
+  const float centre = static_cast<float>(offset);
   for (std::int64_t r = 0; r < rows; ++r) {
-    for (int j = 0; j < lanes; ++j) {
-      const float d = x[r * stride + j] - origin[j] - centre[j];
-      squares[j] += d * d;
-    }
+    const float d = x[r * stride] - x[0] - centre;
+    square += d * d;
   }
-  for (int j = 0; j < lanes; ++j) out[j].squares = static_cast<double>(squares[j]);
+  return {static_cast<double>(x[0]) + offset, static_cast<double>(square)};
 }
 
 // Moments of every group over `rows` pixels; `out` holds one for each group.
 void block_moments_nhwc(const Layout& layout, const float* x, std::int64_t rows, Moments* out) {
   const Buffer<Moments> per_channel(layout.channels);
-  for (std::int64_t c = 0; c < layout.channels; c += kLanes) {
-    const int width = static_cast<int>(smaller(kLanes, layout.channels - c));
-    (width == kLanes ? tile_moments<true> : tile_moments<false>)(
-        x + c, rows, layout.channels, width, per_channel.data() + c);
+  std::int64_t c = 0;
+  for (; c + kLanes <= layout.channels; c += kLanes) {
+    tile_moments(x + c, rows, layout.channels, per_channel.data() + c);
+  }
+  for (; c < layout.channels; ++c) {
+    per_channel.data()[c] = channel_moments(x + c, rows, layout.channels);
   }
   for (std::int64_t g = 0; g < layout.groups; ++g) {
     const Moments* const channel = per_channel.data() + g * layout.group_channels;
@@ -194,23 +219,37 @@ void fill_affine(const GroupNormSiluArgs& args, const Layout& layout, std::int64
 }
 
 template <bool kSilu>
-void normalise_run(const float* __restrict x, float* __restrict y, std::int64_t n, float mean,
-                   float scale, float shift) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float v = (x[i] - mean) * scale + shift;
-    y[i] = kSilu ? silu(v) : v;
+inline Vector activated(Vector v) {
+  return kSilu ? silu(v) : v;
+}
+
+template <bool kSilu>
+void normalise_run(const float* x, float* y, std::int64_t n, float mean, float scale, float shift) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    store(y + i, activated<kSilu>((load(x + i) - mean) * scale + shift));
+  }
+  if (i < n) {
+    const Vector v = (load_some(x + i, n - i) - mean) * scale + shift;
+    store_some(y + i, activated<kSilu>(v), n - i);
   }
 }
 
 template <bool kSilu>
-void normalise_rows(const float* __restrict x, float* __restrict y, std::int64_t rows,
-                    std::int64_t channels, const Affine& affine) {
-  const float *__restrict mean = affine.mean, *__restrict scale = affine.scale;
-  const float* __restrict shift = affine.shift;
+void normalise_rows(const float* x, float* y, std::int64_t rows, std::int64_t channels,
+                    const Affine& affine) {
+  const float *const mean = affine.mean, *const scale = affine.scale, *const shift = affine.shift;
   for (std::int64_t r = 0; r < rows; ++r, x += channels, y += channels) {
-    for (std::int64_t c = 0; c < channels; ++c) {
-      const float v = (x[c] - mean[c]) * scale[c] + shift[c];
-      y[c] = kSilu ? silu(v) : v;
+    std::int64_t c = 0;
+    for (; c + kWidth <= channels; c += kWidth) {
+      const Vector v = (load(x + c) - load(mean + c)) * load(scale + c) + load(shift + c);
+      store(y + c, activated<kSilu>(v));
+    }
+    if (c < channels) {
+      const std::int64_t n = channels - c;
+      const Vector v = (load_some(x + c, n) - load_some(mean + c, n)) * load_some(scale + c, n) +
+                       load_some(shift + c, n);
+      store_some(y + c, activated<kSilu>(v), n);
     }
   }
 }

@@ -23,6 +23,7 @@ struct NoiseSource {
 struct PhiloxUint32Args {
   NoiseSource source;
   std::int64_t batch, count;
+  std::uint32_t first_block;
   std::int64_t* out;  // (B, count)
   int threads;
 };

@@ -19,7 +19,7 @@ void philox_uint32(const PhiloxUint32Args& args) {
     std::int64_t* const out = args.out + image * args.count;
     PhiloxQuads quads;
     for (std::int64_t block = first; block < end; block += kNormals) {
-      philox_quads(stream, static_cast<std::uint32_t>(block / 4), quads);
+      philox_quads(stream, args.first_block + static_cast<std::uint32_t>(block / 4), quads);
       const std::int64_t n = block + kNormals < end ? kNormals : end - block;
       for (std::int64_t i = 0; i < n; ++i) out[block + i] = quads.word[i % 4][i / 4];
     }

@@ -1,0 +1,151 @@
+"""The plain twins of the fused ops, in torch: slow, obvious, and the truth that those are held to.
+
+The normals equal those of csrc/cpu/philox.h bit for bit: the same float32 operations, each rounded
+on its own. So these functions must run eagerly; a compiler may contract a product and a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last for 4-D tensors whose channels are neighbours in memory, else contiguous."""
+    if x.dim() == 4 and not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def philox_words(
+    seed: int, image_index: Tensor, step: int, blocks: int, first_block: int = 0
+) -> list[Tensor]:
+    """The four words of `blocks` blocks of each image: int64 (B, blocks) each."""
+    index = image_index[:, None].expand(-1, blocks)
+    c0 = (torch.arange(blocks, device=index.device) + first_block).expand_as(index) & _WORD
+    c1 = torch.full_like(index, step)
+    c2, c3 = index & _WORD, (index >> 32) & _WORD
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # 64-bit products wrap around in int64; masking the shift makes their high words unsigned.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((product1 >> 32) & _WORD) ^ c1 ^ k0, product1 & _WORD
+        c2, c3 = ((product0 >> 32) & _WORD) ^ c3 ^ k1, product0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def _box_muller_radius(bits: Tensor) -> Tensor:
+    """sqrt(-2 log u), u = (bits + 1/2) / 2^32; the operations of csrc/cpu/philox.h, one by one."""
+    whole = (bits >> 16).float() * 65536.0 + (bits & 0xFFFF).float()
+    u = whole * 2.0**-32 + 2.0**-33
+    pattern = u.view(torch.int32)
+    exponent = (pattern - 0x3F3504F3) >> 23
+    f = (pattern - exponent * 0x800000).view(torch.float32) - 1.0
+    e = exponent.float()
+    p = torch.full_like(f, 6.746601313e-02)
+    for coefficient in (
+        -1.167564094e-01, 1.188817471e-01, -1.240559146e-01, 1.421955079e-01,
+        -1.666799635e-01, 2.000211924e-01, -2.500000894e-01, 3.333331347e-01,
+    ):  # fmt: skip
+        p = p * f + coefficient
+    f2 = f * f
+    log_u = p * f * f2 + e * -2.121944400e-04
+    log_u = log_u - 0.5 * f2
+    log_u = log_u + f
+    log_u = log_u + e * 0.693359375
+    return _rounded_sqrt(-2.0 * log_u)
+
+
+def _rounded_sqrt(x: Tensor) -> Tensor:
+    # torch.sqrt on the CPU may be the vector library of MKL, which is off by an ulp at times.
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
+
+
+def _box_muller_angle(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of 2 pi bits / 2^32; the operations of csrc/cpu/philox.h, one by one."""
+    quarter = ((bits + 0x20000000) >> 30) & 3
+    rest = bits & 0x3FFFFFFF
+    rest = (rest - ((rest & 0x20000000) << 1)) << 2
+    angle = rest.float() * 3.657383918e-10
+    a2 = angle * angle
+    s = torch.full_like(a2, 2.718307769e-06)
+    for coefficient in (-1.983933471e-04, 8.333329111e-03, -1.666666716e-01):
+        s = s * a2 + coefficient
+    s = s * a2 * angle + angle
+    c = torch.full_like(a2, 2.443841367e-05)
+    for coefficient in (-1.388736768e-03, 4.166664556e-02):
+        c = c * a2 + coefficient
+    c = c * a2 * a2 - 0.5 * a2 + 1.0
+    odd = (quarter & 1) != 0
+    sine, cosine = torch.where(odd, c, s), torch.where(odd, s, c)
+    return (
+        torch.where((quarter & 2) != 0, -sine, sine),
+        torch.where(((quarter + 1) & 2) != 0, -cosine, cosine),
+    )
+
+
+def philox_normal(
+    seed: int, image_index: Tensor, step: int, channels: int, height: int, width: int
+) -> Tensor:
+    """(B, C, H, W) contiguous float32 normals; see `advkd.ops.philox_normal`."""
+    elements = channels * height * width
+    words = philox_words(seed, image_index, step, (elements + 3) // 4)
+    normals = []
+    for pair in (0, 2):
+        radius = _box_muller_radius(words[pair])
+        sine, cosine = _box_muller_angle(words[pair + 1])
+        normals += [radius * cosine, radius * sine]
+    flat = torch.stack(normals, dim=-1).flatten(1)[:, :elements]
+    return flat.reshape(-1, channels, height, width)
+
+
+def sampling_step(
+    x_t: Tensor, model_out: Tensor, coefficients: Sequence[float], clip: float, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The two formulas of `advkd.ops.sampling_step`, rounding after every operation."""
+    a_x, a_m, c_0, c_x, c_m, sigma = coefficients
+    x0_hat = x_t * a_x + model_out * a_m
+    if clip > 0:
+        x0_hat = x0_hat.clamp(-clip, clip)
+    x_prev = x0_hat * c_0 + x_t * c_x + model_out * c_m
+    if noise is not None:
+        x_prev = x_prev + noise.to(x_t.dtype) * sigma
+    return x_prev, x0_hat
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> Tensor:
+    # torch.group_norm, because F.group_norm refuses a group of one element.
+    y = torch.group_norm(x, num_groups, weight, bias, eps)
+    y = F.silu(y) if silu else y
+    return y.contiguous(memory_format=memory_format_of(x))
+
+
+def group_norm_silu_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, by differentiable ops, so that a second backward works."""
+    grouped = x.flatten(2).unflatten(1, (num_groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3), correction=0, keepdim=True)
+    inverse = torch.rsqrt(variance + eps)
+    normed = (grouped - mean) * inverse
+    scale = weight.view(1, num_groups, -1, 1)
+    grad = grad_y.flatten(2).unflatten(1, (num_groups, -1))
+    if silu:
+        before = normed * scale + bias.view_as(scale)
+        gate = torch.sigmoid(before)
+        grad = grad * gate * (1 + before * (1 - gate))
+    grad_weight = (grad * normed).sum(dim=(0, 3)).flatten()
+    grad_bias = grad.sum(dim=(0, 3)).flatten()
+    grad = grad * scale
+    along = (grad * normed).mean(dim=(2, 3), keepdim=True)
+    grad = inverse * (grad - grad.mean(dim=(2, 3), keepdim=True) - normed * along)
+    return grad.reshape(x.shape), grad_weight, grad_bias
