@@ -26,6 +26,7 @@ UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 
 # Settings of UNet2DModel that we implement for these values only (the first one is written).
 _FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DModel",),
     "act_fn": ("silu", "swish"),
     "attn_norm_num_groups": (None,),
     "class_embed_type": (None,),
@@ -53,10 +54,10 @@ _DEFAULTS: dict[str, Any] = {
 
 def config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
     """Read a UNet2DModel's config.json; ValueError names what this package does not implement."""
-    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, allowed in _FIXED.items():
         if key in settings and settings[key] not in allowed:
             raise ValueError(f"UNet setting {key}={settings[key]!r} is not supported")
+    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     known = {field.name for field in dataclasses.fields(UNetConfig)}
     unknown = sorted(set(settings) - known - set(_FIXED))
     if unknown:
@@ -68,7 +69,7 @@ def config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
 def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     """The content of a config.json that diffusers' UNet2DModel reads."""
     fixed = {key: allowed[0] for key, allowed in _FIXED.items()}
-    return {"_class_name": "UNet2DModel", **fixed, **dataclasses.asdict(config)}
+    return {**fixed, **dataclasses.asdict(config)}
 
 
 class DownBlock(nn.Module):
@@ -217,6 +218,7 @@ class UNet(nn.Module):
         return temb
 
     def forward(self, x_t: Tensor, t: Tensor | int, y: Tensor | None = None) -> Tensor:
+        _check_size(x_t, 2 ** (len(self.down_blocks) - 1))
         temb = self.embed(t, x_t.shape[0], y)
         h = self.conv_in(2 * x_t - 1 if self.config.center_input_sample else x_t)
         skips = [h]
@@ -228,6 +230,12 @@ class UNet(nn.Module):
             h = up(h, skips, temb)
         out: Tensor = self.conv_out(self.conv_norm_out(h))
         return out
+
+
+def _check_size(x_t: Tensor, factor: int) -> None:
+    H, W = x_t.shape[-2:]
+    if H % factor or W % factor:
+        raise ValueError(f"{H}x{W} pixels do not fit this network: {factor} must divide both sides")
 
 
 def _check(config: UNetConfig) -> None:
