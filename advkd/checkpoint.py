@@ -67,14 +67,17 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; CheckpointError names a file that is absent or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; CheckpointError names a file that is absent, broken or another thing."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
+    return content
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

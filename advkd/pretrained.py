@@ -37,9 +37,9 @@ DEPRECATED_ATTENTION = {
 def zoo(name: str) -> Path:
     """The folder of a network that ships with the package; CheckpointError if there is none."""
     folder = Path(str(importlib.resources.files("advkd") / "zoo"))
-    if not (folder / name).is_dir():
-        known = ", ".join(sorted(entry.name for entry in folder.glob("*") if entry.is_dir()))
-        raise CheckpointError(f"the zoo has no {name!r}; it has {known}")
+    known = sorted(entry.name for entry in folder.glob("*") if entry.is_dir())
+    if name not in known:
+        raise CheckpointError(f"the zoo has no {name!r}; it has {', '.join(known)}")
     return folder / name
 
 
@@ -82,7 +82,11 @@ def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNe
     schedule = Schedule.from_diffusers(read_json(_scheduler_file(folder, scheduler)))
     unet = UNet(config_from_diffusers(read_json(unet_folder / "config.json")), schedule)
     tensors = read_tensors(_weights_file(unet_folder))
-    load_strictly(unet, {_modern(name): tensor for name, tensor in tensors.items()}, unet_folder)
+    names = [_modern(name) for name in tensors]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise CheckpointError(f"{unet_folder} holds twice, by old and new name: {', '.join(twice)}")
+    load_strictly(unet, dict(zip(names, tensors.values(), strict=True)), unet_folder)
     return unet.eval().requires_grad_(False)
 
 

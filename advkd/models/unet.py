@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from advkd.config import UNetConfig
+from advkd.config import UNetConfig, build
 from advkd.diffusion import Schedule
 from advkd.models.layers import (
     Attention,
@@ -63,7 +63,7 @@ def config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
     if unknown:
         raise ValueError(f"UNet settings that are not known: {', '.join(unknown)}")
     chosen = {k: v for k, v in {**_DEFAULTS, **settings}.items() if k in known}
-    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+    return cast(UNetConfig, build(UNetConfig, chosen, ""))
 
 
 def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:

@@ -228,6 +228,8 @@ def test_config_round_trip() -> None:
         ({"mid_block_type": None}, ["mid_block_type"]),
         ({"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel"]),
         ({"cross_attention_dim": 768, "zoom": 1}, ["cross_attention_dim", "zoom"]),
+        ({"norm_num_groups": None}, ["norm_num_groups", "None"]),
+        ({"block_out_channels": [8, "16"]}, ["block_out_channels", "16"]),
     ],
 )
 def test_unsupported_unet_settings_are_named(settings: dict, words: list[str]) -> None:
