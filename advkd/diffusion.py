@@ -89,7 +89,7 @@ class Schedule:
     @functools.cached_property
     def alpha_bar(self) -> NDArray[np.float64]:
         """(T,) float64, falling from almost 1 towards 0."""
-        return np.cumprod(1.0 - _betas(self))
+        return np.cumprod(1.0 - _betas(self), dtype=np.float64)
 
     @property
     def clip(self) -> float:
