@@ -52,7 +52,7 @@ class Workers:
         for (gradients, _), weight in zip(results[1:], weights[1:], strict=True):
             torch._foreach_add_(total, list(gradients), alpha=weight)
         for parameter, gradient in zip(parameters, total, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _laid_as(parameter, gradient)
         return {
             key: sum(
                 (values[key] * weight for (_, values), weight in zip(results, weights, strict=True)),
@@ -75,3 +75,13 @@ class Workers:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+
+def _laid_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in its parameter's memory layout: torch's fused Adam ignores strides.
+
+    Gradients of channels_last weights are contiguous where autograd differentiates twice.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
