@@ -119,7 +119,7 @@ class StudentConfig:
 
     family: str = "unet"  # unet | pyramid
     stages: tuple[int, ...] = (7, 14, 28)
-    widths: tuple[int, ...] = (96, 64, 32)  # channels of each stage
+    widths: tuple[int, ...] = (96, 48, 16)  # channels of each stage
     blocks: int = 1  # residual blocks in a stage
     attention: tuple[int, ...] = (7,)  # resolutions with self-attention
     groups: int = 8
@@ -129,8 +129,8 @@ class StudentConfig:
 class DiscriminatorConfig:
     """The judge of the student's images in training; one network for every head."""
 
-    widths: tuple[int, ...] = (32, 64, 96)  # channels, from the image's resolution downwards
-    attention: tuple[int, ...] = (7,)
+    widths: tuple[int, ...] = (32, 64)  # channels at S/2, S/4, ...
+    attention: tuple[int, ...] = ()  # resolutions with self-attention
     groups: int = 8
 
 
@@ -151,6 +151,7 @@ class DistillConfig:
     rho: str = "huber"  # huber | l2
     huber_delta: float = 0.1
     head_weights: tuple[float, ...] = ()  # w_k; empty = 1 for the last head, 0.25 for the others
+    inner_every: int = 4  # the heads before the last are judged every so many steps
     r1_gamma: float = 1.0
     r1_every: int = 16
     schedule: str = "joint"  # joint | progressive
@@ -230,9 +231,7 @@ def config_for(size: int, channels: int) -> Config:
         widths=tuple([96] * (n - 2) + [48, base]),
         attention=(lowest,),
     )
-    discriminator = DiscriminatorConfig(
-        widths=tuple(min(32 << i, 96) for i in range(n - 1)), attention=(lowest,)
-    )
+    discriminator = DiscriminatorConfig(widths=tuple(min(32 << i, 96) for i in range(n - 1)))
     data = DataConfig(size=size, channels=channels)
     return Config(data=data, unet=unet, student=student, discriminator=discriminator)
 

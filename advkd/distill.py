@@ -86,6 +86,20 @@ def head_weights(given: tuple[float, ...], K: int) -> tuple[float, ...]:
     return given or (0.25,) * (K - 1) + (1.0,)
 
 
+def judged_heads(
+    weights: tuple[float, ...], heads: int, step: int, inner_every: int
+) -> dict[int, float]:
+    """The heads that D sees at `step`, with their weights.
+
+    The last active one always; those before it every `inner_every` steps and then that many times
+    as heavy, so that the sum over the steps is the loss's and their cost a fraction.
+    """
+    judged = {}
+    if step % inner_every == 0:
+        judged = {k: weights[k] * inner_every for k in range(heads - 1)}
+    return {**judged, heads - 1: weights[heads - 1]}
+
+
 @dataclass(frozen=True)
 class Batch:
     """x_T (B, C, S, S), the targets x^(k) each at its head's resolution, labels or None."""
@@ -154,24 +168,29 @@ class Distillation:
         return real, drawn
 
     def gradients(
-        self, batch: Batch, heads: int, penalise: bool
+        self, batch: Batch, heads: int, judged: dict[int, float], penalise: bool
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Gradients of L_G in the student's and of L_D in D's parameters, and what is logged."""
+        """Gradients of L_G in the student's and of L_D in D's parameters, and what is logged.
+
+        `judged` are the heads that D sees in this step, with the weight of each.
+        """
         s = self.settings
         images = self.student.states(batch.x_T, batch.y, depth=heads)
-        fakes = [image.detach().requires_grad_() for image in images]
         logged: dict[str, Tensor] = {}
         loss_d = rec = images[0].new_zeros(())
-        logits = []
-        for k, (image, fake) in enumerate(zip(images, fakes, strict=True)):
-            real_logits, fake_logits = self.judge(batch, k, fake)
-            logits.append(fake_logits.detach())
-            loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-            loss_d = loss_d + self.weights[k] * loss
+        for k, image in enumerate(images):
             rec_k = reconstruction(image - batch.targets[k], s.rho, s.huber_delta)
             rec = rec + self.weights[k] * s.lambda_rec * rec_k
             logged[f"rec_{k + 1}"] = rec_k.detach()
-            logged[f"adv_{k + 1}"] = F.softplus(-logits[k]).mean()
+        fakes, logits = [], []
+        for k, weight in judged.items():
+            fake = images[k].detach().requires_grad_()
+            real_logits, fake_logits = self.judge(batch, k, fake)
+            fakes.append(fake)
+            logits.append(fake_logits.detach())
+            loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+            loss_d = loss_d + weight * loss
+            logged[f"adv_{k + 1}"] = F.softplus(-logits[-1]).mean()
             logged[f"margin_{k + 1}"] = (real_logits - fake_logits).detach().mean()
         logged["loss_d"] = loss_d.detach()
         if penalise:
@@ -183,15 +202,15 @@ class Distillation:
         )
         cotangents = [
             s.lambda_adv * generator_gradient(gradient, logit)
-            for gradient, logit in zip(found[:heads], logits, strict=True)
+            for gradient, logit in zip(found[: len(fakes)], logits, strict=True)
         ]
         found_g = torch.autograd.grad(
-            [rec, *images],
+            [rec, *(images[k] for k in judged)],
             list(self.student.parameters()),
             grad_outputs=[torch.ones_like(rec), *cotangents],
             **_UNUSED_IS_ZERO,
         )
-        return [*found_g, *found[heads:]], logged
+        return [*found_g, *found[len(fakes) :]], logged
 
     def r1(self, batch: Batch, heads: int) -> Tensor:
         """sum_k w_k E|grad_x D(x^(k))|^2 on the teacher's images (Mescheder et al. 2018)."""
@@ -212,10 +231,11 @@ class Distillation:
                 group["lr"] = lr * decay
         batch = self.batch(step)
         heads = active_heads(s.schedule, len(self.stages), step, s.steps)
+        judged = judged_heads(self.weights, heads, step, s.inner_every)
         penalise = s.r1_gamma > 0 and step % s.r1_every == 0
 
         def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
-            return self.gradients(batch.share(share), heads, penalise)
+            return self.gradients(batch.share(share), heads, judged, penalise)
 
         of_g, of_d = list(self.student.parameters()), list(self.discriminator.parameters())
         values = workers.gradients(gradients_of, s.batch, [*of_g, *of_d])
@@ -268,6 +288,7 @@ def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
         start, before = found.step, float(found.values["seconds"])
     log = MetricsLog(run / "metrics.jsonl", STAGE, start)
     s = config.distill
+    values: dict[str, float] = {}
     began = time.monotonic()
     with (
         StopSignals() as stop,
@@ -275,7 +296,7 @@ def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
         progress_bar(STAGE, s.steps, start) as bar,
     ):
         for step in range(start, s.steps):
-            values = training.step(step, workers)
+            values |= training.step(step, workers)  # not every step has every value
             bar.update()
             done = step + 1
             seconds = before + time.monotonic() - began
