@@ -2,7 +2,7 @@
 
 A preset is a TOML file whose tables are the fields of `Config`. A key that does not exist, or a
 value of another type, is a ConfigError that names the nearest key. TOML has no null, so a field
-that may be None is None where its key is absent.
+that may be None takes the text "none".
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import re
 import tomllib
 import types
 import typing
@@ -214,7 +215,7 @@ def config_for(size: int, channels: int) -> Config:
     while resolutions[-1] % 2 == 0 and (resolutions[-1] > 8 or len(resolutions) < 2):
         resolutions.append(resolutions[-1] // 2)
     n = len(resolutions)
-    if resolutions[-1] > 8 or n < 2:
+    if not 0 < resolutions[-1] <= 8 or n < 2:
         raise ConfigError(f"size={size} cannot be halved down to 8 or less; try {size // 8 * 8}")
     base = 16 if channels == 1 else 24
     unet = UNetConfig(
@@ -292,7 +293,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         return build(typing.cast(type, hint), value, f"{where}.")
     if isinstance(hint, types.UnionType):
         inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-        return None if value is None else _checked(inner, value, where)
+        return None if value in (None, "none") else _checked(inner, value, where)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
@@ -311,18 +312,19 @@ def _nearest(key: str, names: Sequence[str]) -> str:
 
 
 def as_tree(config: Any) -> dict[str, Any]:
-    """The configuration as nested dicts of plain values, None left out."""
+    """The configuration as nested dicts of plain values."""
     return {
         f.name: as_tree(value) if dataclasses.is_dataclass(value) else value
         for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) is not None
+        for value in [getattr(config, f.name)]
     }
 
 
 def to_toml(config: Config) -> str:
     """TOML text from which `parse` gives the same Config."""
     tree = as_tree(config)
-    lines = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    top = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in top.items()]
     for table, values in tree.items():
         if isinstance(values, dict):
             lines += ["", f"[{table}]"]
@@ -334,8 +336,10 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
+    if value is None:
+        return '"none"'
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
     return repr(value)
