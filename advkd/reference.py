@@ -73,7 +73,7 @@ def _box_muller_angle(bits: Tensor) -> tuple[Tensor, Tensor]:
     quarter = ((bits + 0x20000000) >> 30) & 3
     rest = bits & 0x3FFFFFFF
     rest = (rest - ((rest & 0x20000000) << 1)) << 2
-    angle = rest.float() * 3.657383918e-10
+    angle = rest.float() * 3.657295300e-10
     a2 = angle * angle
     s = torch.full_like(a2, 2.718307769e-06)
     for coefficient in (-1.983933471e-04, 8.333329111e-03, -1.666666716e-01):

@@ -12,6 +12,41 @@ MAX_TILE = 8192
 
 
 @triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    start, size, group, channels, pixels, group_channels, LAST: tl.constexpr, TILE: tl.constexpr
+):
+    """Offsets in the image, channels and mask of a tile of a group."""
+    at = start + tl.arange(0, TILE)
+    if LAST:
+        channel = group * group_channels + at % group_channels
+        offset = (at // group_channels) * channels + channel
+    else:
+        channel = group * group_channels + at // pixels
+        offset = group * group_channels * pixels + at
+    return offset, channel, at < size
+
+
+@triton.jit
+def _moments(x, inside, count):  # type: ignore[no-untyped-def]
+    """Mean and sum of squared deviations of a tile, by the corrected two-pass formulas."""
+    mean = tl.sum(tl.where(inside, x, 0.0), axis=0) / count
+    deviation = tl.where(inside, x - mean, 0.0)
+    rest = tl.sum(deviation, axis=0) / count
+    squares = tl.sum(deviation * deviation, axis=0) - count * rest * rest
+    return mean + rest, squares
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    y_ptr, x, weight, bias, mean, inverse, offset, inside, SILU: tl.constexpr
+):
+    y = (x - mean) * (inverse * weight.to(tl.float32)) + bias.to(tl.float32)
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -21,7 +56,7 @@ def _group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     pixels,
     group_channels,
     eps,
-    CHANNELS_LAST: tl.constexpr,
+    LAST: tl.constexpr,
     SILU: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
@@ -29,51 +64,46 @@ def _group_norm_silu_kernel(  # type: ignore[no-untyped-def]
     group = tl.program_id(0)
     # 64-bit: a batch may hold more than 2^31 elements.
     image = tl.program_id(1).to(tl.int64) * channels * pixels
+    x_ptr += image
+    y_ptr += image
     size = group_channels * pixels
-    first_channel = group * group_channels
-    lane = tl.arange(0, TILE)
 
-    # Statistics: each tile in two passes, the tiles merged by Chan, Golub and LeVeque's rule.
-    mean = 0.0
-    squares = 0.0
-    for start in range(0, size, TILE):
-        at = start + lane
-        inside = at < size
-        if CHANNELS_LAST:
-            offset = (at // group_channels) * channels + first_channel + at % group_channels
-        else:
-            offset = first_channel * pixels + at
-        x = tl.load(x_ptr + image + offset, mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(size - start, TILE).to(tl.float32)
-        tile_mean = tl.sum(x, axis=0) / count
-        deviation = tl.where(inside, x - tile_mean, 0.0)
-        # The second pass also measures what rounding left in the mean of the first.
-        rest = tl.sum(deviation, axis=0) / count
-        tile_squares = tl.sum(deviation * deviation, axis=0) - count * rest * rest
-        tile_mean += rest
-        share = count / (start + count)
-        apart = tile_mean - mean
-        mean += apart * share
-        squares += tile_squares + apart * apart * share * start
-    inverse = 1.0 / tl.sqrt_rn(squares / size + eps)
+    # Everything is measured from the first tile's mean, so that a large mean costs no digits.
+    offset, channel, inside = _tile(0, size, group, channels, pixels, group_channels, LAST, TILE)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    origin = tl.sum(x, axis=0) / tl.minimum(size, TILE).to(tl.float32)
 
-    for start in range(0, size, TILE):
-        at = start + lane
-        inside = at < size
-        if CHANNELS_LAST:
-            channel = first_channel + at % group_channels
-            offset = (at // group_channels) * channels + channel
-        else:
-            channel = first_channel + at // pixels
-            offset = first_channel * pixels + at
-        if not RESIDENT:
-            x = tl.load(x_ptr + image + offset, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        y = (x - mean) * (inverse * weight) + bias
-        if SILU:
-            y = y / (1.0 + tl.exp(-y))
-        tl.store(y_ptr + image + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if RESIDENT:
+        x -= origin
+        mean, squares = _moments(x, inside, size.to(tl.float32))
+        inverse = 1.0 / tl.sqrt_rn(squares / size + eps)
+        weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+        _write(y_ptr, x, weight, bias, mean, inverse, offset, inside, SILU)
+    else:
+        # The tiles' moments are merged by Chan, Golub and LeVeque's rule.
+        mean = 0.0
+        squares = 0.0
+        for start in range(0, size, TILE):
+            offset, channel, inside = _tile(
+                start, size, group, channels, pixels, group_channels, LAST, TILE
+            )
+            x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - origin
+            count = tl.minimum(size - start, TILE).to(tl.float32)
+            tile_mean, tile_squares = _moments(x, inside, count)
+            share = count / (start + count)
+            apart = tile_mean - mean
+            mean += apart * share
+            squares += tile_squares + apart * apart * share * start
+        inverse = 1.0 / tl.sqrt_rn(squares / size + eps)
+        for start in range(0, size, TILE):
+            offset, channel, inside = _tile(
+                start, size, group, channels, pixels, group_channels, LAST, TILE
+            )
+            x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - origin
+            weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+            bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+            _write(y_ptr, x, weight, bias, mean, inverse, offset, inside, SILU)
 
 
 def launch_options(group_elements: int) -> dict[str, int | bool]:
@@ -115,7 +145,7 @@ def group_norm_silu(
         pixels,
         group_channels,
         eps,
-        CHANNELS_LAST=not x.is_contiguous(),
+        LAST=not x.is_contiguous(),
         SILU=silu,
         **launch_options(group_channels * pixels),
     )

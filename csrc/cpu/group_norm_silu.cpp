@@ -1,7 +1,7 @@
 // GroupNorm (Wu and He 2018) and SiLU in one kernel. Statistics: blocks that fit the first-level
-// cache get a two-pass mean and sum of squared deviations about a shift taken from the data, and
-// are merged in a fixed order by Chan, Golub and LeVeque's rule; so a mean of 1e4 beside a
-// deviation of 1 costs no digits, and the result does not depend on the number of threads.
+// cache get the corrected two-pass mean and sum of squared deviations, and are merged in a fixed
+// order (both by Chan, Golub and LeVeque, 1983); so a mean of 1e4 beside a deviation of 1 costs no
+// digits, and the result does not depend on the number of threads.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -84,17 +84,27 @@ inline void store_lanes(float* to, const Lanes& lanes) {
   for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, lanes.part[v]);
 }
 
-// sums += x - origin
-inline void add_deviations(const float* x, const Lanes& origin, Lanes& sums) {
-  for (int v = 0; v < kVectors; ++v) sums.part[v] += load(x + v * kWidth) - origin.part[v];
+inline void add_values(const float* x, Lanes& sums) {
+  for (int v = 0; v < kVectors; ++v) sums.part[v] += load(x + v * kWidth);
 }
 
-// squares += (x - origin - centre)^2
-inline void add_squares(const float* x, const Lanes& origin, const Lanes& centre, Lanes& squares) {
+// Sums of the deviations from a mean that is itself rounded, and of their squares.
+struct Deviations {
+  Lanes sums, squares;
+};
+
+inline void add_deviations(const float* x, const Lanes& mean, Deviations& out) {
   for (int v = 0; v < kVectors; ++v) {
-    const Vector d = load(x + v * kWidth) - origin.part[v] - centre.part[v];
-    squares.part[v] += d * d;
+    const Vector d = load(x + v * kWidth) - mean.part[v];
+    out.sums.part[v] += d;
+    out.squares.part[v] += d * d;
   }
+}
+
+// The corrected two-pass formulas: what the deviations sum to is the error of the rounded mean.
+inline Moments corrected(float mean, double count, double deviations, double squares) {
+  return {static_cast<double>(mean) + deviations / count,
+          squares - deviations * deviations / count};
 }
 
 double lane_sum(const Lanes& lanes) {
@@ -106,57 +116,53 @@ double lane_sum(const Lanes& lanes) {
 }
 
 Moments block_moments_nchw(const float* x, std::int64_t n) {
-  const Lanes origin = all_lanes(x[0]);
   const std::int64_t whole = n / kLanes * kLanes;
-  // The last lanes are filled up with the origin, which adds nothing to the sums.
-  float tail[kLanes];
-  store_lanes(tail, origin);
-  std::memcpy(tail, x + whole, static_cast<std::size_t>(n - whole) * sizeof(float));
+  const double count = static_cast<double>(n);
   Lanes sums;
-  for (std::int64_t i = 0; i < whole; i += kLanes) add_deviations(x + i, origin, sums);
-  add_deviations(tail, origin, sums);
-  const double offset = lane_sum(sums) / static_cast<double>(n);
-  const Lanes centre = all_lanes(static_cast<float>(offset));
-  Lanes squares;
-  for (std::int64_t i = 0; i < whole; i += kLanes) add_squares(x + i, origin, centre, squares);
-  double total = lane_sum(squares);
+  for (std::int64_t i = 0; i < whole; i += kLanes) add_values(x + i, sums);
+  double sum = lane_sum(sums);
+  for (std::int64_t i = whole; i < n; ++i) sum += static_cast<double>(x[i]);
+  const float mean = static_cast<float>(sum / count);
+  const Lanes means = all_lanes(mean);
+  Deviations lanes;
+  for (std::int64_t i = 0; i < whole; i += kLanes) add_deviations(x + i, means, lanes);
+  double deviations = lane_sum(lanes.sums), squares = lane_sum(lanes.squares);
   for (std::int64_t i = whole; i < n; ++i) {
-    const double d = static_cast<double>(x[i] - x[0] - static_cast<float>(offset));
-    total += d * d;
+    const double d = static_cast<double>(x[i]) - static_cast<double>(mean);
+    deviations += d;
+    squares += d * d;
   }
-  return {static_cast<double>(x[0]) + offset, total};
+  return corrected(mean, count, deviations, squares);
 }
 
 // Moments of kLanes neighbouring channels over `rows` pixels.
 void tile_moments(const float* x, std::int64_t rows, std::int64_t stride, Moments* out) {
-  const Lanes origin = load_lanes(x);
+  const double count = static_cast<double>(rows);
   Lanes sums;
-  for (std::int64_t r = 0; r < rows; ++r) add_deviations(x + r * stride, origin, sums);
-  float sum[kLanes], centre[kLanes], square[kLanes];
-  store_lanes(sum, sums);
-  const double share = 1.0 / static_cast<double>(rows);
-  for (int j = 0; j < kLanes; ++j) centre[j] = static_cast<float>(sum[j] * share);
-  const Lanes centres = load_lanes(centre);
-  Lanes squares;
-  for (std::int64_t r = 0; r < rows; ++r) add_squares(x + r * stride, origin, centres, squares);
-  store_lanes(square, squares);
-  for (int j = 0; j < kLanes; ++j) {
-    out[j] = {static_cast<double>(x[j]) + static_cast<double>(sum[j]) * share,
-              static_cast<double>(square[j])};
-  }
+  for (std::int64_t r = 0; r < rows; ++r) add_values(x + r * stride, sums);
+  float mean[kLanes], deviations[kLanes], squares[kLanes];
+  store_lanes(mean, sums);
+  for (int j = 0; j < kLanes; ++j) mean[j] = static_cast<float>(mean[j] / count);
+  const Lanes means = load_lanes(mean);
+  Deviations lanes;
+  for (std::int64_t r = 0; r < rows; ++r) add_deviations(x + r * stride, means, lanes);
+  store_lanes(deviations, lanes.sums);
+  store_lanes(squares, lanes.squares);
+  for (int j = 0; j < kLanes; ++j) out[j] = corrected(mean[j], count, deviations[j], squares[j]);
 }
 
 // The same for one channel.
 Moments channel_moments(const float* x, std::int64_t rows, std::int64_t stride) {
-  float sum = 0.0f, square = 0.0f;
-  for (std::int64_t r = 0; r < rows; ++r) sum += x[r * stride] - x[0];
-  const double offset = static_cast<double>(sum) / static_cast<double>(rows);
-  const float centre = static_cast<float>(offset);
+  const double count = static_cast<double>(rows);
+  double sum = 0.0, deviations = 0.0, squares = 0.0;
+  for (std::int64_t r = 0; r < rows; ++r) sum += static_cast<double>(x[r * stride]);
+  const float mean = static_cast<float>(sum / count);
   for (std::int64_t r = 0; r < rows; ++r) {
-    const float d = x[r * stride] - x[0] - centre;
-    square += d * d;
+    const double d = static_cast<double>(x[r * stride]) - static_cast<double>(mean);
+    deviations += d;
+    squares += d * d;
   }
-  return {static_cast<double>(x[0]) + offset, static_cast<double>(square)};
+  return corrected(mean, count, deviations, squares);
 }
 
 // Moments of every group over `rows` pixels; `out` holds one for each group.

@@ -97,7 +97,7 @@ struct SineCosine {
 static inline SineCosine box_muller_angle(std::uint32_t bits) {
   // The nearest quarter turn, and what is left: a signed fraction, scaled by 4 to fill 32 bits.
   const std::uint32_t quarter = (bits + 0x20000000u) >> 30;
-  const float angle = static_cast<float>(static_cast<std::int32_t>(bits << 2)) * 3.657383918e-10f;
+  const float angle = static_cast<float>(static_cast<std::int32_t>(bits << 2)) * 3.657295300e-10f;
   const float a2 = angle * angle;
   float s = 2.718307769e-06f;
   s = s * a2 + -1.983933471e-04f;

@@ -1,0 +1,132 @@
+"""Building and installing: the helpers of setup.py, and the package without its extension."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("advkd_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_no_compiler_is_one_clear_line(build: ModuleType, tmp_path: Path) -> None:
+    reason = build.skip_reason({"PATH": str(tmp_path)})
+    assert reason == "no C++ compiler was found (looked for $CXX, c++, g++ and clang++)"
+
+
+def test_the_extension_can_be_switched_off(build: ModuleType) -> None:
+    assert build.skip_reason(dict(os.environ) | {"ADVKD_EXT": "0"}) == "ADVKD_EXT=0 is set"
+
+
+def test_the_compiler_is_found(build: ModuleType, tmp_path: Path) -> None:
+    compiler = executable(tmp_path / "g++", "#!/bin/sh\n")
+    assert build.find_compiler({"PATH": str(tmp_path)}) == [str(compiler)]
+    chosen = build.find_compiler({"PATH": str(tmp_path), "CXX": "ccache clang++"})
+    assert chosen == ["ccache", "clang++"]
+    assert build.skip_reason({"PATH": str(tmp_path)}) is None
+
+
+def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    compiler = executable(tmp_path / "c++", "#!/bin/sh\necho 'the disk is on fire' >&2\nexit 1\n")
+    text = build.ninja_text([str(compiler)], tmp_path / "_C.so", "0", "x86_64")
+    (tmp_path / "build.ninja").write_text(text)
+    with pytest.raises(SystemExit, match=r"(?s)compiler failed.*ADVKD_EXT=0.*the disk is on fire"):
+        build.run_ninja(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "isas"),
+    [("x86_64", {"portable", "avx2", "avx512"}), ("aarch64", {"portable"})],
+)
+def test_each_kernel_is_compiled_for_each_instruction_set(
+    build: ModuleType, machine: str, isas: set[str]
+) -> None:
+    units = {name: flags for _, name, flags in build.compile_units(machine)}
+    for source in build.PER_ISA_SOURCES:
+        stem = Path(source).stem
+        assert {name.split("/")[0] for name in units if name.endswith(f"/{stem}.o")} == isas
+    assert ("-DADVKD_HAVE_AVX2" in units["dispatch.o"]) == ("avx2" in isas)
+
+
+USING = """
+import sys
+{block}
+import torch
+from advkd import ops
+x, weight, bias = torch.randn(2, 8, 5, 5), torch.ones(8), torch.zeros(8)
+index = torch.arange(2)
+y = ops.group_norm_silu(x, weight, bias, 2, 1e-5)
+torch.testing.assert_close(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 2)))
+z = ops.philox_normal(1, index, ops.X_T_STEP, (3, 4, 4))
+ops.sampling_step(z, z, [1.0] * 6, clip=1.0, seed=1, image_index=index, step=0)
+print({result})
+"""
+
+
+def run_python(code: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environ, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_reference_serves_every_op_on_request() -> None:
+    code = USING.format(block="", result="ops.describe()")
+    out = run_python(code, ADVKD_OPS="reference")
+    assert "fused" not in out.replace("no fused kernel", "")
+    assert "ADVKD_OPS=reference is set" in out
+
+
+def test_the_package_works_without_the_extension() -> None:
+    block = "sys.modules['advkd._C'] = None"
+    out = run_python(USING.format(block=block, result="ops.describe()"), ADVKD_OPS="")
+    assert "the C++ extension is not installed" in out
+
+
+def test_fused_without_the_extension_is_an_error() -> None:
+    code = """
+import sys
+sys.modules['advkd._C'] = None
+import torch
+from advkd import ops
+try:
+    ops.philox_normal(1, torch.arange(2), 0, (1, 2, 2))
+except ValueError as error:
+    print(error)
+"""
+    assert "ADVKD_OPS=fused cannot be met" in run_python(code, ADVKD_OPS="fused")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    code = """
+try:
+    from advkd import ops
+except ValueError as error:
+    print(error)
+"""
+    assert "ADVKD_OPS is 'turbo'" in run_python(code, ADVKD_OPS="turbo")
