@@ -6,17 +6,18 @@ training. `docs/protocol.md` says what the figures mean.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from advkd.checkpoint import (
     CheckpointError,
@@ -27,10 +28,11 @@ from advkd.checkpoint import (
     write_tensors,
 )
 from advkd.data import ImageSet
-from advkd.metrics import Features, FeatureNet, Judged, extract, judge, sliced_wasserstein
+from advkd.metrics import FeatureNet, Features, Judged, extract, judge, sliced_wasserstein
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.sampling import JUDGE_SEED, generate
+from advkd.training import StopSignals, progress_bar
 
 REFERENCE_SEED = JUDGE_SEED + 1  # of the teacher's samples where they stand in for real images
 TIMED_IMAGES = 64
@@ -46,16 +48,33 @@ class Protocol:
     num: int  # images drawn from each network
     teacher_steps: int  # of DDIM, eta 0
     seed: int
-    teacher: str  # hash of its weights
+    teacher: str  # hash of its weights; empty where a student is judged alone
     features: str  # hash of the network that judges
     reference: str  # hash of the images judged against
 
 
-def protocol_words(protocol: Protocol, reference: str, features: str) -> str:
-    """The protocol in words, for reports; `reference` and `features` say what these are."""
+@dataclass(frozen=True)
+class Reference:
+    """What networks are judged against.
+
+    judged: the images and their features. identity: their hash. words: what they are.
+    real: figures of training images against them, None where there are no real images.
+    """
+
+    judged: Judged
+    identity: str
+    words: str
+    real: dict[str, Any] | None
+
+
+def protocol_words(protocol: Protocol, reference: Reference, features: str) -> str:
+    """The protocol in words, for reports; `features` says what judges."""
+    how = ""
+    if protocol.teacher:
+        how = f" (the teacher by DDIM in {protocol.teacher_steps} steps, eta 0)"
     return (
-        f"{protocol.num:,} images of each network, drawn from a seed that training refuses (the "
-        f"teacher by DDIM in {protocol.teacher_steps} steps, eta 0), against {reference}. FD and "
+        f"{protocol.num:,} images of each network, drawn from a seed that training refuses{how}, "
+        f"against {reference.words}. FD and "
         f"KID on the 64 features of {features}, in float64; precision and recall by 5 nearest "
         "neighbours of the same features; SWD on pixels over 512 projections. Nothing that "
         "judges takes part in training."
@@ -70,17 +89,32 @@ def images_hash(images: ImageSet) -> str:
 
 
 def make_protocol(
-    net: FeatureNet, reference: str, teacher: UNet, num: int, teacher_steps: int
+    net: FeatureNet, reference: Reference, teacher: UNet | None, num: int, teacher_steps: int
 ) -> Protocol:
-    """The protocol under which `teacher` and its student are judged; `reference` is a hash."""
+    """The protocol under which `teacher` and its student are judged."""
     return Protocol(
         num=num,
         teacher_steps=teacher_steps,
         seed=JUDGE_SEED,
-        teacher=tensors_hash(teacher.state_dict()),
+        teacher="" if teacher is None else tensors_hash(teacher.state_dict()),
         features=tensors_hash(net.state_dict()),
-        reference=reference,
+        reference=reference.identity,
     )
+
+
+@contextlib.contextmanager
+def drawing(samplings: int) -> Iterator[Callback]:
+    """A progress bar over so many samplings of a teacher; Ctrl-C ends one at its next pass."""
+    with StopSignals() as stop, progress_bar("evaluate", 100 * samplings, unit="%") as bar:
+
+        def report(done: int, passes: int) -> None:
+            if stop.requested:
+                raise KeyboardInterrupt
+            bar.update(100 * done // passes - bar.n % 100)
+
+        yield report
+        if stop.requested:
+            raise KeyboardInterrupt
 
 
 def judge_real(net: FeatureNet, images: ImageSet, reference: Judged) -> dict[str, Any]:
@@ -103,12 +137,13 @@ def judge_teacher(
     teacher: UNet,
     reference: Judged,
     protocol: Protocol,
-    stored: tuple[Path, ...],
+    stored: tuple[Path, ...] = (),
+    keep: Path | None = None,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
     """Figures of a teacher's images: from a stored judgement of this very protocol, else drawn.
 
-    `stored` are folders that may hold one; what is drawn is kept in the last of them.
+    `stored` are folders that may hold one; what is drawn is stored in `keep`.
     """
     for folder in stored:
         found = _load_judged(folder, protocol)
@@ -120,8 +155,8 @@ def judge_teacher(
     )
     features = extract(net, images)
     swd = None if reference.images is None else sliced_wasserstein(reference.images, images)
-    if stored:
-        _save_judged(stored[-1], protocol, features, swd)
+    if keep is not None:
+        _save_judged(keep, protocol, features, swd)
     return {**judge(reference, Judged(features, None)), "swd": swd}
 
 
@@ -184,9 +219,31 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def images_reference(net: FeatureNet, train: ImageSet, held_out: ImageSet) -> Reference:
+    """Held-out images as the reference, and how training images fare against them."""
+    judged = Judged(extract(net, held_out), held_out)
+    words = f"{len(held_out):,} held-out images of {held_out.source}"
+    return Reference(judged, images_hash(held_out), words, judge_real(net, train, judged))
+
+
 def teacher_reference(
     net: FeatureNet, teacher: UNet, num: int, steps: int, callback: Callback | None = None
-) -> tuple[Judged, Tensor]:
+) -> Reference:
     """The reference where there are no real images: other samples of the teacher."""
     images = generate(teacher, num, REFERENCE_SEED, steps, batch=125, callback=callback)
-    return Judged(extract(net, images), images), images
+    judged = Judged(extract(net, images), images)
+    return Reference(judged, "teacher", "as many other samples of the teacher", None)
+
+
+def side_by_side(sides: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """Figures by side (real, teacher, student; None is left out) as sides by figure."""
+    present = {name: figures for name, figures in sides.items() if figures is not None}
+    return {
+        key: {name: figures[key] for name, figures in present.items()}
+        for key in ("fd", "kid", "precision", "recall", "swd", "classes")
+    }
+
+
+def features_kind(net: FeatureNet) -> str:
+    """What sort of network judges."""
+    return "a small autoencoder" if net.num_classes is None else "a small classifier"

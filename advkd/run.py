@@ -27,21 +27,21 @@ from advkd.config import Config, ConfigError, as_tree, parse, to_toml
 from advkd.data import ImageSet, load_images, shipped
 from advkd.distill import distil
 from advkd.judging import (
-    images_hash,
-    judge_real,
+    drawing,
+    features_kind,
+    images_reference,
     judge_student,
     judge_teacher,
     make_protocol,
     measure_milliseconds,
     parameters,
     protocol_words,
+    side_by_side,
     teacher_reference,
 )
 from advkd.metrics import (
     FeatureNet,
     FitSettings,
-    Judged,
-    extract,
     fit_features,
     load_features,
     save_features,
@@ -97,6 +97,12 @@ def read_images(config: Config) -> RealImages:
     count = min(2000, len(images) // 5)
     order = np.random.default_rng(0).permutation(len(images))
     return RealImages(_part(images, order[count:]), _part(images, order[:count]))
+
+
+def has_images(config: Config) -> bool:
+    """Whether there are real images: the user's, or those that ship beside a teacher of ours."""
+    source = config.teacher.source
+    return bool(config.data.path) or not source or source.startswith("zoo:")
 
 
 def _part(images: ImageSet, rows: np.ndarray) -> ImageSet:
@@ -260,63 +266,52 @@ def features_of(run: Run) -> FeatureNet:
 def make_judgement(run: Run) -> float:
     """Judge teacher and student, and measure their speed, into report/summary.json."""
     began = time.monotonic()
-    settings = run.config.evaluate
-    teacher, student, net = run.teacher(), run.student(), features_of(run)
-    images = run.images()
-    steps = settings.teacher_steps
-    total = 2 if images is None else 1
-    with progress_bar("evaluate", 100 * total, unit="%") as bar:
-
-        def report(done: int, passes: int) -> None:
-            bar.update(100 * done // passes - bar.n % 100)
-
-        real = None
-        if images is None:
-            reference, _ = teacher_reference(net, teacher, settings.num, steps, report)
-            reference_hash, reference_words = "teacher", "as many other samples of the teacher"
-        else:
-            held_out = images.held_out
-            reference = Judged(extract(net, held_out), held_out)
-            reference_hash = images_hash(held_out)
-            reference_words = f"{len(held_out):,} held-out images of {held_out.source}"
-            real = judge_real(net, images.train, reference)
-        protocol = make_protocol(net, reference_hash, teacher, settings.num, steps)
-        source = run.config.teacher.source
-        stored = (*((resolve(source),) if source else ()), run.folder / "judged")
-        of_teacher = judge_teacher(net, teacher, reference, protocol, stored, report)
-        of_student = judge_student(net, student, reference, protocol)
-    features_words = _features_words(run, net)
-    summary = _side_by_side(real, of_teacher, of_student)
-    summary |= _costs(teacher, student, steps)
+    figures, protocol, features = judge_run(run)
+    teacher, student, steps = run.teacher(), run.student(), run.config.evaluate.teacher_steps
+    summary = figures | _costs(teacher, student, steps)
     summary |= {
         "name": run.config.name,
         "student_family": student.config.family,
         "teacher_steps": steps,
-        "protocol": protocol_words(protocol, reference_words, features_words),
-        "features": features_words,
+        "protocol": protocol,
+        "features": features,
     }
     write_json(run.folder / "report" / "summary.json", summary)
     return time.monotonic() - began
 
 
+def judge_run(run: Run, fresh: bool = False) -> tuple[dict[str, Any], str, str]:
+    """Figures of real images, teacher and student; the protocol and what judges, in words.
+
+    A stored judgement of the teacher is used where it fits, unless `fresh`; what is drawn anew is
+    stored with the run.
+    """
+    settings, images = run.config.evaluate, run.images()
+    teacher, student, net = run.teacher(), run.student(), features_of(run)
+    num, steps = settings.num, settings.teacher_steps
+    source, own = run.config.teacher.source, run.folder / "judged"
+    stored: tuple[Path, ...] = ()
+    if not fresh:
+        stored = (*((resolve(source),) if source else ()), own)
+    with drawing(2 if images is None else 1) as report:
+        if images is None:
+            reference = teacher_reference(net, teacher, num, steps, report)
+        else:
+            reference = images_reference(net, images.train, images.held_out)
+        protocol = make_protocol(net, reference, teacher, num, steps)
+        of_teacher = judge_teacher(net, teacher, reference.judged, protocol, stored, own, report)
+        of_student = judge_student(net, student, reference.judged, protocol)
+    sides = {"real": reference.real, "teacher": of_teacher, "student": of_student}
+    features = _features_words(run, net)
+    return side_by_side(sides), protocol_words(protocol, reference, features), features
+
+
 def _features_words(run: Run, net: FeatureNet) -> str:
-    kind = "a small autoencoder" if net.num_classes is None else "a small classifier"
+    kind = features_kind(net)
     if run.config.evaluate.features:
         return f"{kind} ({run.config.evaluate.features})"
     fitted = (run.folder / "features" / "config.json").is_file()
     return f"{kind} fitted on the training images" if fitted else f"{kind} that ships with advkd"
-
-
-def _side_by_side(
-    real: dict[str, Any] | None, teacher: dict[str, Any], student: dict[str, Any]
-) -> dict[str, Any]:
-    sides = {"teacher": teacher, "student": student}
-    if real is not None:
-        sides = {"real": real, **sides}
-    return {
-        key: {name: side[key] for name, side in sides.items()}
-        for key in ("fd", "kid", "precision", "recall", "swd", "classes")
-    }
 
 
 def _costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:
