@@ -77,13 +77,16 @@ def sample(
 
     `indices` (B,) are image numbers under `seed`; `keep` are numbers of steps (1..N, ascending)
     after which x0_hat (target "denoised") or x_t (target "state") is kept. The final sample is
-    always kept, in place of step N's. Raises ValueError for a target that does not exist.
+    always kept, in place of step N's. Raises ValueError for a target or a step to keep that does
+    not exist.
     """
+    N = len(table)
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is not one of {TARGETS}")
-    N = len(table)
-    device = unet.conv_in.weight.device
-    x_t = draw_x_T(seed, indices, shape_of(unet, size)).to(device)
+    if any(not a < b for a, b in zip((0, *keep), (*keep, N + 1), strict=True)):
+        raise ValueError(f"keep={list(keep)} are not ascending numbers of steps from 1 to {N}")
+    indices = indices.to(unet.conv_in.weight.device)
+    x_t = draw_x_T(seed, indices, shape_of(unet, size))
     wanted = set(keep) - {N}
     kept = []
     for i, t in enumerate(table.timesteps.tolist()):
@@ -123,14 +126,15 @@ def generate(
     A student makes each in one pass (`exit_at` leaves early), a teacher by `sampler` in `steps`
     steps. `y` (num,) int64 are labels for a class-conditional model; without them they are drawn
     from the seed. `batch` images are drawn at once, several batches at a time on `threads`
-    threads (0: as many as torch has). `callback` is told (passes done, passes in all).
+    threads (0: as many as torch has). `callback` is told (passes done, passes in all). Raises
+    ValueError for what the model cannot do.
     """
-    if num < 0:
-        raise ValueError(f"num={num} is negative")
+    if num < 0 or batch < 1:
+        raise ValueError(f"num={num} is negative or batch={batch} below 1")
+    if exit_at is not None and isinstance(model, UNet):
+        raise ValueError(f"exit_at={exit_at}: only a student can leave early, not a teacher")
     numbers = torch.arange(first, first + num)
-    classes = model.num_classes if isinstance(model, Student) else model.config.num_class_embeds
-    if y is None and classes is not None:
-        y = draw_labels(seed, numbers, classes)
+    y = _labels(model, seed, numbers, y)
     device = next(model.parameters()).device
     batches = [slice(start, min(start + batch, num)) for start in range(0, num, batch)]
     table = None
@@ -160,6 +164,18 @@ def generate(
     return torch.cat(images).contiguous() if images else torch.empty((0, *_shape(model)))
 
 
+def _labels(model: UNet | Student, seed: int, numbers: Tensor, y: Tensor | None) -> Tensor | None:
+    """The labels given, checked; where there are none, drawn for a class-conditional model."""
+    classes = model.num_classes if isinstance(model, Student) else model.config.num_class_embeds
+    if y is None:
+        return None if classes is None else draw_labels(seed, numbers, classes)
+    if y.shape != numbers.shape:
+        raise ValueError(f"y holds {y.numel()} labels for {len(numbers)} images")
+    if classes is not None and ((y < 0) | (y >= classes)).any():
+        raise ValueError(f"y holds a label that is not one of 0 .. {classes - 1}")
+    return y
+
+
 def _shape(model: UNet | Student) -> tuple[int, int, int]:
     if isinstance(model, Student):
         return model.channels, model.size, model.size
@@ -170,6 +186,6 @@ def _shape(model: UNet | Student) -> tuple[int, int, int]:
 def _in_one_pass(
     student: Student, seed: int, indices: Tensor, y: Tensor | None, exit_at: int | None
 ) -> Tensor:
-    x_T = draw_x_T(seed, indices, _shape(student)).to(next(student.parameters()).device)
-    image: Tensor = student(x_T, y, exit_at)
+    indices = indices.to(next(student.parameters()).device)
+    image: Tensor = student(draw_x_T(seed, indices, _shape(student)), y, exit_at)
     return image
