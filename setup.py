@@ -156,9 +156,8 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["advkd", "advkd.*"]), "advkd.kernels"],
         package_dir={"advkd.kernels": "kernels"},
-        package_data={
-            "advkd": ["py.typed", "presets/*.toml", "zoo/**/*", "datasets/**/*"],
-        },
+        include_package_data=False,
+        package_data={"advkd": ["presets/*.toml", "zoo/**/*", "datasets/**/*"]},
         ext_modules=[] if reason else [Extension("advkd._C", sources=[])],
         cmdclass={"build_ext": NinjaBuildExt},
     )
