@@ -22,6 +22,8 @@ class Workers:
     """
 
     def __init__(self, threads: int, device: torch.device):
+        if threads < 0:
+            raise ValueError(f"threads={threads} is negative")
         self.count = 1
         self._threads_before = torch.get_num_threads()
         if device.type == "cpu":
@@ -55,7 +57,10 @@ class Workers:
             parameter.grad = _laid_as(parameter, gradient)
         return {
             key: sum(
-                (values[key] * weight for (_, values), weight in zip(results, weights, strict=True)),
+                (
+                    values[key] * weight
+                    for (_, values), weight in zip(results, weights, strict=True)
+                ),
                 start=torch.zeros(()),
             )
             for key in results[0][1]

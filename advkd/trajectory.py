@@ -23,7 +23,15 @@ from advkd.checkpoint import CheckpointError, read_json, replacing, tensors_hash
 from advkd.config import ConfigError, TrajectoryConfig
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
-from advkd.sampling import JUDGE_SEED, draw_labels, draw_x_T, sample, shape_of, table_of
+from advkd.sampling import (
+    JUDGE_SEED,
+    TARGETS,
+    draw_labels,
+    draw_x_T,
+    sample,
+    shape_of,
+    table_of,
+)
 
 INDEX = "index.json"
 
@@ -56,8 +64,10 @@ def index_of(
     """The index of the store that these settings ask for. `kept` = K targets, evenly spaced."""
     if not 0 <= seed < JUDGE_SEED:
         raise ConfigError(f"seed={seed} is not below 2**63, where seeds for judging begin")
-    if settings.dtype not in ("float16", "float32"):
-        raise ConfigError(f"trajectory.dtype={settings.dtype!r} is not float16 or float32")
+    _check(settings)
+    if unet.config.sample_size not in (None, size):
+        side = unet.config.sample_size
+        raise ConfigError(f"the teacher makes images of {side}x{side}, but data.size={size}")
     table = table_of(unet.schedule, settings.sampler, settings.steps, settings.eta)
     N = len(table)
     if kept > N:
@@ -78,11 +88,23 @@ def index_of(
     )
 
 
+def _check(settings: TrajectoryConfig) -> None:
+    for key, value, allowed in (
+        ("dtype", settings.dtype, ("float16", "float32")),
+        ("target", settings.target, TARGETS),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"trajectory.{key}={value!r} is not one of {', '.join(allowed)}")
+    for key, number in (("num", settings.num), ("shard", settings.shard)):
+        if number < 1:
+            raise ConfigError(f"trajectory.{key}={number} is below 1")
+
+
 class Trajectories:
     """A store that is whole up to `num` trajectories: reads targets, draws x_T and labels."""
 
     def __init__(self, folder: Path, num: int):
-        self.index = TrajectoryIndex(**read_json(folder / INDEX))
+        self.index = _read_index(folder)
         self.num = num
         self._maps = []
         for i in range(-(-num // self.index.shard)):
@@ -111,6 +133,13 @@ class Trajectories:
         return draw_labels(self.index.seed, indices, self.index.num_classes)
 
 
+def _read_index(folder: Path) -> TrajectoryIndex:
+    try:
+        return TrajectoryIndex(**read_json(folder / INDEX))
+    except TypeError as error:
+        raise CheckpointError(f"{folder / INDEX} is no index of trajectories: {error}") from None
+
+
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
 
@@ -126,7 +155,7 @@ def _check_shard(folder: Path, number: int) -> None:
     written = read_json(path.with_suffix(".json"))
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
-    if _sha256(path) != written["sha256"]:
+    if _sha256(path) != written.get("sha256"):
         raise CheckpointError(f"{path} is not the file that was written (checksum differs)")
 
 
@@ -140,11 +169,12 @@ def _is_whole(folder: Path, number: int) -> bool:
 
 def open_store(folder: Path, wanted: TrajectoryIndex) -> None:
     """Begin a store, or check that the one there is the wanted one; ConfigError if it is not."""
-    path = folder / INDEX
-    if not path.exists():
-        write_json(path, asdict(wanted))
+    if not (folder / INDEX).exists():
+        if any(folder.glob("shard-*.npy")):
+            raise ConfigError(f"{folder} holds shards, but no {INDEX}; remove that folder")
+        write_json(folder / INDEX, asdict(wanted))
         return
-    found = TrajectoryIndex(**read_json(path))
+    found = _read_index(folder)
     if found != wanted:
         theirs, ours = asdict(found), asdict(wanted)
         differing = [key for key in ours if ours[key] != theirs[key]]
