@@ -20,6 +20,18 @@ import torch
 from PIL import Image, ImageOps
 
 _SHIPPED = Path(__file__).parent / "datasets" / "fashion-mnist"
+CLASS_NAMES = (  # of the shipped data's labels 0 .. 9
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 _IDX_UBYTE = 0x08  # the IDX header's code for unsigned bytes, the only one that MNIST-like sets use
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")

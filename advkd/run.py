@@ -24,7 +24,7 @@ from advkd.checkpoint import (
     write_json,
 )
 from advkd.config import Config, ConfigError, as_tree, parse, to_toml
-from advkd.data import ImageSet, load_images, shipped
+from advkd.data import CLASS_NAMES, ImageSet, load_images, shipped
 from advkd.distill import distil
 from advkd.judging import (
     drawing,
@@ -48,8 +48,9 @@ from advkd.metrics import (
 )
 from advkd.models.student import Student
 from advkd.models.unet import UNet
+from advkd.pictures import Pictures, read_metrics
 from advkd.pretrained import load_student, load_teacher, resolve, save_teacher
-from advkd.report import Pictures, read_metrics, write_report
+from advkd.report import write_report
 from advkd.sampling import JUDGE_SEED, area_resized, draw_labels, draw_x_T, sample, table_of
 from advkd.teacher import train_teacher
 from advkd.training import Interrupted, StopSignals, progress_bar
@@ -150,7 +151,8 @@ class Run:
 
     def _refuse_other(self, stored: Config) -> None:
         for i, stage in enumerate(STAGES):
-            differing = _differing(stored, self.config, _DEPENDS[stage] + (("run",) if i == 0 else ()))
+            tables = ("run", *_DEPENDS[stage]) if i == 0 else _DEPENDS[stage]
+            differing = _differing(stored, self.config, tables)
             begun = [later for later in STAGES[i:] if self._has_begun(later)]
             if differing and begun:
                 raise ConfigError(
@@ -276,6 +278,8 @@ def make_judgement(run: Run) -> float:
         "protocol": protocol,
         "features": features,
     }
+    if run.has_images and not (run.config.data.path or run.config.evaluate.features):
+        summary["class_names"] = CLASS_NAMES
     write_json(run.folder / "report" / "summary.json", summary)
     return time.monotonic() - began
 

@@ -16,14 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd.report import (
-    Pictures,
-    final_table,
-    image_grid,
-    read_metrics,
-    save_png,
-    write_report,
-)
+from advkd.pictures import Pictures, image_grid, read_metrics
+from advkd.report import final_table, save_png, write_report
 
 NASTY = '<script>alert("x")</script> & <img src=x onerror=y>'
 
