@@ -18,7 +18,7 @@ def guarded(command: Callable[[], None]) -> int:
 
     130 means that it was stopped by a signal and goes on when it is run again.
     """
-    warnings.showwarning = _one_line_warning
+    warnings.showwarning = _one_line_warning  # type: ignore[assignment]
     try:
         command()
     except (CheckpointError, TrainingError, ValueError, OSError) as error:

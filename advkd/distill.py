@@ -130,8 +130,8 @@ class Distillation:
         torch.manual_seed(config.run.seed)
         student = Student(config.student, size, C, index.target, index.num_classes)
         D = Discriminator(config.discriminator, size, C, self.stages, index.num_classes)
-        self.student = student.to(self.device, memory_format=torch.channels_last)
-        self.discriminator = D.to(self.device, memory_format=torch.channels_last)
+        self.student = student.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.discriminator = D.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.student, self.settings.ema)
         self.weights = head_weights(self.settings.head_weights, len(self.stages))
         betas = (self.settings.beta1, self.settings.beta2)
@@ -143,9 +143,7 @@ class Distillation:
     def batch(self, step: int) -> Batch:
         """The trajectories that belong to `step`."""
         generator = generator_at(self.config.run.seed, step, STAGE)
-        indices = torch.randint(
-            self.trajectories.num, (self.settings.batch,), generator=generator
-        )
+        indices = torch.randint(self.trajectories.num, (self.settings.batch,), generator=generator)
         targets = self.trajectories.targets(indices)
         y = self.trajectories.labels(indices)
         return Batch(

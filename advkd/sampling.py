@@ -36,9 +36,7 @@ def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTa
 
 def draw_x_T(seed: int, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """x_T ~ N(0, I) of the images `indices` (B,) int64: (B, C, H, W) float32, channels_last."""
-    return ops.philox_normal(
-        seed, indices, ops.X_T_STEP, shape, memory_format=torch.channels_last
-    )
+    return ops.philox_normal(seed, indices, ops.X_T_STEP, shape, memory_format=torch.channels_last)
 
 
 def draw_labels(seed: int, indices: Tensor, num_classes: int) -> Tensor:

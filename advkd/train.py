@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="PATH", help="folder of images, .npz/.npy array or IDX file")
     p.add_argument("--teacher", metavar="FOLDER", help="a DDPM saved by diffusers or advkd")
     p.add_argument("--name", help="name of the run (default: the preset's, or the folder's)")
-    p.add_argument("--runs", metavar="FOLDER", type=Path, default=Path("runs"), help="where runs go")
+    p.add_argument(
+        "--runs", metavar="FOLDER", type=Path, default=Path("runs"), help="where runs go"
+    )
     p.add_argument("--stage", choices=STAGES, help="this stage only (default: all)")
     p.add_argument("--redo", choices=STAGES, help="remove this stage and all later ones first")
     p.add_argument("--init", metavar="FOLDER", help="start the teacher's training from this one")

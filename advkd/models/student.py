@@ -7,6 +7,7 @@ h_0 = stem(x_T); h_k = f_k(h_{k-1}); xhat^(k) = head_k(h_k). Two families share 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,12 @@ class Submodule(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_skip: int, config: StudentConfig, k: int, temb: int | None, double: bool
+        self, c_in: int, c_skip: int, config: StudentConfig, k: int, temb: int | None, doubles: bool
     ):
         super().__init__()
         width = config.widths[k]
         self.reduce = nn.Conv2d(c_in, width, 1) if c_in != width else None
-        self.double = double
+        self.doubles = doubles
         self.blocks = nn.ModuleList(
             ResnetBlock(width + (c_skip if i == 0 else 0), width, temb, config.groups)
             for i in range(config.blocks)
@@ -55,7 +56,7 @@ class Submodule(nn.Module):
     def forward(self, h: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
         if self.reduce is not None:
             h = self.reduce(h)
-        if self.double:
+        if self.doubles:
             h = F.interpolate(h, scale_factor=2.0, mode="nearest")
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
@@ -71,8 +72,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.downs = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
-            for c_in, c_out in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in pairwise(widths)
         )
         self.blocks = nn.ModuleList(ResnetBlock(c, c, temb, groups) for c in widths[1:])
 
@@ -132,10 +132,10 @@ class Student(nn.Module):
         self.submodules = nn.ModuleList()
         self.heads = nn.ModuleList()
         for k, r in enumerate(config.stages):
-            double = k > 0 and r != config.stages[k - 1]
-            c_skip = config.widths[k] if self.encoder is not None and double else 0
+            doubles = k > 0 and r != config.stages[k - 1]
+            c_skip = config.widths[k] if self.encoder is not None and doubles else 0
             c_in = config.widths[max(k - 1, 0)]
-            self.submodules.append(Submodule(c_in, c_skip, config, k, temb, double))
+            self.submodules.append(Submodule(c_in, c_skip, config, k, temb, doubles))
             self.heads.append(Head(config.widths[k], channels, config.groups))
 
     def _trunk(self, x_T: Tensor, y: Tensor | None, depth: int) -> list[Tensor]:
@@ -151,12 +151,14 @@ class Student(nn.Module):
         h = skips.pop() if self.encoder is not None or self.stem is None else self.stem(x_T)
         features = []
         for submodule in self.submodules[:depth]:
-            skip = skips.pop() if submodule.double and skips else None
+            skip = skips.pop() if submodule.doubles and skips else None
             h = submodule(h, skip, temb)
             features.append(h)
         return features
 
-    def states(self, x_T: Tensor, y: Tensor | None = None, depth: int | None = None) -> list[Tensor]:
+    def states(
+        self, x_T: Tensor, y: Tensor | None = None, depth: int | None = None
+    ) -> list[Tensor]:
         """All heads' images xhat^(1) .. xhat^(K), each at its stage's resolution."""
         features = self._trunk(x_T, y, len(self.heads) if depth is None else depth)
         return [head(h) for head, h in zip(self.heads, features, strict=False)]
@@ -181,8 +183,8 @@ def _check(config: StudentConfig, size: int) -> None:
         raise ValueError(f"student.family={config.family!r} is not one of {FAMILIES}")
     if not stages or len(stages) != len(config.widths):
         raise ValueError(f"student.widths has {len(config.widths)} entries, stages {len(stages)}")
-    steps = zip(stages, stages[1:], strict=False)
-    if stages[-1] != size or any(b not in (a, 2 * a) for a, b in steps) or size % stages[0]:
+    doubling = all(b in (a, 2 * a) for a, b in pairwise(stages))
+    if stages[-1] != size or not doubling or size % stages[0]:
         raise ValueError(
             f"student.stages={list(stages)} must keep or double the resolution up to {size}"
         )
