@@ -55,13 +55,10 @@ class Workers:
             torch._foreach_add_(total, list(gradients), alpha=weight)
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = _laid_as(parameter, gradient)
+        zero = torch.zeros(())
         return {
             key: sum(
-                (
-                    values[key] * weight
-                    for (_, values), weight in zip(results, weights, strict=True)
-                ),
-                start=torch.zeros(()),
+                (logged[key] * w for (_, logged), w in zip(results, weights, strict=True)), zero
             )
             for key in results[0][1]
         }

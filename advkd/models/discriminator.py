@@ -37,6 +37,8 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = config.widths
         self.levels = [size >> (i + 1) for i in range(len(widths))]
+        if not widths:
+            raise ValueError("discriminator.widths is empty")
         if size % (1 << len(widths)):
             raise ValueError(f"{len(widths)} halvings do not fit images of size {size}")
         self.size, self.stages = size, tuple(stages)
@@ -89,5 +91,7 @@ class Discriminator(nn.Module):
             if y is None:
                 raise ValueError("this discriminator is class-conditional: pass labels y (B,)")
             projected = projected + self.class_embedding(y)
+        elif y is not None:
+            raise ValueError("this discriminator is unconditional: it takes no labels")
         logits: Tensor = self.out(phi).squeeze(1) + (projected * phi).sum(dim=1)
         return logits

@@ -183,6 +183,11 @@ def _check(config: StudentConfig, size: int) -> None:
         raise ValueError(f"student.family={config.family!r} is not one of {FAMILIES}")
     if not stages or len(stages) != len(config.widths):
         raise ValueError(f"student.widths has {len(config.widths)} entries, stages {len(stages)}")
+    if min(*stages, *config.widths, config.blocks, config.groups) < 1:
+        raise ValueError(
+            f"student.stages={list(stages)}, widths={list(config.widths)}, blocks={config.blocks} "
+            f"and groups={config.groups} must be positive"
+        )
     doubling = all(b in (a, 2 * a) for a, b in pairwise(stages))
     if stages[-1] != size or not doubling or size % stages[0]:
         raise ValueError(
