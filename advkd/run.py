@@ -88,13 +88,19 @@ class RealImages:
 
 
 def read_images(config: Config) -> RealImages:
-    """The shipped Fashion-MNIST, or `data.path` with every fifth image (at most 2,000) held out."""
+    """The shipped Fashion-MNIST, or `data.path` with a part held out."""
     d = config.data
     if not d.path:
         return RealImages(shipped("train"), shipped("test"))
-    images = load_images(d.path, size=d.size, channels=d.channels, crop=d.crop)
+    return hold_out(load_images(d.path, size=d.size, channels=d.channels, crop=d.crop))
+
+
+def hold_out(images: ImageSet) -> RealImages:
+    """Keep every fifth image (at most 2,000), always the same ones, apart from the training."""
     if len(images) < MIN_IMAGES:
-        raise ConfigError(f"{d.path} holds {len(images)} images; at least {MIN_IMAGES} are needed")
+        raise ConfigError(
+            f"{images.source} holds {len(images)} images; at least {MIN_IMAGES} are needed"
+        )
     count = min(2000, len(images) // 5)
     order = np.random.default_rng(0).permutation(len(images))
     return RealImages(_part(images, order[count:]), _part(images, order[:count]))

@@ -1,0 +1,292 @@
+"""`python -m advkd.evaluate`: judge a run or networks on their own, or fit features that judge."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from advkd.checkpoint import CheckpointError
+from advkd.cli import add_threads, guarded, use_threads
+from advkd.config import parse
+from advkd.data import CLASS_NAMES, ImageSet, load_images, shipped
+from advkd.judging import (
+    drawing,
+    features_kind,
+    images_reference,
+    judge_student,
+    judge_teacher,
+    make_protocol,
+    protocol_words,
+    side_by_side,
+)
+from advkd.metrics import (
+    FeatureNet,
+    FitSettings,
+    fit_features,
+    load_features,
+    save_features,
+)
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pretrained import load_student, load_teacher, resolve
+from advkd.report import COLUMNS, DASH, QUALITY
+from advkd.run import RealImages, Run, has_images, hold_out, judge_run
+from advkd.sampling import shape_of
+from advkd.training import StopSignals, progress_bar
+
+# What to do, and the options that go with it.
+MODES = {
+    "run": ("fresh",),
+    "networks": (
+        "student",
+        "teacher",
+        "scheduler",
+        "data",
+        "no_crop",
+        "features",
+        "num",
+        "teacher_steps",
+        "fresh",
+    ),
+    "fit_features": ("out", "steps", "seed", "size", "channels", "no_crop", "no_flip"),
+}
+NUM, TEACHER_STEPS = 2000, 50
+EPILOG = """\
+One of three things at a time:
+  --run runs/NAME                judges the run's teacher and student by the run's own protocol;
+  --student and/or --teacher     judges networks on their own, against the held-out images that
+                                 ship or a fifth (at most 2,000) of --data;
+  --fit-features DATA --out F    fits a network whose features judge: a classifier where the data
+                                 have labels, else an autoencoder. DATA may be `shipped`.
+A teacher that was judged before under the very same protocol is not drawn again, but with --fresh.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `advkd evaluate`."""
+    p = argparse.ArgumentParser(
+        prog="advkd evaluate",
+        description="Judge networks beside real images, or fit the features that judge.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--run", metavar="FOLDER", type=Path, help="a run of advkd train")
+    p.add_argument("--fresh", action="store_true", default=None, help="draw the teacher's anew")
+    p.add_argument("--student", metavar="FOLDER", help="a student, or zoo:NAME")
+    p.add_argument("--teacher", metavar="FOLDER", help="a DDPM, or zoo:NAME")
+    p.add_argument("--scheduler", metavar="FOLDER", help="where scheduler_config.json is")
+    p.add_argument("--data", metavar="PATH", help="images to judge against (default: shipped)")
+    p.add_argument("--features", metavar="FOLDER", help="fitted by --fit-features")
+    p.add_argument("--num", type=int, help=f"images of each network (default {NUM})")
+    p.add_argument("--teacher-steps", type=int, metavar="N", help=f"default {TEACHER_STEPS}")
+    fit = p.add_argument_group("fitting features")
+    fit.add_argument("--fit-features", metavar="DATA", help="folder, .npz/.npy, IDX or `shipped`")
+    fit.add_argument("--out", metavar="FOLDER", type=Path, help="where the features go")
+    fit.add_argument("--steps", type=int, help=f"default {FitSettings.steps}")
+    fit.add_argument("--seed", type=int, help="default 0")
+    fit.add_argument("--size", type=int, help="pixels of a side that the data are resized to")
+    fit.add_argument("--channels", type=int, choices=(1, 3), help="greyscale or RGB")
+    fit.add_argument(
+        "--no-flip", action="store_true", default=None, help="do not mirror (letters, digits)"
+    )
+    p.add_argument(
+        "--no-crop", action="store_true", default=None, help="resize both sides, cut nothing off"
+    )
+    add_threads(p)
+    return p
+
+
+def mode_of(args: argparse.Namespace) -> str:
+    """Which of MODES is meant; ValueError where that is unclear, or an option does not go along."""
+    meant = {
+        "run": args.run is not None,
+        "networks": args.student is not None or args.teacher is not None,
+        "fit_features": args.fit_features is not None,
+    }
+    modes = [mode for mode, is_meant in meant.items() if is_meant]
+    if len(modes) != 1:
+        raise ValueError("give either --run, or --student and --teacher, or --fit-features")
+    mode = modes[0]
+    every = {option for options in MODES.values() for option in options}
+    for option in sorted(every - set(MODES[mode])):
+        if getattr(args, option) is not None:
+            wrong, name = (f"--{word.replace('_', '-')}" for word in (option, mode))
+            where = "--student or --teacher" if mode == "networks" else name
+            raise ValueError(f"{wrong} does not go with {where}")
+    return mode
+
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Judge a run's teacher and student by the run's configuration."""
+    stored = args.run / "config.toml"
+    if not stored.is_file():
+        raise CheckpointError(f"{args.run} is no run of advkd train: it has no config.toml")
+    config = parse(stored.read_text(), where=str(stored))
+    run = Run(config, args.run, has_images(config))
+    for stage in ("teacher", "distil"):
+        if not run.is_done(stage):
+            raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
+    figures, protocol, _ = judge_run(run, fresh=bool(args.fresh))
+    is_shipped = run.has_images and not (config.data.path or config.evaluate.features)
+    print(quality_table(figures, CLASS_NAMES if is_shipped else None))
+    print(f"\n{textwrap.fill(protocol, 100)}")
+
+
+def evaluate_networks(args: argparse.Namespace) -> None:
+    """Judge a student, a teacher or both against held-out images."""
+    student = None if args.student is None else load_student(args.student)
+    teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
+    channels, size = _shape(student, teacher)
+    images = _real_images(args, size, channels)
+    net, features = _features(args.features, size, channels)
+    num = NUM if args.num is None else args.num
+    steps = TEACHER_STEPS if args.teacher_steps is None else args.teacher_steps
+    reference = images_reference(net, images.train, images.held_out)
+    protocol = make_protocol(net, reference, teacher, num, steps)
+    of_teacher = of_student = None
+    if teacher is not None:
+        stored = () if args.fresh else (resolve(args.teacher),)
+        with drawing(1) as report:
+            of_teacher = judge_teacher(
+                net, teacher, reference.judged, protocol, stored, callback=report
+            )
+    if student is not None:
+        of_student = judge_student(net, student, reference.judged, protocol)
+    sides = {"real": reference.real, "teacher": of_teacher, "student": of_student}
+    names = None if args.data or args.features else CLASS_NAMES
+    print(quality_table(side_by_side(sides), names))
+    print(f"\n{textwrap.fill(protocol_words(protocol, reference, features), 100)}")
+
+
+def _shape(student: Student | None, teacher: UNet | None) -> tuple[int, int]:
+    """(channels, pixels of a side) of the networks' images, which must be the same."""
+    shapes = set()
+    if student is not None:
+        shapes.add((student.channels, student.size))
+    if teacher is not None:
+        shapes.add(shape_of(teacher)[:2])
+    if len(shapes) > 1:
+        raise ValueError("teacher and student make images of different sizes or channels")
+    return shapes.pop()
+
+
+def _real_images(args: argparse.Namespace, size: int, channels: int) -> RealImages:
+    if args.data is not None:
+        images = load_images(args.data, size=size, channels=channels, crop=not args.no_crop)
+        return hold_out(images)
+    if (size, channels) != (28, 1):
+        raise ValueError(
+            f"these images are {channels}x{size}x{size} and those that ship 1x28x28: give --data"
+        )
+    return RealImages(shipped("train"), shipped("test"))
+
+
+def _features(folder: str | None, size: int, channels: int) -> tuple[FeatureNet, str]:
+    """The network that judges, and what it is in words."""
+    if folder is not None:
+        net = load_features(resolve(folder))
+        return net, f"{features_kind(net)} ({folder})"
+    if (size, channels) != (28, 1):
+        raise ValueError(
+            f"the features that ship are for 1x28x28 images, and these are {channels}x{size}x{size}"
+            ": fit some with --fit-features DATA --out FOLDER, then give --features FOLDER"
+        )
+    net = load_features()
+    return net, f"{features_kind(net)} that ships with advkd"
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Fit features, save them and say how good they are on held-out images."""
+    if args.out is None:
+        raise ValueError("--fit-features needs --out FOLDER")
+    if (args.out / "config.json").exists():
+        raise ValueError(f"{args.out} holds features already, and figures by them would not last")
+    if args.fit_features == "shipped":
+        images = RealImages(shipped("train"), shipped("test"))
+    else:
+        crop = not args.no_crop
+        read = load_images(args.fit_features, size=args.size, channels=args.channels, crop=crop)
+        images = hold_out(read)
+    settings = FitSettings(
+        steps=FitSettings.steps if args.steps is None else args.steps,
+        seed=args.seed or 0,
+        flip=not args.no_flip,
+    )
+    with StopSignals() as stop, progress_bar("features", settings.steps) as bar:
+
+        def report(step: int, loss: float) -> None:
+            if stop.requested:
+                raise KeyboardInterrupt
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        net = fit_features(
+            images.train, settings=settings, held_out=images.held_out, progress=report
+        )
+    save_features(net, args.out)
+    count = f"{len(images.held_out):,} held-out images"
+    if net.num_classes is None:
+        quality = f"mean squared error {reconstruction_error(net, images.held_out):.4f} on {count}"
+    else:
+        quality = f"{100 * net.record['held_out_accuracy']:.2f}% right on {count}"
+    print(f"{args.out}: {features_kind(net)}, {quality}")
+
+
+@torch.inference_mode()
+def reconstruction_error(net: FeatureNet, images: ImageSet, batch: int = 256) -> float:
+    """An autoencoder's mean squared error per pixel value, images in [-1, 1]."""
+    total = 0.0
+    for start in range(0, len(images), batch):
+        x = images.batch(np.arange(start, min(start + batch, len(images))))
+        total += float((net(x)[1] - x).square().mean((1, 2, 3)).double().sum())
+    return total / len(images)
+
+
+def quality_table(figures: Mapping[str, Any], class_names: Sequence[str] | None = None) -> str:
+    """All figures of quality, a column each for real, teacher and student as far as they exist.
+
+    figures: by figure and side, as `advkd.judging.side_by_side` gives them. Class shares are in
+    percent, under `class_names` or numbers. What is missing is a dash.
+    """
+    columns = [column for column in COLUMNS if column in figures["fd"]]
+    better = {"lower": "↓", "higher": "↑"}
+    rows = [
+        (f"{label} {better[direction]}", [figures[key].get(column) for column in columns], ".4g")
+        for key, label, _, direction, _ in QUALITY
+    ]
+    classes = [figures["classes"].get(column) for column in columns]
+    for c in range(max((len(shares) for shares in classes if shares), default=0)):
+        name = class_names[c] if class_names else f"class {c}"
+        shares = [100 * side[c] if side else None for side in classes]
+        rows.append((f"{name}, %", shares, ".1f"))
+    stub = max(len(label) for label, _, _ in rows)
+    lines = [" " * stub + "".join(f"{column:>11}" for column in columns)]
+    for label, values, form in rows:
+        cells = (DASH if value is None else format(value, form) for value in values)
+        lines.append(f"{label:<{stub}}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Do the one thing that the arguments ask for."""
+    actions = {"run": evaluate_run, "networks": evaluate_networks, "fit_features": fit}
+    action = actions[mode_of(args)]
+    use_threads(args.threads)
+    action(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: evaluate(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""`python -m advkd.sample`: draw images from a student in one pass, or from a teacher in many."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advkd.checkpoint import write_bytes
+from advkd.cli import add_threads, guarded, use_threads
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pictures import image_grid
+from advkd.pretrained import load_student, load_teacher
+from advkd.report import save_png
+from advkd.sampling import SAMPLERS, draw_labels, generate
+from advkd.training import StopSignals, progress_bar
+
+SHIPPED = "zoo:fashion-mnist-student"
+TEACHER_STEPS = 50
+TILE = 64  # pixels of a tile's side that the grid grows small images up to, by whole factors
+EPILOG = """\
+An image depends on --seed and its number alone: --first 10 --num 1 draws the eleventh of --num 64
+again. Without --student and --teacher, the student that ships is drawn from. --out takes a grid of
+all images; --npz an archive of the arrays `images`, float32 (N, C, H, W) in [-1, 1], and `labels`,
+int64 (N,), for a class-conditional network.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `advkd sample`."""
+    p = argparse.ArgumentParser(
+        prog="advkd sample",
+        description="Draw images from a student in one pass, or from a teacher in many.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = p.add_mutually_exclusive_group()
+    model.add_argument("--student", metavar="FOLDER", help=f"a student (default: {SHIPPED})")
+    model.add_argument("--teacher", metavar="FOLDER", help="a DDPM saved by diffusers or advkd")
+    p.add_argument("--num", type=int, default=64, metavar="N", help="how many images (default 64)")
+    p.add_argument("--seed", type=int, default=0, help="0 to 2^64 - 1 (default 0)")
+    p.add_argument("--first", type=int, default=0, metavar="n", help="number of the first image")
+    p.add_argument("--out", metavar="FILE", type=Path, help="PNG (default: samples.png)")
+    p.add_argument("--npz", metavar="FILE", type=Path, help="the numbers; without --out no PNG")
+    p.add_argument("--class", dest="label", type=int, metavar="c", help="draw only this class")
+    p.add_argument("--exit-at", type=int, metavar="k", help="student: leave after submodule k")
+    p.add_argument("--steps", type=int, help=f"teacher, ddim: default {TEACHER_STEPS}")
+    p.add_argument("--eta", type=float, help="teacher, ddim: 0 (default) adds no noise, 1 most")
+    p.add_argument("--sampler", choices=SAMPLERS, help="teacher: default ddim; ddpm = all steps")
+    p.add_argument("--scheduler", metavar="FOLDER", help="teacher: where scheduler_config.json is")
+    add_threads(p)
+    return p
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draw the images, write them and say so in one line."""
+    _check(args)
+    use_threads(args.threads)
+    model = _load(args)
+    channels = model.channels if isinstance(model, Student) else model.config.in_channels
+    png = args.out or (None if args.npz else Path("samples.png"))
+    if png is not None and channels not in (1, 3):
+        raise ValueError(f"a PNG has 1 or 3 channels, these images {channels}: use --npz alone")
+    y = _labels(args, model)
+    began = time.monotonic()
+    images = _draw(args, model, y)
+    seconds = time.monotonic() - began
+    if png is not None:
+        columns = math.ceil(math.sqrt(len(images)))
+        save_png(png, image_grid(images, columns, max(1, TILE // images.shape[-1])))
+    if args.npz is not None:
+        write_bytes(args.npz, _npz(images, y))
+    shape = "x".join(str(side) for side in images.shape[1:])
+    print(
+        f"{len(images)} images ({shape}) of {_words(args)}, seed {args.seed}, in {seconds:.2f} s: "
+        + ", ".join(str(path) for path in (png, args.npz) if path is not None)
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what does not go together before anything is loaded."""
+    if args.num < 1:
+        raise ValueError(f"--num {args.num} is below 1")
+    if not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed {args.seed} is not between 0 and 2^64 - 1")
+    if args.first < 0:
+        raise ValueError(f"--first {args.first} is negative")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps} is below 1")
+    for option, suffix in (("out", ".png"), ("npz", ".npz")):
+        path = getattr(args, option)
+        if path is not None and (path.suffix != suffix or path.is_dir()):
+            raise ValueError(f"--{option} {path} does not name a {suffix} file")
+    if args.teacher and args.exit_at is not None:
+        raise ValueError("--exit-at is for a student; a teacher takes --steps")
+    teachers = ("steps", "eta", "sampler", "scheduler")
+    given = [f"--{option}" for option in teachers if getattr(args, option) is not None]
+    if given and not args.teacher:
+        raise ValueError(f"{', '.join(given)} needs --teacher: a student takes one pass")
+    if args.sampler == "ddpm" and not (args.steps is None and args.eta is None):
+        raise ValueError("--sampler ddpm takes all steps of the schedule: no --steps and no --eta")
+
+
+def _load(args: argparse.Namespace) -> Student | UNet:
+    if args.teacher:
+        return load_teacher(args.teacher, args.scheduler)
+    return load_student(args.student or SHIPPED)
+
+
+def _labels(args: argparse.Namespace, model: Student | UNet) -> Tensor | None:
+    """Labels y (N,) int64 of the images, or None for an unconditional network."""
+    classes = model.num_classes if isinstance(model, Student) else model.config.num_class_embeds
+    if classes is None:
+        if args.label is not None:
+            raise ValueError("--class needs a class-conditional network, and this one is not")
+        return None
+    if args.label is None:
+        return draw_labels(args.seed, torch.arange(args.first, args.first + args.num), classes)
+    if not 0 <= args.label < classes:
+        raise ValueError(f"--class {args.label} is not between 0 and {classes - 1}")
+    return torch.full((args.num,), args.label)
+
+
+def _draw(args: argparse.Namespace, model: Student | UNet, y: Tensor | None) -> Tensor:
+    """The images, (N, C, H, W) float32 in [-1, 1]; Ctrl-C ends the drawing at the next pass."""
+    with StopSignals() as stop, progress_bar("sample", 0, unit="pass") as bar:
+
+        def report(done: int, total: int) -> None:
+            if stop.requested:
+                raise KeyboardInterrupt
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return generate(
+            model,
+            args.num,
+            args.seed,
+            TEACHER_STEPS if args.steps is None else args.steps,
+            eta=args.eta or 0.0,
+            sampler=args.sampler or "ddim",
+            y=y,
+            exit_at=args.exit_at,
+            first=args.first,
+            callback=report,
+        )
+
+
+def _npz(images: Tensor, y: Tensor | None) -> bytes:
+    """An .npz file's bytes."""
+    arrays: dict[str, np.ndarray] = {"images": images.numpy()}
+    if y is not None:
+        arrays["labels"] = y.numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _words(args: argparse.Namespace) -> str:
+    """What was drawn from, and how."""
+    label = "" if args.label is None else f", class {args.label}"
+    if not args.teacher:
+        early = "" if args.exit_at is None else f" up to submodule {args.exit_at}"
+        return f"{args.student or SHIPPED} in one pass{early}{label}"
+    if args.sampler == "ddpm":
+        return f"{args.teacher} by DDPM{label}"
+    steps = TEACHER_STEPS if args.steps is None else args.steps
+    return f"{args.teacher} by DDIM in {steps} steps, eta {args.eta or 0:g}{label}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: sample(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
