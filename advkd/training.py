@@ -14,13 +14,15 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from advkd.checkpoint import write_bytes
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class TrainingError(RuntimeError):
@@ -36,7 +38,8 @@ def generator_at(seed: int, step: int, stream: str) -> torch.Generator:
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**64
     for byte in stream.encode():
         mixed = (mixed ^ byte) * 0x100000001B3 % 2**64
-    return torch.Generator().manual_seed(mixed >> 1)
+    mixed ^= mixed >> 32  # torch's CPU generator takes the low 32 bits only
+    return torch.Generator().manual_seed(mixed % 2**63)
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,18 +71,18 @@ def learning_rate(step: int, base: float, warmup: int, steps: int, final: float)
     return base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-class Ema:
+class Ema(Generic[Network]):
     """An exponential moving average of a network's parameters; `model` is what is kept.
 
     The decay grows from 0.1 to `decay`, so that the initial weights are forgotten early.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Network, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: Network, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged = list(self.model.parameters())
         torch._foreach_lerp_(averaged, list(model.parameters()), 1 - decay)
