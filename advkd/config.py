@@ -130,7 +130,7 @@ class StudentConfig:
 class DiscriminatorConfig:
     """The judge of the student's images in training; one network for every head."""
 
-    widths: tuple[int, ...] = (32, 64)  # channels at S/2, S/4, ...
+    widths: tuple[int, ...] = (48, 96)  # channels at S/2, S/4, ...
     attention: tuple[int, ...] = ()  # resolutions with self-attention
     groups: int = 8
 
@@ -142,18 +142,18 @@ class DistillConfig:
     steps: int = 2000
     batch: int = 64
     lr: float = 1e-3
-    lr_d: float = 4e-4
+    lr_d: float = 1e-3
     warmup: int = 100
     lr_final: float = 0.1
     beta1: float = 0.0
     beta2: float = 0.99
     lambda_adv: float = 1.0
-    lambda_rec: float = 1.0
+    lambda_rec: float = 3.0
     rho: str = "huber"  # huber | l2
     huber_delta: float = 0.1
     head_weights: tuple[float, ...] = ()  # w_k; empty = 1 for the last head, 0.25 for the others
     inner_every: int = 4  # the heads before the last are judged every so many steps
-    r1_gamma: float = 1.0
+    r1_gamma: float = 0.2
     r1_every: int = 16
     schedule: str = "joint"  # joint | progressive
     grad_clip: float = 10.0
@@ -232,7 +232,7 @@ def config_for(size: int, channels: int) -> Config:
         widths=tuple([96] * (n - 2) + [48, base]),
         attention=(lowest,),
     )
-    discriminator = DiscriminatorConfig(widths=tuple(min(32 << i, 96) for i in range(n - 1)))
+    discriminator = DiscriminatorConfig(widths=tuple(min(48 << i, 96) for i in range(n - 1)))
     data = DataConfig(size=size, channels=channels)
     return Config(data=data, unet=unet, student=student, discriminator=discriminator)
 

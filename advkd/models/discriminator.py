@@ -61,6 +61,7 @@ class Discriminator(nn.Module):
             for a, b in zip(widths, widths[1:], strict=False)
         )
         self.norm_out = GroupNormSiLU(config.groups, widths[-1])
+        self.dense = nn.Linear(widths[-1] * self.levels[-1] ** 2, widths[-1])
         self.out = nn.Linear(widths[-1], 1)
         self.head_embedding = nn.Embedding(len(stages), widths[-1])
         self.class_embedding = nn.Embedding(num_classes, widths[-1]) if num_classes else None
@@ -85,7 +86,7 @@ class Discriminator(nn.Module):
             h = self.blocks[i](h)
             if str(i) in self.attentions:
                 h = self.attentions[str(i)](h)
-        phi = self.norm_out(h).mean(dim=(2, 3))
+        phi = F.silu(self.dense(self.norm_out(h).flatten(1)))
         projected = self.head_embedding.weight[k].expand_as(phi)
         if self.class_embedding is not None:
             if y is None:
