@@ -7,6 +7,7 @@ the JSON comes last, holds the tensors' SHA-256 and its own, and so closes the c
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -54,6 +55,22 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def hold(folder: Path) -> IO[bytes]:
+    """Keep a folder for this process, as long as the file that is returned stays open.
+
+    CheckpointError where another process holds it. (The lock is advisory and goes with its
+    process, also with a killed one.)
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CheckpointError(f"another process is at work on {folder}") from None
+    return file
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -6,9 +6,10 @@ running the same command again goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from advkd.checkpoint import (
     CheckpointError,
     drop_checkpoints,
+    hold,
     read_json,
     write_bytes,
     write_json,
@@ -140,20 +142,23 @@ class Run:
     def seconds(self, stage: str) -> float | None:
         return read_json(self.marker(stage))["seconds"] if self.is_done(stage) else None
 
-    def open(self, redo: str | None = None) -> None:
+    @contextlib.contextmanager
+    def opened(self, redo: str | None = None) -> Iterator[None]:
         """Create the folder, or check that what is in it was made by this configuration.
 
         `redo` names a stage whose result, and those of all later ones, are removed first.
-        Raises ConfigError where a result stands that another configuration made.
+        Raises ConfigError where a result stands that another configuration made, CheckpointError
+        while another process is at work on the folder.
         """
         stored = self.folder / "config.toml"
-        if redo is not None:
-            for stage in STAGES[STAGES.index(redo) :]:
-                self._remove(stage)
-        elif stored.is_file():
-            self._refuse_other(parse(stored.read_text(), where=str(stored)))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(stored, to_toml(self.config).encode())
+        with hold(self.folder):
+            if redo is not None:
+                for stage in STAGES[STAGES.index(redo) :]:
+                    self._remove(stage)
+            elif stored.is_file():
+                self._refuse_other(parse(stored.read_text(), where=str(stored)))
+            write_bytes(stored, to_toml(self.config).encode())
+            yield
 
     def _refuse_other(self, stored: Config) -> None:
         for i, stage in enumerate(STAGES):
@@ -262,13 +267,17 @@ def features_of(run: Run) -> FeatureNet:
         return load_features(own)
     if (config.data.size, config.data.channels) == (28, 1):
         return load_features()
-    if images is None:
-        raise ConfigError(
-            "the shipped features are for 28x28 greyscale images: give --features FOLDER, fitted "
-            "by python -m advkd.evaluate --fit-features DATA --out FOLDER"
-        )
-    save_features(fit_features(images.train, settings=FitSettings(steps=400)), own)
+    train = _drawn_images(run) if images is None else images.train
+    save_features(fit_features(train, settings=FitSettings(steps=400)), own)
     return load_features(own)
+
+
+def _drawn_images(run: Run) -> ImageSet:
+    """What stands in for training images where there are none: what the trajectories end in."""
+    count = min(2000, run.config.trajectory.num)
+    store = Trajectories(run.folder / "trajectories", count)
+    ends = [store.targets(part)[:, -1].clamp(-1, 1) for part in torch.arange(count).split(50)]
+    return ImageSet(torch.cat(ends).numpy(), None, "samples of the teacher")
 
 
 def make_judgement(run: Run) -> float:
@@ -320,8 +329,9 @@ def _features_words(run: Run, net: FeatureNet) -> str:
     kind = features_kind(net)
     if run.config.evaluate.features:
         return f"{kind} ({run.config.evaluate.features})"
-    fitted = (run.folder / "features" / "config.json").is_file()
-    return f"{kind} fitted on the training images" if fitted else f"{kind} that ships with advkd"
+    if not (run.folder / "features" / "config.json").is_file():
+        return f"{kind} that ships with advkd"
+    return f"{kind} fitted on the {'training images' if run.has_images else 'trajectories'}"
 
 
 def _costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:

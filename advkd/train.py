@@ -126,8 +126,8 @@ def train(args: argparse.Namespace) -> None:
         raise ConfigError(f"{config.name!r} is not a name for a run")
     has_images = bool(config.data.path) or not args.teacher
     run = Run(config, args.runs / config.name, has_images)
-    run.open(args.redo)
-    run_stages(run, (args.stage,) if args.stage else STAGES)
+    with run.opened(args.redo):
+        run_stages(run, (args.stage,) if args.stage else STAGES)
     if args.stage in (None, "report"):
         summary = read_json(run.folder / "report" / "summary.json")
         print(final_table(summary))
