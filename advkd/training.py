@@ -84,8 +84,9 @@ class Ema(Generic[Network]):
     @torch.no_grad()
     def update(self, model: Network, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averaged = list(self.model.parameters())
-        torch._foreach_lerp_(averaged, list(model.parameters()), 1 - decay)
+        averaged: list[Tensor] = list(self.model.parameters())
+        current: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
 class MetricsLog:
