@@ -26,7 +26,7 @@ from advkd.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from advkd.config import Config, ConfigError
+from advkd.config import Config, ConfigError, DistillConfig
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.parallel import Workers
@@ -86,6 +86,17 @@ def head_weights(given: tuple[float, ...], K: int) -> tuple[float, ...]:
     return given or (0.25,) * (K - 1) + (1.0,)
 
 
+def check_settings(settings: DistillConfig, K: int) -> None:
+    """ConfigError for settings with which K heads cannot be trained."""
+    for key in ("steps", "batch", "r1_every", "inner_every", "log_every", "checkpoint_every"):
+        value = getattr(settings, key)
+        if value < 1:
+            raise ConfigError(f"distill.{key}={value} is below 1")
+    head_weights(settings.head_weights, K)
+    active_heads(settings.schedule, K, 0, settings.steps)
+    reconstruction(torch.zeros(1), settings.rho, settings.huber_delta)
+
+
 def judged_heads(
     weights: tuple[float, ...], heads: int, step: int, inner_every: int
 ) -> dict[int, float]:
@@ -127,6 +138,7 @@ class Distillation:
             raise ConfigError(
                 f"the store keeps {trajectories.K} targets, the student has {len(self.stages)}"
             )
+        check_settings(self.settings, len(self.stages))
         torch.manual_seed(config.run.seed)
         student = Student(config.student, size, C, index.target, index.num_classes)
         D = Discriminator(config.discriminator, size, C, self.stages, index.num_classes)
@@ -308,7 +320,7 @@ def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
                 )
             if done % s.checkpoint_every == 0 or stop.requested or done == s.steps:
                 save_checkpoint(folder, STAGE, training.checkpoint(done, seconds))
-            if stop.requested and done < s.steps:
+            if stop.requested:  # also after the last step: what follows takes minutes
                 raise Interrupted(f"stopped at step {done} of {s.steps} of the distillation")
     save_student(training.ema.model, run / "student")
     drop_checkpoints(folder, STAGE)
