@@ -130,10 +130,11 @@ def evaluate_run(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{args.run} is no run of advkd train: it has no config.toml")
     config = parse(stored.read_text(), where=str(stored))
     run = Run(config, args.run, has_images(config))
-    for stage in ("teacher", "distil"):
-        if not run.is_done(stage):
-            raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
-    figures, protocol, _ = judge_run(run, fresh=bool(args.fresh))
+    with run.opened():
+        for stage in ("teacher", "distil"):
+            if not run.is_done(stage):
+                raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
+        figures, protocol, _ = judge_run(run, fresh=bool(args.fresh))
     is_shipped = run.has_images and not (config.data.path or config.evaluate.features)
     print(quality_table(figures, CLASS_NAMES if is_shipped else None))
     print(f"\n{textwrap.fill(protocol, 100)}")
