@@ -7,6 +7,7 @@ running the same command again goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from advkd.checkpoint import (
 )
 from advkd.config import Config, ConfigError, as_tree, parse, to_toml
 from advkd.data import CLASS_NAMES, ImageSet, load_images, shipped
-from advkd.distill import distil
+from advkd.distill import check_settings, distil
 from advkd.judging import (
     drawing,
     features_kind,
@@ -48,6 +49,7 @@ from advkd.metrics import (
     load_features,
     save_features,
 )
+from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pictures import Pictures, read_metrics
@@ -56,7 +58,7 @@ from advkd.report import write_report
 from advkd.sampling import JUDGE_SEED, area_resized, draw_labels, draw_x_T, sample, table_of
 from advkd.teacher import train_teacher
 from advkd.training import Interrupted, StopSignals, progress_bar
-from advkd.trajectory import Trajectories, draw_trajectories, index_of
+from advkd.trajectory import Trajectories, check_trajectories, draw_trajectories, index_of
 
 STAGES = ("teacher", "trajectories", "distil", "evaluate", "report")
 
@@ -78,7 +80,7 @@ _FOLDERS = {
 }
 PICTURED = 48  # images of each side in the report's grids
 PICTURED_PATHS = 8  # trajectories in the report
-MIN_IMAGES = 20  # the fewest images that can be learnt from and judged by
+MIN_IMAGES = 30  # a fifth is held out, and 5 nearest neighbours need 6 images
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ def read_images(config: Config) -> RealImages:
     """The shipped Fashion-MNIST, or `data.path` with a part held out."""
     d = config.data
     if not d.path:
+        if (d.size, d.channels) != (28, 1):
+            raise ConfigError(
+                f"the images that ship are 28x28 with 1 channel, not {d.size}x{d.size} with "
+                f"{d.channels}: give --data"
+            )
         return RealImages(shipped("train"), shipped("test"))
     return hold_out(load_images(d.path, size=d.size, channels=d.channels, crop=d.crop))
 
@@ -152,19 +159,19 @@ class Run:
         """
         stored = self.folder / "config.toml"
         with hold(self.folder):
-            if redo is not None:
-                for stage in STAGES[STAGES.index(redo) :]:
-                    self._remove(stage)
-            elif stored.is_file():
-                self._refuse_other(parse(stored.read_text(), where=str(stored)))
+            first = len(STAGES) if redo is None else STAGES.index(redo)
+            if first and stored.is_file():
+                self._refuse_other(parse(stored.read_text(), where=str(stored)), STAGES[:first])
+            for stage in reversed(STAGES[first:]):
+                self._remove(stage)
             write_bytes(stored, to_toml(self.config).encode())
             yield
 
-    def _refuse_other(self, stored: Config) -> None:
-        for i, stage in enumerate(STAGES):
+    def _refuse_other(self, stored: Config, stages: tuple[str, ...]) -> None:
+        for i, stage in enumerate(stages):
             tables = ("run", *_DEPENDS[stage]) if i == 0 else _DEPENDS[stage]
             differing = _differing(stored, self.config, tables)
-            begun = [later for later in STAGES[i:] if self._has_begun(later)]
+            begun = [later for later in stages[i:] if self._has_begun(later)]
             if differing and begun:
                 raise ConfigError(
                     f"{self.folder} was made with another {', '.join(differing)}; choose another "
@@ -176,8 +183,11 @@ class Run:
         return self.is_done(stage) or checkpoints or (self.folder / _FOLDERS[stage]).exists()
 
     def _remove(self, stage: str) -> None:
+        self.marker(stage).unlink(missing_ok=True)  # first: what is half removed is no result
         shutil.rmtree(self.folder / _FOLDERS[stage], ignore_errors=True)
         drop_checkpoints(self.folder / "checkpoints", stage)
+        if stage in ("teacher", "trajectories"):  # what features may have been fitted on
+            shutil.rmtree(self.folder / "features", ignore_errors=True)
 
     # What the stages share.
 
@@ -194,6 +204,15 @@ class Run:
         return load_student(self.folder / "student")
 
     # The stages.
+
+    def check(self) -> None:
+        """ConfigError or ValueError for what a stage would refuse after hours of earlier ones."""
+        c = self.config
+        check_trajectories(c.trajectory)
+        check_settings(c.distill, len(c.student.stages))
+        with torch.device("meta"):
+            Student(c.student, c.data.size, c.data.channels)
+            Discriminator(c.discriminator, c.data.size, c.data.channels, c.student.stages)
 
     def make(self, stage: str) -> None:
         """Carry out one stage unless its result stands."""
@@ -219,7 +238,10 @@ def make_teacher(run: Run) -> float:
     began = time.monotonic()
     source = run.config.teacher.source
     if source:
-        save_teacher(load_teacher(source), run.folder / "teacher")
+        unet = load_teacher(source)
+        if unet.config.sample_size is None:
+            unet.config = dataclasses.replace(unet.config, sample_size=run.config.data.size)
+        save_teacher(unet, run.folder / "teacher")
         return time.monotonic() - began
     images = run.images()
     if images is None:
@@ -246,7 +268,7 @@ def make_trajectories(run: Run) -> float:
         store = draw_trajectories(
             unet, folder, index, settings.num, threads, report, lambda: stop.requested
         )
-    if store is None:
+    if store is None or stop.requested:
         raise Interrupted("stopped while drawing trajectories; finished shards are kept")
     return time.monotonic() - began
 
@@ -400,6 +422,8 @@ _MAKERS: dict[str, Callable[[Run], float]] = {
 
 def run_stages(run: Run, stages: tuple[str, ...]) -> None:
     """Carry out these stages in order; each needs the ones before it to stand."""
+    if "distil" in stages:
+        run.check()
     for stage in stages:
         missing = [s for s in STAGES[: STAGES.index(stage)] if not run.is_done(s)]
         if missing:

@@ -20,7 +20,7 @@ from advkd.config import (
 from advkd.data import load_images
 from advkd.pretrained import load_teacher
 from advkd.report import final_table
-from advkd.run import STAGES, Run, run_stages
+from advkd.run import STAGES, Run, has_images, run_stages
 from advkd.sampling import shape_of
 
 DEFAULT_PRESET = "fashion-mnist"
@@ -68,7 +68,7 @@ def configure(args: argparse.Namespace) -> Config:
     if args.preset or not (args.data or args.teacher):
         config = load_preset(args.preset or DEFAULT_PRESET)
     elif args.teacher:
-        config = _for_teacher(args.teacher)
+        config = _for_teacher(args.teacher, args.size)
     else:
         images = load_images(args.data, size=args.size, channels=args.channels)
         config = config_for(images.size, images.channels)
@@ -77,10 +77,10 @@ def configure(args: argparse.Namespace) -> Config:
     return override(config, [f'name="{name}"', *_assignments(args), *args.set])
 
 
-def _for_teacher(folder: str) -> Config:
+def _for_teacher(folder: str, size: int | None) -> Config:
     """A configuration around a given teacher: student and discriminator by its resolution."""
     unet = load_teacher(folder)
-    channels, size, _ = shape_of(unet)
+    channels, size, _ = shape_of(unet, size)
     config = config_for(size, channels)
     teacher = dataclasses.replace(config.teacher, source=folder)
     return dataclasses.replace(config, unet=unet.config, teacher=teacher)
@@ -124,8 +124,7 @@ def train(args: argparse.Namespace) -> None:
     config = configure(args)
     if "/" in config.name or config.name in ("", ".", ".."):
         raise ConfigError(f"{config.name!r} is not a name for a run")
-    has_images = bool(config.data.path) or not args.teacher
-    run = Run(config, args.runs / config.name, has_images)
+    run = Run(config, args.runs / config.name, has_images(config))
     with run.opened(args.redo):
         run_stages(run, (args.stage,) if args.stage else STAGES)
     if args.stage in (None, "report"):

@@ -64,7 +64,7 @@ def index_of(
     """The index of the store that these settings ask for. `kept` = K targets, evenly spaced."""
     if not 0 <= seed < JUDGE_SEED:
         raise ConfigError(f"seed={seed} is not below 2**63, where seeds for judging begin")
-    _check(settings)
+    check_trajectories(settings)
     if unet.config.sample_size not in (None, size):
         side = unet.config.sample_size
         raise ConfigError(f"the teacher makes images of {side}x{side}, but data.size={size}")
@@ -88,7 +88,8 @@ def index_of(
     )
 
 
-def _check(settings: TrajectoryConfig) -> None:
+def check_trajectories(settings: TrajectoryConfig) -> None:
+    """ConfigError for settings of a store that cannot be."""
     for key, value, allowed in (
         ("dtype", settings.dtype, ("float16", "float32")),
         ("target", settings.target, TARGETS),
