@@ -239,6 +239,11 @@ def make_teacher(run: Run) -> float:
     source = run.config.teacher.source
     if source:
         unet = load_teacher(source)
+        if unet.config.in_channels != run.config.data.channels:
+            raise ConfigError(
+                f"{source} makes images with {unet.config.in_channels} channels, but "
+                f"data.channels={run.config.data.channels}"
+            )
         if unet.config.sample_size is None:
             unet.config = dataclasses.replace(unet.config, sample_size=run.config.data.size)
         save_teacher(unet, run.folder / "teacher")
