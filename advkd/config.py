@@ -140,20 +140,20 @@ class DistillConfig:
     """Training of the student; symbols as in docs/method.md."""
 
     steps: int = 2000
-    batch: int = 64
+    batch: int = 32
     lr: float = 1e-3
-    lr_d: float = 1e-3
+    lr_d: float = 3e-4
     warmup: int = 100
     lr_final: float = 0.1
-    beta1: float = 0.0
+    beta1: float = 0.5
     beta2: float = 0.99
     lambda_adv: float = 1.0
-    lambda_rec: float = 3.0
+    lambda_rec: float = 10.0
     rho: str = "huber"  # huber | l2
     huber_delta: float = 0.1
     head_weights: tuple[float, ...] = ()  # w_k; empty = 1 for the last head, 0.25 for the others
     inner_every: int = 4  # the heads before the last are judged every so many steps
-    r1_gamma: float = 0.2
+    r1_gamma: float = 1.0
     r1_every: int = 16
     schedule: str = "joint"  # joint | progressive
     grad_clip: float = 10.0
