@@ -72,9 +72,10 @@ def configure(args: argparse.Namespace) -> Config:
     else:
         images = load_images(args.data, size=args.size, channels=args.channels)
         config = config_for(images.size, images.channels)
-    own = Path(args.teacher or args.data or "").name
+    given = Path(args.teacher or args.data or "")
+    own = given.stem if given.is_file() else given.name
     name = args.name or (config.name if args.preset or not own else own)
-    return override(config, [f'name="{name}"', *_assignments(args), *args.set])
+    return override(config, [f"name={_quoted(name)}", *_assignments(args), *args.set])
 
 
 def _for_teacher(folder: str, size: int | None) -> Config:
