@@ -40,6 +40,13 @@ from advkd.training import (
 
 STAGE = "teacher"
 
+# Settings of a network or schedule that its weights do not depend on.
+_NOT_LEARNT = {
+    *("sample_size", "dropout"),
+    *("clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset"),
+    "set_alpha_to_one",
+}
+
 
 def noised(x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t from x_0 (DDPM eq. 4); alpha_bar (B,) at each image's time."""
@@ -61,11 +68,13 @@ class TeacherTraining:
     """Network, average, optimiser and data of a teacher in training."""
 
     def __init__(self, config: Config, images: ImageSet):
+        _check_data(config, images)
         self.config = config
         self.settings = config.teacher
         self.images = images
         self.device = pick_device(config.run.device)
-        self.unet = _initial_unet(config).to(self.device, memory_format=torch.channels_last)
+        unet = _initial_unet(config).to(self.device)
+        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.unet, self.settings.ema)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(),
@@ -75,8 +84,6 @@ class TeacherTraining:
         )
         alpha_bar = self.unet.schedule.alpha_bar
         self.alpha_bar = torch.tensor(alpha_bar, dtype=torch.float32, device=self.device)
-        if self.unet.config.num_class_embeds and images.labels is None:
-            raise ConfigError(f"a class-conditional teacher needs labels; {images.source} has none")
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The clean images, noise, times and labels that belong to `step`."""
@@ -141,18 +148,43 @@ class TeacherTraining:
         restore_optimizer(self.optimizer, checkpoint.tensors, "optimizer")
 
 
+def _check_data(config: Config, images: ImageSet) -> None:
+    unet = config.unet
+    if {unet.in_channels, unet.out_channels} != {images.channels}:
+        raise ConfigError(
+            f"the teacher takes {unet.in_channels} channels and gives {unet.out_channels}; "
+            f"{images.source} has {images.channels}"
+        )
+    if unet.num_class_embeds is None:
+        return
+    if images.labels is None or images.num_classes is None:
+        raise ConfigError(f"a class-conditional teacher needs labels; {images.source} has none")
+    if images.num_classes > unet.num_class_embeds:
+        raise ConfigError(
+            f"unet.num_class_embeds={unet.num_class_embeds} is too small: {images.source} has "
+            f"labels up to {images.num_classes - 1}"
+        )
+
+
 def _initial_unet(config: Config) -> UNet:
     schedule = Schedule(**vars(config.schedule))
-    if config.teacher.init:
-        unet = load_teacher(config.teacher.init)
-        if (unet.config, unet.schedule.prediction_type) != (
-            config.unet,
-            schedule.prediction_type,
-        ):
-            raise ConfigError(f"{config.teacher.init} holds another architecture than the preset")
-        return unet.train().requires_grad_(True)
     torch.manual_seed(config.run.seed)
-    return UNet(config.unet, schedule)
+    unet = UNet(config.unet, schedule)
+    if config.teacher.init:
+        given = load_teacher(config.teacher.init)
+        differing = [
+            name
+            for ours, theirs in ((unet.config, given.config), (schedule, given.schedule))
+            for name, value in vars(theirs).items()
+            if name not in _NOT_LEARNT and getattr(ours, name, value) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{config.teacher.init} was trained with another {', '.join(differing)} than this "
+                "configuration asks for"
+            )
+        unet.load_state_dict(given.state_dict())
+    return unet
 
 
 def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
@@ -170,10 +202,12 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
         start, before = found.step, float(found.values["seconds"])
     log = MetricsLog(run / "metrics.jsonl", STAGE, start)
     s = config.teacher
+    # Dropout draws from one generator: several threads would take its numbers in any order.
+    threads = 1 if config.unet.dropout else config.run.threads
     began = time.monotonic()
     with (
         StopSignals() as stop,
-        Workers(config.run.threads, training.device) as workers,
+        Workers(threads, training.device) as workers,
         progress_bar(STAGE, s.steps, start) as bar,
     ):
         for step in range(start, s.steps):
