@@ -250,7 +250,9 @@ def test_redo_does_a_stage_and_all_later_ones_anew(
 ) -> None:
     arguments = [*command, "--runs", str(copy.parent), "--set", "distill.steps=4"]
     kept = {name: contents(copy / name) for name in ("teacher", "trajectories")}
-    assert main([*arguments, "--redo", "distil"]) == 0
+    assert main([*arguments, "--redo", "distil", "--stage", "distil"]) == 0
+    assert not (copy / "report").exists()
+    assert main([*arguments, "--stage", "evaluate"]) == 0
     assert {name: contents(copy / name) for name in kept} == kept
     assert not same(weights(copy), weights(finished))
     assert [entry["step"] for entry in metrics(copy, "distil")] == [1, 2, 3, 4]
@@ -406,7 +408,7 @@ def killed(
     """The children's exit codes and what they said."""
     given = json.dumps([arguments, str(run), moments, int(number)])
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, given], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", KILLER, given], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -534,7 +536,9 @@ def test_a_given_teacher_with_data_to_judge_by(teacher: Path, given: Path, tmp_p
     arguments = ["--teacher", str(teacher), "--size", "8", "--name", "both"]
     arguments += ["--data", str(given / "images.npz"), "--features", str(given / "features")]
     arguments += ["--runs", str(tmp_path / "runs")]
-    assert main([*arguments, *small_settings("unet", "schedule", "teacher")]) == 0
+    arguments += small_settings("unet", "schedule", "teacher")
+    for stage in advkd.run.STAGES[:4]:
+        assert main([*arguments, "--stage", stage]) == 0
     run = tmp_path / "runs" / "both"
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert set(summary["fd"]) == {"real", "teacher", "student"}
