@@ -8,24 +8,15 @@ with x^(k) the teacher's k-th kept target and xhat^(k) the student's k-th head.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from advkd.checkpoint import (
-    Checkpoint,
-    drop_checkpoints,
-    latest_checkpoint,
-    load_strictly,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from advkd.checkpoint import drop_checkpoints
 from advkd.config import Config, ConfigError, DistillConfig
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
@@ -34,14 +25,12 @@ from advkd.pretrained import save_student
 from advkd.sampling import area_resized
 from advkd.training import (
     Ema,
-    Interrupted,
-    MetricsLog,
-    StopSignals,
+    Training,
     check_finite,
     generator_at,
     learning_rate,
     pick_device,
-    progress_bar,
+    run_training,
 )
 from advkd.trajectory import Trajectories
 
@@ -124,8 +113,10 @@ class Batch:
         return Batch(self.x_T[part], [x[part] for x in self.targets], y)
 
 
-class Distillation:
+class Distillation(Training):
     """Student, average, discriminator, their optimisers and the trajectories they learn from."""
+
+    stage = STAGE
 
     def __init__(self, config: Config, trajectories: Trajectories):
         self.config, self.settings = config, config.distill
@@ -151,6 +142,12 @@ class Distillation:
             torch.optim.Adam(net.parameters(), betas=betas, fused=True)
             for net in (self.student, self.discriminator)
         )
+        self.modules = {
+            "student": self.student,
+            "ema": self.ema.model,
+            "d": self.discriminator,
+        }
+        self.optimizers = {"optimizer": self.optimizer, "optimizer_d": self.optimizer_d}
 
     def batch(self, step: int) -> Batch:
         """The trajectories that belong to `step`."""
@@ -258,29 +255,9 @@ class Distillation:
         self.ema.update(self.student, step)
         return {**logged, "lr": s.lr * decay}
 
-    def checkpoint(self, step: int, seconds: float) -> Checkpoint:
-        tensors = {
-            f"{prefix}.{name}": tensor
-            for prefix, module in self._modules().items()
-            for name, tensor in module.state_dict().items()
-        }
-        tensors |= optimizer_tensors(self.optimizer, "optimizer")
-        tensors |= optimizer_tensors(self.optimizer_d, "optimizer_d")
-        return Checkpoint(step, tensors, {"seconds": seconds})
-
-    def restore(self, checkpoint: Checkpoint, where: Path) -> None:
-        for prefix, module in self._modules().items():
-            own = {
-                name.removeprefix(f"{prefix}."): tensor
-                for name, tensor in checkpoint.tensors.items()
-                if name.startswith(f"{prefix}.")
-            }
-            load_strictly(module, own, where)
-        restore_optimizer(self.optimizer, checkpoint.tensors, "optimizer")
-        restore_optimizer(self.optimizer_d, checkpoint.tensors, "optimizer_d")
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {"student": self.student, "ema": self.ema.model, "d": self.discriminator}
+    def brief(self, values: dict[str, float]) -> dict[str, str]:
+        last = max(int(key[4:]) for key in values if key.startswith("rec_"))
+        return {name: f"{values[f'{name}_{last}']:.3f}" for name in ("rec", "adv", "margin")}
 
 
 def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
@@ -290,38 +267,10 @@ def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
     non-finite loss and Interrupted after a signal, both with the state on disk.
     """
     training = Distillation(config, trajectories)
-    folder = run / "checkpoints"
-    start, before = 0, 0.0
-    found = latest_checkpoint(folder, STAGE)
-    if found is not None:
-        training.restore(found, folder)
-        start, before = found.step, float(found.values["seconds"])
-    log = MetricsLog(run / "metrics.jsonl", STAGE, start)
     s = config.distill
-    values: dict[str, float] = {}
-    began = time.monotonic()
-    with (
-        StopSignals() as stop,
-        Workers(config.run.threads, training.device) as workers,
-        progress_bar(STAGE, s.steps, start) as bar,
-    ):
-        for step in range(start, s.steps):
-            values |= training.step(step, workers)  # not every step has every value
-            bar.update()
-            done = step + 1
-            seconds = before + time.monotonic() - began
-            if done % s.log_every == 0 or done == s.steps:
-                log.write(done, seconds=seconds, **values)
-                last = max(int(key[4:]) for key in values if key.startswith("rec_"))
-                bar.set_postfix(
-                    rec=f"{values[f'rec_{last}']:.3f}",
-                    adv=f"{values[f'adv_{last}']:.2f}",
-                    margin=f"{values[f'margin_{last}']:.2f}",
-                )
-            if done % s.checkpoint_every == 0 or stop.requested or done == s.steps:
-                save_checkpoint(folder, STAGE, training.checkpoint(done, seconds))
-            if stop.requested:  # also after the last step: what follows takes minutes
-                raise Interrupted(f"stopped at step {done} of {s.steps} of the distillation")
+    seconds = run_training(
+        training, run, s.steps, s.log_every, s.checkpoint_every, config.run.threads
+    )
     save_student(training.ema.model, run / "student")
-    drop_checkpoints(folder, STAGE)
-    return before + time.monotonic() - began
+    drop_checkpoints(run / "checkpoints", STAGE)
+    return seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,15 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advkd.checkpoint import (
-    Checkpoint,
-    drop_checkpoints,
-    latest_checkpoint,
-    load_strictly,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from advkd.checkpoint import drop_checkpoints
 from advkd.config import Config, ConfigError
 from advkd.data import ImageSet
 from advkd.diffusion import Schedule
@@ -27,15 +18,13 @@ from advkd.parallel import Workers
 from advkd.pretrained import load_teacher, save_teacher
 from advkd.training import (
     Ema,
-    Interrupted,
-    MetricsLog,
-    StopSignals,
+    Training,
     autocast,
     check_finite,
     generator_at,
     learning_rate,
     pick_device,
-    progress_bar,
+    run_training,
 )
 
 STAGE = "teacher"
@@ -64,8 +53,10 @@ def target_of(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: Tensor)
     return level.sqrt() * eps - (1 - level).sqrt() * x_0
 
 
-class TeacherTraining:
+class TeacherTraining(Training):
     """Network, average, optimiser and data of a teacher in training."""
+
+    stage = STAGE
 
     def __init__(self, config: Config, images: ImageSet):
         _check_data(config, images)
@@ -82,6 +73,8 @@ class TeacherTraining:
             weight_decay=self.settings.weight_decay,
             fused=True,
         )
+        self.modules = {"unet": self.unet, "ema": self.ema.model}
+        self.optimizers = {"optimizer": self.optimizer}
         alpha_bar = self.unet.schedule.alpha_bar
         self.alpha_bar = torch.tensor(alpha_bar, dtype=torch.float32, device=self.device)
 
@@ -131,21 +124,8 @@ class TeacherTraining:
         self.ema.update(self.unet, step)
         return {"loss": loss, "grad_norm": grad_norm, "lr": lr}
 
-    def checkpoint(self, step: int, seconds: float) -> Checkpoint:
-        tensors = {f"unet.{k}": v for k, v in self.unet.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer, "optimizer")
-        return Checkpoint(step, tensors, {"seconds": seconds})
-
-    def restore(self, checkpoint: Checkpoint, where: Path) -> None:
-        for prefix, module in (("unet.", self.unet), ("ema.", self.ema.model)):
-            own = {
-                k.removeprefix(prefix): v
-                for k, v in checkpoint.tensors.items()
-                if k.startswith(prefix)
-            }
-            load_strictly(module, own, where)
-        restore_optimizer(self.optimizer, checkpoint.tensors, "optimizer")
+    def brief(self, values: dict[str, float]) -> dict[str, str]:
+        return {"loss": f"{values['loss']:.4f}"}
 
 
 def _check_data(config: Config, images: ImageSet) -> None:
@@ -194,34 +174,10 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     non-finite loss and Interrupted after a signal, both with the state on disk.
     """
     training = TeacherTraining(config, images)
-    folder = run / "checkpoints"
-    start, before = 0, 0.0
-    found = latest_checkpoint(folder, STAGE)
-    if found is not None:
-        training.restore(found, folder)
-        start, before = found.step, float(found.values["seconds"])
-    log = MetricsLog(run / "metrics.jsonl", STAGE, start)
     s = config.teacher
     # Dropout draws from one generator: several threads would take its numbers in any order.
     threads = 1 if config.unet.dropout else config.run.threads
-    began = time.monotonic()
-    with (
-        StopSignals() as stop,
-        Workers(threads, training.device) as workers,
-        progress_bar(STAGE, s.steps, start) as bar,
-    ):
-        for step in range(start, s.steps):
-            values = training.step(step, workers)
-            bar.update()
-            done = step + 1
-            seconds = before + time.monotonic() - began
-            if done % s.log_every == 0 or done == s.steps:
-                log.write(done, seconds=seconds, **values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
-            if done % s.checkpoint_every == 0 or stop.requested or done == s.steps:
-                save_checkpoint(folder, STAGE, training.checkpoint(done, seconds))
-            if stop.requested and done < s.steps:
-                raise Interrupted(f"stopped at step {done} of {s.steps} of the teacher")
+    seconds = run_training(training, run, s.steps, s.log_every, s.checkpoint_every, threads)
     save_teacher(training.ema.model, run / "teacher")
-    drop_checkpoints(folder, STAGE)
-    return before + time.monotonic() - began
+    drop_checkpoints(run / "checkpoints", STAGE)
+    return seconds

@@ -1,4 +1,4 @@
-"""What both training loops share: randomness by step, learning rate, EMA, logs, clean stopping.
+"""What both trainings share: the loop, randomness by step, learning rate, EMA, logs, stopping.
 
 Every random number of a training step comes from a generator seeded with (seed, step), so there
 is no random state to carry over: a resumed run repeats the same numbers by construction.
@@ -6,12 +6,14 @@ is no random state to carry over: a resumed run repeats the same numbers by cons
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import json
 import math
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
@@ -20,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from advkd.checkpoint import write_bytes
+from advkd.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_strictly,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    write_bytes,
+)
+from advkd.parallel import Workers
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -159,3 +170,79 @@ def check_finite(name: str, value: Tensor, step: int) -> float:
             "lower the learning rate and run the same command again"
         )
     return number
+
+
+class Training(abc.ABC):
+    """What the loop needs of a training: its step, and what a checkpoint of it holds."""
+
+    stage: str  # names its checkpoints, its lines in metrics.jsonl and its progress bar
+    device: torch.device
+    modules: dict[str, nn.Module]  # a checkpoint names their tensors `KEY.NAME`
+    optimizers: dict[str, torch.optim.Optimizer]
+
+    @abc.abstractmethod
+    def step(self, step: int, workers: Workers) -> dict[str, float]:
+        """Carry out one step; returns values to log (not every step needs to have every one)."""
+
+    @abc.abstractmethod
+    def brief(self, values: dict[str, float]) -> dict[str, str]:
+        """The few of the values that stand beside the progress bar."""
+
+    def checkpoint(self, step: int, seconds: float) -> Checkpoint:
+        """All of the training's state after `step` steps."""
+        tensors = {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self.modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        for prefix, optimizer in self.optimizers.items():
+            tensors |= optimizer_tensors(optimizer, prefix)
+        return Checkpoint(step, tensors, {"seconds": seconds})
+
+    def restore(self, checkpoint: Checkpoint, where: Path) -> None:
+        """Undo `checkpoint`; CheckpointError if it is of other networks."""
+        for prefix, module in self.modules.items():
+            own = {
+                name.removeprefix(f"{prefix}."): tensor
+                for name, tensor in checkpoint.tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
+            load_strictly(module, own, where)
+        for prefix, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, checkpoint.tensors, prefix)
+
+
+def run_training(
+    training: Training, run: Path, steps: int, log_every: int, checkpoint_every: int, threads: int
+) -> float:
+    """Carry a training to its last step, from the start or on from its last checkpoint in `run`.
+
+    Returns its seconds, earlier sessions included; the checkpoints stay. Raises TrainingError on
+    a value that is not finite and Interrupted after a signal, both with the state on disk.
+    """
+    stage, folder = training.stage, run / "checkpoints"
+    start, before = 0, 0.0
+    found = latest_checkpoint(folder, stage)
+    if found is not None:
+        training.restore(found, folder)
+        start, before = found.step, float(found.values["seconds"])
+    log = MetricsLog(run / "metrics.jsonl", stage, start)
+    values: dict[str, float] = {}
+    began = time.monotonic()
+    with (
+        StopSignals() as stop,
+        Workers(threads, training.device) as workers,
+        progress_bar(stage, steps, start) as bar,
+    ):
+        for done in range(start + 1, steps + 1):
+            values |= training.step(done - 1, workers)
+            bar.update()
+            seconds = before + time.monotonic() - began
+            if done % log_every == 0 or done == steps:
+                log.write(done, seconds=seconds, **values)
+                bar.set_postfix(training.brief(values))
+            if done % checkpoint_every == 0 or stop.requested or done == steps:
+                save_checkpoint(folder, stage, training.checkpoint(done, seconds))
+            if stop.requested:  # also after the last step: what follows may take minutes
+                raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}")
+    return before + time.monotonic() - began

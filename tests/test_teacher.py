@@ -151,11 +151,15 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     assert [(e["step"], e["loss"]) for e in straight] == [(e["step"], e["loss"]) for e in resumed]
 
 
-def test_a_stop_in_the_last_step_is_a_finished_training(
+def test_a_stop_in_the_last_step_stops_too_and_the_next_call_only_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(monkeypatch, 12)
+    with pytest.raises(Interrupted, match="step 12 of 12"):
+        train_teacher(tiny(), images(), tmp_path)
+    assert not (tmp_path / "teacher").exists()
     train_teacher(tiny(), images(), tmp_path)
+    assert len(metrics(tmp_path)) == len({entry["step"] for entry in metrics(tmp_path)})
     assert (tmp_path / "teacher" / "model_index.json").exists()
 
 

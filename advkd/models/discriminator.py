@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -58,7 +59,7 @@ class Discriminator(nn.Module):
         )
         self.downs = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1)
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.norm_out = GroupNormSiLU(config.groups, widths[-1])
         self.dense = nn.Linear(widths[-1] * self.levels[-1] ** 2, widths[-1])
