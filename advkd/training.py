@@ -167,7 +167,7 @@ def check_finite(name: str, value: Tensor, step: int) -> float:
     if not math.isfinite(number):
         raise TrainingError(
             f"{name} is {number} at step {step}; the last good checkpoint is kept: "
-            "lower the learning rate and run the same command again"
+            "lower the learning rate (--set, with --redo for this stage)"
         )
     return number
 
