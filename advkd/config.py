@@ -169,7 +169,6 @@ class EvaluateConfig:
     num: int = 2000
     teacher_steps: int = 50
     features: str = ""  # folder of a feature network; empty = the one that ships, if it fits
-    batch: int = 250
 
 
 @dataclass(frozen=True)
