@@ -19,10 +19,10 @@ from torch import Tensor
 from advkd.checkpoint import drop_checkpoints
 from advkd.config import Config, ConfigError, DistillConfig
 from advkd.models.discriminator import Discriminator
+from advkd.models.layers import area_resized
 from advkd.models.student import Student
 from advkd.parallel import Workers
 from advkd.pretrained import save_student
-from advkd.sampling import area_resized
 from advkd.training import (
     Ema,
     Training,

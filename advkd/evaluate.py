@@ -14,7 +14,7 @@ import torch
 
 from advkd.checkpoint import CheckpointError
 from advkd.cli import add_threads, guarded, use_threads
-from advkd.config import parse
+from advkd.config import EvaluateConfig, parse
 from advkd.data import CLASS_NAMES, ImageSet, load_images, shipped
 from advkd.judging import (
     drawing,
@@ -57,7 +57,7 @@ MODES = {
     ),
     "fit_features": ("out", "steps", "seed", "size", "channels", "no_crop", "no_flip"),
 }
-NUM, TEACHER_STEPS = 2000, 50
+NUM, TEACHER_STEPS = EvaluateConfig.num, EvaluateConfig.teacher_steps
 EPILOG = """\
 One of three things at a time:
   --run runs/NAME                judges the run's teacher and student by the run's own protocol;
@@ -135,8 +135,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
             if not run.is_done(stage):
                 raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
         figures, protocol, _ = judge_run(run, fresh=bool(args.fresh))
-    is_shipped = run.has_images and not (config.data.path or config.evaluate.features)
-    print(quality_table(figures, CLASS_NAMES if is_shipped else None))
+    print(quality_table(figures, run.class_names))
     print(f"\n{textwrap.fill(protocol, 100)}")
 
 

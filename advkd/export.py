@@ -95,9 +95,8 @@ def inputs(student: Student, count: int) -> tuple[Tensor, ...]:
     """x_T, and labels where the student takes them, of `count` images."""
     numbers = torch.arange(count)
     x_T = draw_x_T(0, numbers, (student.channels, student.size, student.size)).contiguous()
-    if student.num_classes is None:
-        return (x_T,)
-    return x_T, draw_labels(0, numbers, student.num_classes)
+    y = draw_labels(0, numbers, student.num_classes)
+    return (x_T,) if y is None else (x_T, y)
 
 
 def traced(student: Student, exit_at: int | None, batch: int | None) -> ExportedProgram:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,12 @@ from advkd.data import ImageSet
 from advkd.metrics import FeatureNet, Features, Judged, extract, judge, sliced_wasserstein
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.sampling import JUDGE_SEED, generate
+from advkd.sampling import JUDGE_SEED, Callback, generate
 from advkd.training import StopSignals, progress_bar
 
 REFERENCE_SEED = JUDGE_SEED + 1  # of the teacher's samples where they stand in for real images
 TIMED_IMAGES = 64
 TIMED_ROUNDS = 3
-
-Callback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The main job as stages over one folder: teacher, trajectories, distil, evaluate, report.
 
-Each stage leaves a marker with what it was made from; a stage whose marker fits is skipped, so
-running the same command again goes on where it stopped.
+Each stage leaves a marker with its seconds, and `config.toml` what the folder was made from. A
+stage whose marker stands is skipped, so running the same command again goes on where it stopped;
+another configuration is refused.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ from advkd.metrics import (
     save_features,
 )
 from advkd.models.discriminator import Discriminator
+from advkd.models.layers import area_resized
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pictures import Pictures, read_metrics
 from advkd.pretrained import load_student, load_teacher, resolve, save_teacher
 from advkd.report import write_report
-from advkd.sampling import JUDGE_SEED, area_resized, draw_labels, draw_x_T, sample, table_of
+from advkd.sampling import JUDGE_SEED, draw_labels, draw_x_T, kept_steps, sample, table_of
 from advkd.teacher import train_teacher
 from advkd.training import Interrupted, StopSignals, progress_bar
 from advkd.trajectory import Trajectories, check_trajectories, draw_trajectories, index_of
@@ -197,6 +199,12 @@ class Run:
             self._images = read_images(self.config)
         return self._images
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of what the shipped classifier tells apart, where it judges the shipped images."""
+        own = self.config.data.path or self.config.evaluate.features
+        return CLASS_NAMES if self.has_images and not own else None
+
     def teacher(self) -> UNet:
         return load_teacher(self.folder / "teacher")
 
@@ -320,8 +328,8 @@ def make_judgement(run: Run) -> float:
         "protocol": protocol,
         "features": features,
     }
-    if run.has_images and not (run.config.data.path or run.config.evaluate.features):
-        summary["class_names"] = CLASS_NAMES
+    if run.class_names is not None:
+        summary["class_names"] = run.class_names
     write_json(run.folder / "report" / "summary.json", summary)
     return time.monotonic() - began
 
@@ -389,13 +397,11 @@ def draw_pictures(run: Run, steps: int) -> Pictures:
     teacher, student, images = run.teacher(), run.student(), run.images()
     shape = (student.channels, student.size, student.size)
     numbers = torch.arange(PICTURED)
-    y = None
-    if student.num_classes is not None:
-        y = draw_labels(JUDGE_SEED, numbers, student.num_classes)
+    y = draw_labels(JUDGE_SEED, numbers, student.num_classes)
     settings = run.config.trajectory
     K = len(student.config.stages)
     table = table_of(teacher.schedule, "ddim", max(steps, K), 0.0)
-    keep = [round(len(table) * (k + 1) / K) for k in range(K)]
+    keep = kept_steps(len(table), K)
     kept = sample(
         teacher, table, JUDGE_SEED, numbers, y=y, keep=keep, target=settings.target, size=shape[-1]
     )

@@ -6,10 +6,10 @@ elsewhere. Noise is counter-based, so an image does not depend on the batch it i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from advkd import ops
@@ -39,15 +39,14 @@ def draw_x_T(seed: int, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return ops.philox_normal(seed, indices, ops.X_T_STEP, shape, memory_format=torch.channels_last)
 
 
-def draw_labels(seed: int, indices: Tensor, num_classes: int) -> Tensor:
-    """Class labels of the images `indices`, uniform: (B,) int64."""
-    return ops.philox_labels(seed, indices, num_classes)
+def draw_labels(seed: int, indices: Tensor, num_classes: int | None) -> Tensor | None:
+    """Class labels of the images `indices`, uniform: (B,) int64; None without classes."""
+    return None if num_classes is None else ops.philox_labels(seed, indices, num_classes)
 
 
-def area_resized(images: Tensor, size: int) -> Tensor:
-    """Average pooling down to (size, size); sizes divide. Values keep their scale."""
-    factor = images.shape[-1] // size
-    return images if factor == 1 else F.avg_pool2d(images, factor)
+def kept_steps(steps: int, K: int) -> list[int]:
+    """Numbers of the K steps after which something is kept: evenly spaced, the last included."""
+    return [round(steps * (k + 1) / K) for k in range(K)]
 
 
 def shape_of(unet: UNet, size: int | None = None) -> tuple[int, int, int]:
@@ -140,12 +139,14 @@ def generate(
         table = table_of(model.schedule, sampler, steps, eta)
     total = len(batches) * (1 if table is None else len(table))
     done = 0
+    lock = threading.Lock()
 
     def on_pass(step: int, steps: int) -> None:
         nonlocal done
-        done += 1
-        if callback is not None:
-            callback(done, total)
+        with lock:
+            done += 1
+            if callback is not None:
+                callback(done, total)
 
     def run(part: slice) -> Tensor:
         labels = None if y is None else y[part].to(device)
@@ -166,7 +167,7 @@ def _labels(model: UNet | Student, seed: int, numbers: Tensor, y: Tensor | None)
     """The labels given, checked; where there are none, drawn for a class-conditional model."""
     classes = model.num_classes if isinstance(model, Student) else model.config.num_class_embeds
     if y is None:
-        return None if classes is None else draw_labels(seed, numbers, classes)
+        return draw_labels(seed, numbers, classes)
     if y.shape != numbers.shape:
         raise ValueError(f"y holds {y.numel()} labels for {len(numbers)} images")
     if classes is not None and ((y < 0) | (y >= classes)).any():

@@ -28,6 +28,7 @@ from advkd.sampling import (
     TARGETS,
     draw_labels,
     draw_x_T,
+    kept_steps,
     sample,
     shape_of,
     table_of,
@@ -80,7 +81,7 @@ def index_of(
         steps=N,
         eta=settings.eta if settings.sampler == "ddim" else 1.0,
         target=settings.target,
-        kept=[round(N * (k + 1) / kept) for k in range(kept)],
+        kept=kept_steps(N, kept),
         shape=list(shape_of(unet, size)),
         dtype=settings.dtype,
         shard=settings.shard,
@@ -129,8 +130,6 @@ class Trajectories:
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """Their class labels (B,) int64, or None for an unconditional teacher."""
-        if self.index.num_classes is None:
-            return None
         return draw_labels(self.index.seed, indices, self.index.num_classes)
 
 
@@ -219,9 +218,7 @@ def draw_trajectories(
 
     def draw(number: int) -> None:
         indices = torch.arange(number * index.shard, (number + 1) * index.shard)
-        y = None
-        if index.num_classes is not None:
-            y = draw_labels(index.seed, indices, index.num_classes)
+        y = draw_labels(index.seed, indices, index.num_classes)
         kept = sample(
             unet,
             table,

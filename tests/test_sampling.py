@@ -12,11 +12,11 @@ from torch import Tensor
 from advkd import ops
 from advkd.config import StudentConfig, TrajectoryConfig, UNetConfig
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
+from advkd.models.layers import area_resized
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.sampling import (
     JUDGE_SEED,
-    area_resized,
     draw_labels,
     draw_x_T,
     generate,

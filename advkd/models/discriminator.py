@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkd.config import DiscriminatorConfig
-from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock
+from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock, area_resized
 
 
 def resized_noise(x_T: Tensor, size: int) -> Tensor:
     """x_T area-resized to `size` and scaled so that its standard deviation stays 1."""
-    factor = x_T.shape[-1] // size
-    return x_T if factor == 1 else F.avg_pool2d(x_T, factor) * factor
+    return area_resized(x_T, size) * (x_T.shape[-1] // size)
 
 
 class Discriminator(nn.Module):
@@ -58,8 +57,7 @@ class Discriminator(nn.Module):
             }
         )
         self.downs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1)
-            for a, b in itertools.pairwise(widths)
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
         self.norm_out = GroupNormSiLU(config.groups, widths[-1])
         self.dense = nn.Linear(widths[-1] * self.levels[-1] ** 2, widths[-1])
@@ -78,6 +76,7 @@ class Discriminator(nn.Module):
         return self.levels.index(resolution)
 
     def forward(self, x: Tensor, x_T: Tensor, k: int, y: Tensor | None = None) -> Tensor:
+        """Logits (B,) of head k's images x (B, C, r, r), grown from x_T; y (B,) int64 labels."""
         r = x.shape[-1]
         h = self.entrances[str(r)](torch.cat([x, resized_noise(x_T, r)], dim=1))
         first = self._level(r)

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from advkd import ops
 
 
+def area_resized(images: Tensor, size: int) -> Tensor:
+    """Average pooling down to (size, size); sizes divide. Values keep their scale."""
+    factor = images.shape[-1] // size
+    return images if factor == 1 else F.avg_pool2d(images, factor)
+
+
 class GroupNormSiLU(nn.GroupNorm):
     """y = SiLU(GroupNorm(x)), or GroupNorm alone with activation="none". x (B, C, H, W)."""
 
@@ -122,6 +128,7 @@ class Attention(nn.Module):
         self.explicit = explicit
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
         q, k, v = (
