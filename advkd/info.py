@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from advkd import ops
+from advkd.ops import _backend
 
 
 def _version(package: str) -> str:
@@ -29,9 +30,9 @@ def report() -> Iterator[str]:
     yield f"{'threads':<10} {torch.get_num_threads()}"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     yield f"{'CUDA':<10} {cuda}"
-    extension = ops.extension
+    extension = _backend.extension
     if extension is None:
-        yield f"{'extension':<10} none: {ops.extension_missing}"
+        yield f"{'extension':<10} none: {_backend.extension_missing}"
     else:
         yield f"{'extension':<10} {extension.version}, compiled by {extension.compiler}"
         yield f"{'CPU':<10} {extension.isa()} in use; {', '.join(extension.isas())} run here"

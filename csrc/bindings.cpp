@@ -1,4 +1,4 @@
-// The Python module advkd._C. It knows no torch: advkd/ops.py hands it addresses, shapes and the
+// The Python module advkd._C. It knows no torch: advkd/ops hands it addresses, shapes and the
 // thread count, and has checked all of them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from advkd import info, ops
+from advkd.ops import _backend
 
 
 def test_the_report_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,8 +24,8 @@ def test_the_report_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_extension_is_explained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "extension", None)
-    monkeypatch.setattr(ops, "extension_missing", "it was left out")
+    monkeypatch.setattr(_backend, "extension", None)
+    monkeypatch.setattr(_backend, "extension_missing", "it was left out")
     info.main([])
     out = capsys.readouterr().out
     assert "none: it was left out" in out

@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
 // and Box-Muller normals from it. The normals are the same bits in every instruction set and in
-// advkd/ops.py: only float32 additions, multiplications and square roots, each rounded on its own.
+// advkd/reference.py: only float32 additions, multiplications and square roots, each rounded on its own.
 #pragma once
 
 #include <cmath>

@@ -1,0 +1,90 @@
+"""The extension, and the choice between a fused op and its plain twin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """The C++ extension, or why there is none."""
+    try:
+        return import_module("advkd._C"), None
+    except ImportError as error:
+        return None, f"the C++ extension is not installed ({error})"
+
+
+extension, extension_missing = _load_extension()
+
+BACKENDS = ("reference", "fused")
+
+
+def checked_backend(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} is '{name}', but it must be 'reference' or 'fused'.")
+    return name
+
+
+_default_backend = checked_backend(os.environ.get("ADVKD_OPS") or None, "ADVKD_OPS")
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Within the block, ops called without `backend` use this one (None: fused where it exists)."""
+    global _default_backend
+    before = _default_backend
+    _default_backend = checked_backend(backend, "backend")
+    try:
+        yield
+    finally:
+        _default_backend = before
+
+
+def use_fused(op: str, backend: str | None, unavailable: str | None) -> bool:
+    """Whether to run the fused op, given why it cannot run on these tensors (None: it can)."""
+    chosen = checked_backend(backend, "backend") or _default_backend
+    if chosen == "reference":
+        return False
+    if unavailable is None:
+        return True
+    # Nobody shall time the twin unknowingly: an explicit wish that cannot be met is an error.
+    if backend == "fused":
+        raise ValueError(f"{op} has no fused backend here: {unavailable}.")
+    if chosen == "fused" and extension_missing is not None:
+        raise ValueError(f"ADVKD_OPS=fused cannot be met: {extension_missing}.")
+    return False
+
+
+def cpu_unavailable(*tensors: Tensor) -> str | None:
+    """Why the C++ ops cannot take these tensors."""
+    if extension_missing is not None:
+        return extension_missing
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return f"no kernel serves tensors on {tensor.device.type}"
+        if tensor.dtype is not torch.float32 and tensor.is_floating_point():
+            return f"the C++ kernel takes float32, not {tensor.dtype}"
+    return None
+
+
+def fused_extension() -> ModuleType:
+    if extension is None:
+        raise ValueError(f"the op was asked for as fused, but {extension_missing}.")
+    return extension
+
+
+def define(schema: str) -> None:
+    """A new op of the library advkd, e.g. "name(Tensor x) -> Tensor"."""
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"advkd::{name}", f"({arguments}", tags=torch.Tag.pt2_compliant_tag)
+
+
+def asked_reference() -> str | None:
+    """Why no fused op is used by default, if it is by choice."""
+    return "ADVKD_OPS=reference is set" if _default_backend == "reference" else None
