@@ -156,6 +156,10 @@ class DistillConfig:
     r1_gamma: float = 1.0
     r1_every: int = 16
     schedule: str = "joint"  # joint | progressive
+    adversary: str = (
+        "paired"  # paired: D sees x_T; fresh: D judges images of new noise
+    )
+    real_images: bool = True  # fresh: the last head is compared with training images, if any
     grad_clip: float = 10.0
     ema: float = 0.999
     log_every: int = 20

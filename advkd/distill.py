@@ -3,14 +3,17 @@
 L_D = sum_k w_k [ softplus(-D(x^(k))) + softplus(D(xhat^(k))) + gamma/2 |grad_x D(x^(k))|^2 ]
 L_G = sum_k w_k [ lambda_adv softplus(-D(xhat^(k))) + lambda_rec rho(xhat^(k) - x^(k)) ]
 
-with x^(k) the teacher's k-th kept target and xhat^(k) the student's k-th head.
+with x^(k) the teacher's k-th kept target and xhat^(k) the student's k-th head. An adversary that
+is "paired" sees x_T too and judges both for the same x_T. One that is "fresh" does not see it, and
+its xhat^(k) grow from noise that is used once and never reconstructed; its x^(K) may be training
+images in place of the teacher's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +21,13 @@ from torch import Tensor
 
 from advkd.checkpoint import drop_checkpoints
 from advkd.config import Config, ConfigError, DistillConfig
+from advkd.data import ImageSet
 from advkd.models.discriminator import Discriminator
 from advkd.models.layers import area_resized
 from advkd.models.student import Student
 from advkd.parallel import Workers
 from advkd.pretrained import save_student
+from advkd.sampling import draw_labels, draw_x_T
 from advkd.training import (
     Ema,
     Training,
@@ -36,6 +41,10 @@ from advkd.trajectory import Trajectories
 
 STAGE = "distil"
 SCHEDULES = ("joint", "progressive")
+ADVERSARIES = ("paired", "fresh")
+
+# Fresh noise has the run's seed and image numbers that no store reaches.
+FIRST_FRESH = 1 << 40
 
 # Submodules that are not yet active take no part in a step.
 _UNUSED_IS_ZERO: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
@@ -84,6 +93,8 @@ def check_settings(settings: DistillConfig, K: int) -> None:
     head_weights(settings.head_weights, K)
     active_heads(settings.schedule, K, 0, settings.steps)
     reconstruction(torch.zeros(1), settings.rho, settings.huber_delta)
+    if settings.adversary not in ADVERSARIES:
+        raise ConfigError(f"distill.adversary={settings.adversary!r} is not one of {ADVERSARIES}")
 
 
 def judged_heads(
@@ -100,17 +111,46 @@ def judged_heads(
     return {**judged, heads - 1: weights[heads - 1]}
 
 
+class Labelled(NamedTuple):
+    """Images or noise (B, C, S, S) and their labels (B,) int64, or None."""
+
+    x: Tensor
+    y: Tensor | None
+
+    def share(self, part: slice) -> Labelled:
+        return Labelled(self.x[part], None if self.y is None else self.y[part])
+
+
 @dataclass(frozen=True)
 class Batch:
-    """x_T (B, C, S, S), the targets x^(k) each at its head's resolution, labels or None."""
+    """What one step learns from.
+
+    x_T (B, C, S, S) and labels y or None; the targets x^(k), each at its head's resolution. Of a
+    fresh adversary also the noise whose images D judges, and the training images that D takes for
+    real in the last target's place, or None.
+    """
 
     x_T: Tensor
     targets: list[Tensor]
     y: Tensor | None
+    fresh: Labelled | None = None
+    images: Labelled | None = None
 
     def share(self, part: slice) -> Batch:
-        y = None if self.y is None else self.y[part]
-        return Batch(self.x_T[part], [x[part] for x in self.targets], y)
+        x_T, y = Labelled(self.x_T, self.y).share(part)
+        return Batch(
+            x_T,
+            [x[part] for x in self.targets],
+            y,
+            self.fresh.share(part) if self.fresh else None,
+            self.images.share(part) if self.images else None,
+        )
+
+    def real(self, k: int) -> Labelled:
+        """What D takes for real at head k (0 .. K-1)."""
+        if self.images is not None and k == len(self.targets) - 1:
+            return self.images
+        return Labelled(self.targets[k], self.y)
 
 
 class Distillation(Training):
@@ -118,7 +158,7 @@ class Distillation(Training):
 
     stage = STAGE
 
-    def __init__(self, config: Config, trajectories: Trajectories):
+    def __init__(self, config: Config, trajectories: Trajectories, images: ImageSet | None = None):
         self.config, self.settings = config, config.distill
         self.trajectories = trajectories
         self.device = pick_device(config.run.device)
@@ -132,7 +172,13 @@ class Distillation(Training):
         check_settings(self.settings, len(self.stages))
         torch.manual_seed(config.run.seed)
         student = Student(config.student, size, C, index.target, index.num_classes)
-        D = Discriminator(config.discriminator, size, C, self.stages, index.num_classes)
+        self.paired = self.settings.adversary == "paired"
+        self.images = None if self.paired or not self.settings.real_images else images
+        if self.images is not None:
+            _check_images(self.images, trajectories)
+        D = Discriminator(
+            config.discriminator, size, C, self.stages, index.num_classes, self.paired
+        )
         self.student = student.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = D.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.student, self.settings.ema)
@@ -155,6 +201,7 @@ class Distillation(Training):
         indices = torch.randint(self.trajectories.num, (self.settings.batch,), generator=generator)
         targets = self.trajectories.targets(indices)
         y = self.trajectories.labels(indices)
+        images = None if self.images is None else self._real_images(self.images, generator)
         return Batch(
             self.trajectories.x_T(indices).to(self.device),
             [
@@ -164,15 +211,39 @@ class Distillation(Training):
                 for k, size in enumerate(self.stages)
             ],
             None if y is None else y.to(self.device),
+            None if self.paired else self._fresh_noise(step),
+            images,
         )
 
+    def _fresh_noise(self, step: int) -> Labelled:
+        """Noise that no other step sees."""
+        first, index = FIRST_FRESH + step * self.settings.batch, self.trajectories.index
+        numbers = torch.arange(first, first + self.settings.batch)
+        C, H, W = index.shape
+        y = draw_labels(index.seed, numbers, index.num_classes)
+        x_T = draw_x_T(index.seed, numbers, (C, H, W))
+        return Labelled(x_T.to(self.device), None if y is None else y.to(self.device))
+
+    def _real_images(self, images: ImageSet, generator: torch.Generator) -> Labelled:
+        """Training images, with labels where the student has them."""
+        B = self.settings.batch
+        rows = torch.randint(len(images), (B,), generator=generator).numpy()
+        flip = torch.rand(B, generator=generator).numpy() < (0.5 if self.config.data.flip else 0)
+        x = images.batch(rows, flip).contiguous(memory_format=torch.channels_last)
+        y = None
+        if self.student.num_classes is not None and images.labels is not None:
+            y = torch.as_tensor(images.labels[rows], device=self.device)
+        return Labelled(x.to(self.device), y)
+
     def judge(self, batch: Batch, k: int, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """D's logits of the teacher's and of the student's images of head k, in one call."""
-        y = None if batch.y is None else torch.cat([batch.y, batch.y])
-        both = torch.cat([batch.targets[k], fake])
-        logits = self.discriminator(both, torch.cat([batch.x_T, batch.x_T]), k, y)
-        real, drawn = logits.chunk(2)
-        return real, drawn
+        """D's logits of the real and of the student's images of head k, in one call."""
+        real, y_real = batch.real(k)
+        y_fake = batch.fresh.y if batch.fresh else batch.y
+        y = None if y_real is None or y_fake is None else torch.cat([y_real, y_fake])
+        x_T = torch.cat([batch.x_T, batch.x_T]) if self.paired else None
+        logits = self.discriminator(torch.cat([real, fake]), x_T, k, y)
+        of_real, of_fake = logits.chunk(2)
+        return of_real, of_fake
 
     def gradients(
         self, batch: Batch, heads: int, judged: dict[int, float], penalise: bool
@@ -189,9 +260,12 @@ class Distillation(Training):
             rec_k = reconstruction(image - batch.targets[k], s.rho, s.huber_delta)
             rec = rec + self.weights[k] * s.lambda_rec * rec_k
             logged[f"rec_{k + 1}"] = rec_k.detach()
+        drawn = images
+        if batch.fresh is not None:
+            drawn = self.student.states(batch.fresh.x, batch.fresh.y, depth=heads)
         fakes, logits = [], []
         for k, weight in judged.items():
-            fake = images[k].detach().requires_grad_()
+            fake = drawn[k].detach().requires_grad_()
             real_logits, fake_logits = self.judge(batch, k, fake)
             fakes.append(fake)
             logits.append(fake_logits.detach())
@@ -212,7 +286,7 @@ class Distillation(Training):
             for gradient, logit in zip(found[: len(fakes)], logits, strict=True)
         ]
         found_g = torch.autograd.grad(
-            [rec, *(images[k] for k in judged)],
+            [rec, *(drawn[k] for k in judged)],
             list(self.student.parameters()),
             grad_outputs=[torch.ones_like(rec), *cotangents],
             **_UNUSED_IS_ZERO,
@@ -220,11 +294,12 @@ class Distillation(Training):
         return [*found_g, *found[len(fakes) :]], logged
 
     def r1(self, batch: Batch, heads: int) -> Tensor:
-        """sum_k w_k E|grad_x D(x^(k))|^2 on the teacher's images (Mescheder et al. 2018)."""
+        """sum_k w_k E|grad_x D(x^(k))|^2 on what D takes for real (Mescheder et al. 2018)."""
         total = batch.x_T.new_zeros(())
         for k in range(heads):
-            x = batch.targets[k].detach().requires_grad_()
-            logits = self.discriminator(x, batch.x_T, k, batch.y)
+            x, y = batch.real(k)
+            x = x.detach().requires_grad_()
+            logits = self.discriminator(x, batch.x_T if self.paired else None, k, y)
             (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
             total = total + self.weights[k] * gradient.square().sum(dim=(1, 2, 3)).mean()
         return total
@@ -260,13 +335,33 @@ class Distillation(Training):
         return {name: f"{values[f'{name}_{last}']:.3f}" for name in ("rec", "adv", "margin")}
 
 
-def distil(config: Config, trajectories: Trajectories, run: Path) -> float:
+def _check_images(images: ImageSet, trajectories: Trajectories) -> None:
+    index = trajectories.index
+    C, size, _ = index.shape
+    if (images.channels, images.size) != (C, size):
+        raise ConfigError(
+            f"{images.source} has images of {images.size}x{images.size} with {images.channels} "
+            f"channels, the trajectories {size}x{size} with {C}"
+        )
+    if index.num_classes is None:
+        return
+    if images.labels is None or (images.num_classes or 0) > index.num_classes:
+        raise ConfigError(
+            f"the student has {index.num_classes} classes and {images.source} no labels that fit: "
+            "set distill.real_images=false"
+        )
+
+
+def distil(
+    config: Config, trajectories: Trajectories, run: Path, images: ImageSet | None = None
+) -> float:
     """Train a student from scratch, or on from its last checkpoint; save `run/student`.
 
-    Returns the seconds of training, earlier sessions included. Raises TrainingError on a
-    non-finite loss and Interrupted after a signal, both with the state on disk.
+    `images` are the training images, where there are any, for a fresh adversary. Returns the
+    seconds of training, earlier sessions included. Raises TrainingError on a non-finite loss and
+    Interrupted after a signal, both with the state on disk.
     """
-    training = Distillation(config, trajectories)
+    training = Distillation(config, trajectories, images)
     s = config.distill
     seconds = run_training(
         training, run, s.steps, s.log_every, s.checkpoint_every, config.run.threads

@@ -289,7 +289,8 @@ def make_trajectories(run: Run) -> float:
 def make_student(run: Run) -> float:
     """Distil the student."""
     store = Trajectories(run.folder / "trajectories", run.config.trajectory.num)
-    return distil(run.config, store, run.folder)
+    images = run.images()
+    return distil(run.config, store, run.folder, None if images is None else images.train)
 
 
 def features_of(run: Run) -> FeatureNet:

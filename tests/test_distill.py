@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,12 @@ from advkd.config import (
     TrajectoryConfig,
     UNetConfig,
 )
+from advkd.data import ImageSet
 from advkd.diffusion import Schedule
 from advkd.distill import (
     Batch,
     Distillation,
+    Labelled,
     active_heads,
     distil,
     generator_gradient,
@@ -88,13 +91,26 @@ def store_with_classes(tmp_path_factory: pytest.TempPathFactory) -> Trajectories
     return drawn(tmp_path_factory.mktemp("classes"), num_classes=3)
 
 
-def in_float64(config: Config, store: Trajectories) -> tuple[Distillation, Batch]:
-    training = Distillation(config, store)
+def photos(labels: bool, size: int = 8) -> ImageSet:
+    """Training images that look like nothing a teacher made."""
+    pixels = np.random.default_rng(3).integers(0, 256, (20, 1, size, size), dtype=np.uint8)
+    return ImageSet(pixels, np.arange(20, dtype=np.int64) % 3 if labels else None, "photos")
+
+
+def in_float64(
+    config: Config, store: Trajectories, images: ImageSet | None = None
+) -> tuple[Distillation, Batch]:
+    training = Distillation(config, store, images)
     training.student.double()
     training.discriminator.double()
     batch = training.batch(0)
+
+    def doubled(given: Labelled | None) -> Labelled | None:
+        return Labelled(given.x.double(), given.y) if given else None
+
     targets = [x.double() for x in batch.targets]
-    return training, Batch(batch.x_T.double(), targets, batch.y)
+    extra = doubled(batch.fresh), doubled(batch.images)
+    return training, Batch(batch.x_T.double(), targets, batch.y, *extra)
 
 
 # The losses, written the plain way.
@@ -113,19 +129,27 @@ def plain_losses(
     """L_G and L_D as the module's header states them, each with a graph of its own."""
     s, D = training.settings, training.discriminator
     images = training.student.states(batch.x_T, batch.y)
+    fakes, x_T, y_fake = images, batch.x_T, batch.y
+    if s.adversary == "fresh":
+        assert batch.fresh is not None
+        fakes, x_T = training.student.states(*batch.fresh), None
+        y_fake = batch.fresh.y
     loss_g = loss_d = torch.zeros((), dtype=torch.float64)
     for k in range(heads):
         error = images[k] - batch.targets[k]
         loss_g = loss_g + training.weights[k] * s.lambda_rec * plain_rho(
             error, s.rho, s.huber_delta
         )
-        real = batch.targets[k].clone().requires_grad_()
-        real_logits = D(real, batch.x_T, k, batch.y)
+        shown, y_real = batch.targets[k], batch.y
+        if batch.images is not None and k == 2:
+            shown, y_real = batch.images
+        real = shown.clone().requires_grad_()
+        real_logits = D(real, x_T, k, y_real)
         if k in judged:
-            fake_logits = D(images[k], batch.x_T, k, batch.y)
+            fake_logits = D(fakes[k], x_T, k, y_fake)
             adversarial = torch.log1p(torch.exp(-fake_logits)).mean()
             loss_g = loss_g + judged[k] * s.lambda_adv * adversarial
-            apart = D(images[k].detach(), batch.x_T, k, batch.y)
+            apart = D(fakes[k].detach(), x_T, k, y_fake)
             told = torch.log1p(torch.exp(-real_logits)) + torch.log1p(torch.exp(apart))
             loss_d = loss_d + judged[k] * told.mean()
         if penalise:
@@ -140,6 +164,8 @@ def plain_losses(
 @pytest.mark.parametrize(
     ("changes", "heads", "judged"),
     [
+        ({"adversary": "fresh"}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
+        ({"adversary": "fresh", "real_images": False}, 3, {2: 1.0}),
         ({}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
         ({}, 3, {2: 1.0}),
         ({"rho": "l2", "lambda_rec": 3.0, "lambda_adv": 0.3}, 3, {0: 0.25, 1: 0.25, 2: 1.0}),
@@ -156,8 +182,10 @@ def test_gradients_are_those_of_the_losses(
 ) -> None:
     """One backward pass through D serves both networks; here each has two passes of its own."""
     found_in = request.getfixturevalue("store_with_classes" if classes else "store")
-    training, batch = in_float64(changed(**changes), found_in)
+    training, batch = in_float64(changed(**changes), found_in, photos(classes))
     assert (batch.y is not None) == classes
+    assert (batch.fresh is not None) == ("adversary" in changes)
+    assert (batch.images is not None) == (changes == {"adversary": "fresh"})
     with torch.no_grad():  # a head that is told apart well: logits away from 0
         training.discriminator.out.bias.add_(2.0)
     found, _ = training.gradients(batch, heads, judged, penalise)
@@ -176,6 +204,38 @@ def test_gradients_are_those_of_the_losses(
         assert (ours - theirs).abs().max() <= tolerance, name
     used = [name for name, g in zip(names_g, expected, strict=False) if g.abs().max() > 0]
     assert len(used) > len(names_g) // 2
+
+
+def test_fresh_noise_is_never_seen_twice(store: Trajectories) -> None:
+    training = Distillation(changed(adversary="fresh"), store, photos(False))
+    stored = training.trajectories.x_T(torch.arange(24))
+    seen = [*stored]
+    for step in range(4):
+        batch = training.batch(step)
+        assert batch.fresh is not None
+        assert batch.images is not None
+        assert all(any(torch.equal(x, known) for known in stored) for x in batch.x_T)
+        seen += [*batch.fresh.x]
+        again = training.batch(step)
+        assert again.fresh is not None
+        assert again.images is not None
+        torch.testing.assert_close(again.fresh.x, batch.fresh.x, rtol=0, atol=0)
+        torch.testing.assert_close(again.images.x, batch.images.x, rtol=0, atol=0)
+    apart = torch.cdist(torch.stack(seen).flatten(1), torch.stack(seen).flatten(1))
+    assert (apart + 100 * torch.eye(len(seen))).min() > 1
+
+
+def test_real_images_must_fit(store: Trajectories, store_with_classes: Trajectories) -> None:
+    config = changed(adversary="fresh")
+    with pytest.raises(ConfigError, match="photos has images of 16x16 with 1 channels, the"):
+        Distillation(config, store, photos(False, size=16))
+    with pytest.raises(ConfigError, match="3 classes and photos no labels that fit"):
+        Distillation(config, store_with_classes, photos(False))
+    # Where they are not asked for, they may be anything.
+    Distillation(changed(), store, photos(False, size=16))
+    Distillation(changed(adversary="fresh", real_images=False), store_with_classes, photos(False))
+    with pytest.raises(ConfigError, match=r"distill\.adversary='both' is not one of"):
+        Distillation(changed(adversary="both"), store)
 
 
 def test_generator_gradient_over_the_whole_range() -> None:

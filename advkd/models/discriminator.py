@@ -1,4 +1,4 @@
-"""The discriminator D(x, x_T, k): one network that judges every head at its own resolution."""
+"""The discriminator D(x, k) or D(x, x_T, k): one network that judges every head's images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def resized_noise(x_T: Tensor, size: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Logits of "drawn by the teacher": x (B, C, r, r), x_T (B, C, S, S), k -> (B,).
+    """Logits of "real": x (B, C, r, r), k -> (B,).
 
     The trunk works at S/2, S/4, ... (`config.widths`). An image of full resolution enters by a
-    convolution of stride 2, a smaller one at the level of its own resolution; x_T is concatenated
-    there. k (and the label y) act by projection (Miyato & Koyama 2018).
+    convolution of stride 2, a smaller one at the level of its own resolution. With `sees_noise`
+    x_T (B, C, S, S) is concatenated there: D then judges whether x is what the teacher makes of
+    x_T. k (and the label y) act by projection (Miyato & Koyama 2018).
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Discriminator(nn.Module):
         channels: int,
         stages: Sequence[int],
         num_classes: int | None = None,
+        sees_noise: bool = True,
     ):
         super().__init__()
         widths = config.widths
@@ -41,12 +43,16 @@ class Discriminator(nn.Module):
             raise ValueError("discriminator.widths is empty")
         if size % (1 << len(widths)):
             raise ValueError(f"{len(widths)} halvings do not fit images of size {size}")
-        self.size, self.stages = size, tuple(stages)
+        self.size, self.stages, self.sees_noise = size, tuple(stages), sees_noise
         self.entrances = nn.ModuleDict()
         for r in sorted(set(stages)):
             level = self._level(r)
             self.entrances[str(r)] = nn.Conv2d(
-                2 * channels, widths[level], 3, padding=1, stride=2 if r == size else 1
+                channels * (1 + sees_noise),
+                widths[level],
+                3,
+                padding=1,
+                stride=2 if r == size else 1,
             )
         self.blocks = nn.ModuleList(ResnetBlock(w, w, None, config.groups) for w in widths)
         self.attentions = nn.ModuleDict(
@@ -75,10 +81,21 @@ class Discriminator(nn.Module):
             raise ValueError(f"the discriminator has no level for images of size {resolution}")
         return self.levels.index(resolution)
 
-    def forward(self, x: Tensor, x_T: Tensor, k: int, y: Tensor | None = None) -> Tensor:
-        """Logits (B,) of head k's images x (B, C, r, r), grown from x_T; y (B,) int64 labels."""
+    def forward(self, x: Tensor, x_T: Tensor | None, k: int, y: Tensor | None = None) -> Tensor:
+        """Logits (B,) of head k's images x (B, C, r, r), grown from x_T; y (B,) int64 labels.
+
+        x_T is None exactly where D does not see the noise; anything else is a ValueError.
+        """
         r = x.shape[-1]
-        h = self.entrances[str(r)](torch.cat([x, resized_noise(x_T, r)], dim=1))
+        if self.sees_noise != (x_T is not None):
+            raise ValueError(
+                "this discriminator judges an image beside its noise: pass x_T (B, C, S, S)"
+                if self.sees_noise
+                else "this discriminator does not see the noise: pass x_T=None"
+            )
+        if x_T is not None:
+            x = torch.cat([x, resized_noise(x_T, r)], dim=1)
+        h = self.entrances[str(r)](x)
         first = self._level(r)
         for i in range(first, len(self.blocks)):
             if i > first:

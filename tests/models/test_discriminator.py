@@ -50,6 +50,18 @@ def test_logits_depend_on_image_and_noise(k: int) -> None:
     assert (by_noise != 0).all()  # every pixel of x_T, also where it is resized
 
 
+def test_a_discriminator_that_does_not_see_the_noise() -> None:
+    D = Discriminator(SMALL, 8, 1, STAGES, sees_noise=False).double()
+    for k, r in enumerate(STAGES):
+        x = noise(2, r).requires_grad_()
+        (by_x,) = torch.autograd.grad(D(x, None, k).sum(), x)
+        assert (by_x != 0).all()
+    with pytest.raises(ValueError, match="does not see the noise"):
+        D(noise(2, 8), noise(2, 8), 3)
+    with pytest.raises(ValueError, match=r"beside its noise: pass x_T"):
+        small()(noise(2, 8), None, 3)
+
+
 @torch.no_grad()
 def test_logits_depend_on_k() -> None:
     D = small()
