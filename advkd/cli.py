@@ -13,10 +13,10 @@ from advkd.checkpoint import CheckpointError
 from advkd.training import Interrupted, TrainingError
 
 
-def guarded(command: Callable[[], None]) -> int:
+def guarded(command: Callable[[], None], again: str = "the same command") -> int:
     """Run a command's body; expected errors become one sentence on stderr and exit status 1.
 
-    130 means that it was stopped by a signal and goes on when it is run again.
+    130 means that it was stopped by a signal and goes on by `again`.
     """
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
     try:
@@ -25,7 +25,7 @@ def guarded(command: Callable[[], None]) -> int:
         print(f"advkd: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
-        print(f"advkd: {stop}; the same command goes on from there", file=sys.stderr)
+        print(f"advkd: {stop}; {again} goes on from there", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("advkd: stopped", file=sys.stderr)

@@ -264,10 +264,12 @@ def make_teacher(run: Run) -> float:
 
 def make_trajectories(run: Run) -> float:
     """Draw the teacher's trajectories."""
-    began = time.monotonic()
     unet = run.teacher()
     settings = run.config.trajectory
     folder = run.folder / "trajectories"
+    earlier = folder / "seconds.json"  # of sessions that were stopped
+    before = read_json(earlier)["seconds"] if earlier.is_file() else 0.0
+    began = time.monotonic() - before
     index = index_of(
         unet, settings, len(run.config.student.stages), run.config.run.seed, run.config.data.size
     )
@@ -282,7 +284,9 @@ def make_trajectories(run: Run) -> float:
             unet, folder, index, settings.num, threads, report, lambda: stop.requested
         )
     if store is None or stop.requested:
+        write_json(earlier, {"seconds": time.monotonic() - began})
         raise Interrupted("stopped while drawing trajectories; finished shards are kept")
+    earlier.unlink(missing_ok=True)
     return time.monotonic() - began
 
 

@@ -137,7 +137,8 @@ def train(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parser().parse_args(argv)
-    return guarded(lambda: train(args))
+    again = "the same command" + (" without --redo" if args.redo else "")
+    return guarded(lambda: train(args), again)
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ class Training(abc.ABC):
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         """The few of the values that stand beside the progress bar."""
 
-    def checkpoint(self, step: int, seconds: float) -> Checkpoint:
-        """All of the training's state after `step` steps."""
+    def checkpoint(self, step: int, seconds: float, logged: dict[str, float]) -> Checkpoint:
+        """All of the training's state after `step` steps, and what was logged last."""
         tensors = {
             f"{prefix}.{name}": tensor
             for prefix, module in self.modules.items()
@@ -197,7 +197,7 @@ class Training(abc.ABC):
         }
         for prefix, optimizer in self.optimizers.items():
             tensors |= optimizer_tensors(optimizer, prefix)
-        return Checkpoint(step, tensors, {"seconds": seconds})
+        return Checkpoint(step, tensors, {"seconds": seconds, "logged": logged})
 
     def restore(self, checkpoint: Checkpoint, where: Path) -> None:
         """Undo `checkpoint`; CheckpointError if it is of other networks."""
@@ -222,12 +222,13 @@ def run_training(
     """
     stage, folder = training.stage, run / "checkpoints"
     start, before = 0, 0.0
+    values: dict[str, float] = {}
     found = latest_checkpoint(folder, stage)
     if found is not None:
         training.restore(found, folder)
         start, before = found.step, float(found.values["seconds"])
+        values |= found.values["logged"]  # not every step computes every one
     log = MetricsLog(run / "metrics.jsonl", stage, start)
-    values: dict[str, float] = {}
     began = time.monotonic()
     with (
         StopSignals() as stop,
@@ -242,7 +243,7 @@ def run_training(
                 log.write(done, seconds=seconds, **values)
                 bar.set_postfix(training.brief(values))
             if done % checkpoint_every == 0 or stop.requested or done == steps:
-                save_checkpoint(folder, stage, training.checkpoint(done, seconds))
+                save_checkpoint(folder, stage, training.checkpoint(done, seconds, values))
             if stop.requested:  # also after the last step: what follows may take minutes
                 raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}")
     return before + time.monotonic() - began

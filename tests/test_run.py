@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import advkd.run
+from advkd.checkpoint import read_json, write_json
 from advkd.config import (
     Config,
     ConfigError,
@@ -196,7 +197,11 @@ def test_a_signal_after_the_last_pass_is_not_lost(
         patch.setattr(advkd.run, "draw_trajectories", late)
         with pytest.raises(Interrupted):
             make_trajectories(run)
-    assert make_trajectories(run) >= 0
+    earlier = run.folder / "trajectories" / "seconds.json"
+    assert read_json(earlier)["seconds"] > 0
+    write_json(earlier, {"seconds": 1000.0})
+    assert 1000 < make_trajectories(run) < 1100  # all sessions count
+    assert make_trajectories(run) < 100
     assert not StopSignals().requested
 
 

@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     other = TeacherTraining(tiny("unet.layers_per_block=2"), images())
     with Workers(1, torch.device("cpu")) as workers:
         other.step(0, workers)
-    save_checkpoint(tmp_path / "checkpoints", "teacher", other.checkpoint(1, 0.0))
+    save_checkpoint(tmp_path / "checkpoints", "teacher", other.checkpoint(1, 0.0, {}))
     with pytest.raises(CheckpointError, match="superfluous"):
         train_teacher(tiny(), images(), tmp_path)
 
@@ -414,8 +414,11 @@ def test_checkpoint_holds_everything(tmp_path: Path) -> None:
     training = TeacherTraining(tiny(), images())
     with Workers(1, torch.device("cpu")) as workers:
         training.step(0, workers)
-    saved = training.checkpoint(1, 2.5)
-    assert isinstance(saved, Checkpoint) and saved.values == {"seconds": 2.5}
+    saved = training.checkpoint(1, 2.5, {"loss": 0.5})
+    assert isinstance(saved, Checkpoint) and saved.values == {
+        "seconds": 2.5,
+        "logged": {"loss": 0.5},
+    }
     n = len(list(training.unet.parameters()))
     prefixes = [name.split(".")[0] for name in saved.tensors]
     assert prefixes.count("unet") == prefixes.count("ema") == n
