@@ -156,9 +156,8 @@ class DistillConfig:
     r1_gamma: float = 1.0
     r1_every: int = 16
     schedule: str = "joint"  # joint | progressive
-    adversary: str = (
-        "paired"  # paired: D sees x_T; fresh: D judges images of new noise
-    )
+    adversary: str = "paired"  # paired: D sees x_T; fresh: it judges images of new noise
+    adversary_from: int = 0  # the first step with D; before it the student only reconstructs
     real_images: bool = True  # fresh: the last head is compared with training images, if any
     grad_clip: float = 10.0
     ema: float = 0.999

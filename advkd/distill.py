@@ -95,6 +95,12 @@ def check_settings(settings: DistillConfig, K: int) -> None:
     reconstruction(torch.zeros(1), settings.rho, settings.huber_delta)
     if settings.adversary not in ADVERSARIES:
         raise ConfigError(f"distill.adversary={settings.adversary!r} is not one of {ADVERSARIES}")
+    first = settings.adversary_from
+    if first < 0 or (first > 0 and settings.lambda_rec <= 0):
+        raise ConfigError(
+            f"distill.adversary_from={first} with lambda_rec={settings.lambda_rec:g} leaves steps "
+            "without a loss"
+        )
 
 
 def judged_heads(
@@ -201,7 +207,10 @@ class Distillation(Training):
         indices = torch.randint(self.trajectories.num, (self.settings.batch,), generator=generator)
         targets = self.trajectories.targets(indices)
         y = self.trajectories.labels(indices)
-        images = None if self.images is None else self._real_images(self.images, generator)
+        fresh = images = None
+        if not self.paired and step >= self.settings.adversary_from:
+            fresh = self._fresh_noise(step)
+            images = None if self.images is None else self._real_images(self.images, generator)
         return Batch(
             self.trajectories.x_T(indices).to(self.device),
             [
@@ -211,7 +220,7 @@ class Distillation(Training):
                 for k, size in enumerate(self.stages)
             ],
             None if y is None else y.to(self.device),
-            None if self.paired else self._fresh_noise(step),
+            fresh,
             images,
         )
 
@@ -250,20 +259,25 @@ class Distillation(Training):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Gradients of L_G in the student's and of L_D in D's parameters, and what is logged.
 
-        `judged` are the heads that D sees in this step, with the weight of each.
+        `judged` are the heads that D sees in this step, with the weight of each; where it sees none
+        there are the student's gradients alone.
         """
         s = self.settings
         images = self.student.states(batch.x_T, batch.y, depth=heads)
         logged: dict[str, Tensor] = {}
-        loss_d = rec = images[0].new_zeros(())
+        rec = images[0].new_zeros(())
         for k, image in enumerate(images):
             rec_k = reconstruction(image - batch.targets[k], s.rho, s.huber_delta)
             rec = rec + self.weights[k] * s.lambda_rec * rec_k
             logged[f"rec_{k + 1}"] = rec_k.detach()
+        of_g = list(self.student.parameters())
+        if not judged:
+            return list(torch.autograd.grad(rec, of_g, **_UNUSED_IS_ZERO)), logged
         drawn = images
         if batch.fresh is not None:
             drawn = self.student.states(batch.fresh.x, batch.fresh.y, depth=heads)
         fakes, logits = [], []
+        loss_d = rec.new_zeros(())
         for k, weight in judged.items():
             fake = drawn[k].detach().requires_grad_()
             real_logits, fake_logits = self.judge(batch, k, fake)
@@ -287,7 +301,7 @@ class Distillation(Training):
         ]
         found_g = torch.autograd.grad(
             [rec, *(drawn[k] for k in judged)],
-            list(self.student.parameters()),
+            of_g,
             grad_outputs=[torch.ones_like(rec), *cotangents],
             **_UNUSED_IS_ZERO,
         )
@@ -305,34 +319,40 @@ class Distillation(Training):
         return total
 
     def step(self, step: int, workers: Workers) -> dict[str, float]:
-        """One step of both networks; returns what is logged."""
+        """One step of both networks, or of the student alone; returns what is logged."""
         s = self.settings
-        decay = learning_rate(step, 1.0, s.warmup, s.steps, s.lr_final)
-        for optimizer, lr in ((self.optimizer, s.lr), (self.optimizer_d, s.lr_d)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * decay
         batch = self.batch(step)
         heads = active_heads(s.schedule, len(self.stages), step, s.steps)
-        judged = judged_heads(self.weights, heads, step, s.inner_every)
-        penalise = s.r1_gamma > 0 and step % s.r1_every == 0
+        lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
+        networks = {"grad_g": (self.student, self.optimizer, lr)}
+        since, judged, penalise = step - s.adversary_from, {}, False
+        if since >= 0:  # D has a warm-up of its own
+            judged = judged_heads(self.weights, heads, step, s.inner_every)
+            penalise = s.r1_gamma > 0 and step % s.r1_every == 0
+            left = s.steps - s.adversary_from
+            lr_d = learning_rate(since, s.lr_d, s.warmup, left, s.lr_final)
+            networks["grad_d"] = (self.discriminator, self.optimizer_d, lr_d)
 
         def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
             return self.gradients(batch.share(share), heads, judged, penalise)
 
-        of_g, of_d = list(self.student.parameters()), list(self.discriminator.parameters())
-        values = workers.gradients(gradients_of, s.batch, [*of_g, *of_d])
+        parameters = [p for network, _, _ in networks.values() for p in network.parameters()]
+        values = workers.gradients(gradients_of, s.batch, parameters)
         logged = {key: check_finite(key, value, step) for key, value in values.items()}
-        for name, parameters in (("grad_g", of_g), ("grad_d", of_d)):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
+        for name, (network, _, _) in networks.items():
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip)
             logged[name] = check_finite(name, norm, step)
-        self.optimizer.step()
-        self.optimizer_d.step()
+        for _, optimizer, rate in networks.values():  # when all of the step is known to be finite
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.ema.update(self.student, step)
-        return {**logged, "lr": s.lr * decay}
+        return {**logged, "lr": lr}
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         last = max(int(key[4:]) for key in values if key.startswith("rec_"))
-        return {name: f"{values[f'{name}_{last}']:.3f}" for name in ("rec", "adv", "margin")}
+        shown = {name: f"{name}_{last}" for name in ("rec", "adv", "margin")}
+        return {name: f"{values[key]:.3f}" for name, key in shown.items() if key in values}
 
 
 def _check_images(images: ImageSet, trajectories: Trajectories) -> None:

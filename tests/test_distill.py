@@ -345,6 +345,42 @@ def test_progressive_leaves_later_submodules_untouched(family: str, store: Traje
             assert ("d.entrances.8.weight" in moved) == (heads == 3)
 
 
+def test_the_adversary_enters_late(store: Trajectories) -> None:
+    training = Distillation(changed(adversary="fresh", adversary_from=2), store, photos(False))
+    before = weights_of(training)
+    with Workers(1, CPU) as workers:
+        for step in range(4):
+            batch = training.batch(step)
+            assert (batch.fresh is None) == (batch.images is None) == (step < 2)
+            logged = training.step(step, workers)
+            assert {"adv_3", "margin_3", "loss_d", "grad_d"}.isdisjoint(logged) == (step < 2)
+            assert set(training.brief(logged)) >= {"rec"}
+            now = weights_of(training)
+            moved = {name for name in now if not torch.equal(now[name], before[name])}
+            assert any(name.startswith("d.") for name in moved) == (step >= 2)
+            assert any(name.startswith("student.") for name in moved)
+            rate = training.optimizer_d.param_groups[0]["lr"]
+            if step >= 2:  # it has a warm-up of 2 steps of its own
+                assert rate == pytest.approx(training.settings.lr_d * (step - 1) / 2)
+    for changes in ({"adversary_from": -1}, {"adversary_from": 2, "lambda_rec": 0.0}):
+        with pytest.raises(ConfigError, match="leaves steps without a loss"):
+            Distillation(changed(**changes), store)
+
+
+@pytest.mark.parametrize("stopped_after", [3, 5])
+def test_late_and_fresh_is_resumed_to_the_bit(
+    store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
+) -> None:
+    config = changed(adversary="fresh", adversary_from=4, steps=7)
+    distil(config, store, tmp_path / "whole", photos(False))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stopped_after)
+        with pytest.raises(Interrupted):
+            distil(config, store, tmp_path / "cut", photos(False))
+    distil(config, store, tmp_path / "cut", photos(False))
+    assert_same_student(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_joint_moves_everything_at_once(store: Trajectories) -> None:
     training = Distillation(CONFIG, store)
     before = weights_of(training)
