@@ -157,7 +157,7 @@ class DistillConfig:
     r1_every: int = 16
     schedule: str = "joint"  # joint | progressive
     adversary: str = "paired"  # paired: D sees x_T; fresh: it judges images of new noise
-    adversary_from: int = 0  # the first step with D; before it the student only reconstructs
+    adversary_after: float = 0.0  # share of the steps before D enters: reconstruction alone
     real_images: bool = True  # fresh: the last head is compared with training images, if any
     grad_clip: float = 10.0
     ema: float = 0.999

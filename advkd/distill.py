@@ -95,11 +95,13 @@ def check_settings(settings: DistillConfig, K: int) -> None:
     reconstruction(torch.zeros(1), settings.rho, settings.huber_delta)
     if settings.adversary not in ADVERSARIES:
         raise ConfigError(f"distill.adversary={settings.adversary!r} is not one of {ADVERSARIES}")
-    first = settings.adversary_from
-    if first < 0 or (first > 0 and settings.lambda_rec <= 0):
+    after = settings.adversary_after
+    if not 0 <= after <= 1:
+        raise ConfigError(f"distill.adversary_after={after:g} is not a share, from 0 to 1")
+    if after > 0 and settings.lambda_rec <= 0:
         raise ConfigError(
-            f"distill.adversary_from={first} with lambda_rec={settings.lambda_rec:g} leaves steps "
-            "without a loss"
+            f"distill.adversary_after={after:g} with lambda_rec={settings.lambda_rec:g} leaves "
+            "steps without a loss"
         )
 
 
@@ -179,6 +181,7 @@ class Distillation(Training):
         torch.manual_seed(config.run.seed)
         student = Student(config.student, size, C, index.target, index.num_classes)
         self.paired = self.settings.adversary == "paired"
+        self.first_judged = round(self.settings.adversary_after * self.settings.steps)
         self.images = None if self.paired or not self.settings.real_images else images
         if self.images is not None:
             _check_images(self.images, trajectories)
@@ -208,7 +211,7 @@ class Distillation(Training):
         targets = self.trajectories.targets(indices)
         y = self.trajectories.labels(indices)
         fresh = images = None
-        if not self.paired and step >= self.settings.adversary_from:
+        if not self.paired and step >= self.first_judged:
             fresh = self._fresh_noise(step)
             images = None if self.images is None else self._real_images(self.images, generator)
         return Batch(
@@ -325,12 +328,11 @@ class Distillation(Training):
         heads = active_heads(s.schedule, len(self.stages), step, s.steps)
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         networks = {"grad_g": (self.student, self.optimizer, lr)}
-        since, judged, penalise = step - s.adversary_from, {}, False
+        since, judged, penalise = step - self.first_judged, {}, False
         if since >= 0:  # D has a warm-up of its own
             judged = judged_heads(self.weights, heads, step, s.inner_every)
             penalise = s.r1_gamma > 0 and step % s.r1_every == 0
-            left = s.steps - s.adversary_from
-            lr_d = learning_rate(since, s.lr_d, s.warmup, left, s.lr_final)
+            lr_d = learning_rate(since, s.lr_d, s.warmup, s.steps - self.first_judged, s.lr_final)
             networks["grad_d"] = (self.discriminator, self.optimizer_d, lr_d)
 
         def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:

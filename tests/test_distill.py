@@ -346,7 +346,9 @@ def test_progressive_leaves_later_submodules_untouched(family: str, store: Traje
 
 
 def test_the_adversary_enters_late(store: Trajectories) -> None:
-    training = Distillation(changed(adversary="fresh", adversary_from=2), store, photos(False))
+    training = Distillation(
+        changed(adversary="fresh", adversary_after=2 / 12), store, photos(False)
+    )
     before = weights_of(training)
     with Workers(1, CPU) as workers:
         for step in range(4):
@@ -362,16 +364,18 @@ def test_the_adversary_enters_late(store: Trajectories) -> None:
             rate = training.optimizer_d.param_groups[0]["lr"]
             if step >= 2:  # it has a warm-up of 2 steps of its own
                 assert rate == pytest.approx(training.settings.lr_d * (step - 1) / 2)
-    for changes in ({"adversary_from": -1}, {"adversary_from": 2, "lambda_rec": 0.0}):
-        with pytest.raises(ConfigError, match="leaves steps without a loss"):
-            Distillation(changed(**changes), store)
+    with pytest.raises(ConfigError, match="leaves steps without a loss"):
+        Distillation(changed(adversary_after=0.5, lambda_rec=0.0), store)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="is not a share"):
+            Distillation(changed(adversary_after=share), store)
 
 
 @pytest.mark.parametrize("stopped_after", [3, 5])
 def test_late_and_fresh_is_resumed_to_the_bit(
     store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
 ) -> None:
-    config = changed(adversary="fresh", adversary_from=4, steps=7)
+    config = changed(adversary="fresh", adversary_after=0.6, steps=7)
     distil(config, store, tmp_path / "whole", photos(False))
     with monkeypatch.context() as patch:
         stop_after(patch, stopped_after)
