@@ -235,8 +235,15 @@ def config_for(size: int, channels: int) -> Config:
         attention=(lowest,),
     )
     discriminator = DiscriminatorConfig(widths=tuple(min(48 << i, 96) for i in range(n - 1)))
-    data = DataConfig(size=size, channels=channels)
-    return Config(data=data, unet=unet, student=student, discriminator=discriminator)
+    return Config(
+        data=DataConfig(size=size, channels=channels),
+        unet=unet,
+        student=student,
+        discriminator=discriminator,
+        distill=DistillConfig(
+            lr_d=1e-3, lambda_rec=3.0, r1_gamma=0.1, adversary="fresh", adversary_after=0.5
+        ),
+    )
 
 
 def parse(text: str, where: str = "configuration") -> Config:
