@@ -23,7 +23,12 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # Compiled once per instruction set; everything else under csrc/ is compiled once.
-PER_ISA_SOURCES = ("group_norm_silu.cpp", "kernel_table.cpp", "philox.cpp", "sampling_step.cpp")
+PER_ISA_SOURCES = (
+    *("attention.cpp", "attention_backward.cpp"),
+    *("group_norm_silu.cpp", "kernel_table.cpp", "philox.cpp", "sampling_step.cpp"),
+)
+# Sums of products, in which a contraction only saves a rounding.
+CONTRACTED_SOURCES = ("attention.cpp", "attention_backward.cpp")
 X86_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [
@@ -70,8 +75,9 @@ def compile_units(machine: str) -> Iterator[tuple[Path, str, list[str]]]:
     have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in isas]
     for source in sorted(CSRC.rglob("*.cpp")):
         if source.name in PER_ISA_SOURCES:
+            contract = ["-ffp-contract=fast"] if source.name in CONTRACTED_SOURCES else []
             for isa, flags in isas.items():
-                yield source, f"{isa}/{source.stem}.o", [f"-DADVKD_ISA={isa}", *flags]
+                yield source, f"{isa}/{source.stem}.o", [f"-DADVKD_ISA={isa}", *flags, *contract]
         else:
             yield source, f"{source.stem}.o", have
 

@@ -149,3 +149,82 @@ def group_norm_silu_backward(
     along = (grad * normed).mean(dim=(2, 3), keepdim=True)
     grad = inverse * (grad - grad.mean(dim=(2, 3), keepdim=True) - normed * along)
     return grad.reshape(x.shape), grad_weight, grad_bias
+
+
+def _laid_out_by_rows(x: Tensor) -> Tensor:
+    """(B, H, N, D), laid out as (B, N, H, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In float64 where the first is, else in float32."""
+    dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v in q's dtype, and lse = log sum exp(scale q k^T); `ops.attention`."""
+    wide_q, wide_k, wide_v = _widened(q, k, v)
+    scores = (wide_q * scale) @ wide_k.transpose(-1, -2)
+    out = torch.softmax(scores, dim=-1) @ wide_v
+    return _laid_out_by_rows(out.to(q.dtype)), torch.logsumexp(scores, dim=-1)
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    wide_q, wide_k, wide_v, grad = _widened(q, k, v, grad_out)
+    weights = torch.softmax((wide_q * scale) @ wide_k.transpose(-1, -2), dim=-1)
+    grad_weights = grad @ wide_v.transpose(-1, -2)
+    grad_scores = _softmax_backward(weights, grad_weights) * scale
+    grads = (
+        grad_scores @ wide_k,
+        grad_scores.transpose(-1, -2) @ wide_q,
+        weights.transpose(-1, -2) @ grad,
+    )
+    dq, dk, dv = (_laid_out_by_rows(x.to(q.dtype)) for x in grads)
+    return dq, dk, dv
+
+
+def _softmax_backward(weights: Tensor, grad: Tensor) -> Tensor:
+    return weights * (grad - (weights * grad).sum(dim=-1, keepdim=True))
+
+
+def attention_double_backward(
+    grad_dq: Tensor,
+    grad_dk: Tensor,
+    grad_dv: Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention_backward`: of grad_out, q, k and v, by differentiable ops.
+
+    With P the weights, S' = P (G - sum(P G)) their softmax's backward and G = grad_out v^T, the
+    backward gives dq = scale S' k, dk = scale S'^T q and dv = P^T grad_out. So its outputs times
+    their gradients sum up to sum(S' T) + sum(P U), T and U as below; that sum is differentiated.
+    """
+    dtype = q.dtype
+    q, k, v, grad_out, grad_dq, grad_dk, grad_dv = _widened(
+        q, k, v, grad_out, grad_dq, grad_dk, grad_dv
+    )
+    weights = torch.softmax((q * scale) @ k.transpose(-1, -2), dim=-1)
+    G = grad_out @ v.transpose(-1, -2)
+    T = scale * (grad_dq @ k.transpose(-1, -2) + q @ grad_dk.transpose(-1, -2))
+    U = grad_out @ grad_dv.transpose(-1, -2)
+    mean_G = (weights * G).sum(dim=-1, keepdim=True)
+    mean_T = (weights * T).sum(dim=-1, keepdim=True)
+    grad_scores = scale * _softmax_backward(weights, (G - mean_G) * (T - mean_T) + U)
+    grad_G = weights * (T - mean_T)
+    grad_T = scale * weights * (G - mean_G)
+    grads = (
+        grad_G @ v + weights @ grad_dv,
+        grad_scores @ k + grad_T @ grad_dk,
+        grad_scores.transpose(-1, -2) @ q + grad_T.transpose(-1, -2) @ grad_dq,
+        grad_G.transpose(-1, -2) @ grad_out,
+    )
+    grad_grad_out, grad_q, grad_k, grad_v = (x.to(dtype) for x in grads)
+    return grad_grad_out, grad_q, grad_k, grad_v

@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList(ResnetBlock(w, w, None, config.groups) for w in widths)
         self.attentions = nn.ModuleDict(
             {
-                str(i): Attention(w, None, config.groups, explicit=True)
+                str(i): Attention(w, None, config.groups)
                 for i, (w, r) in enumerate(zip(widths, self.levels, strict=True))
                 if r in config.attention
             }

@@ -99,11 +99,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W positions, with a residual. (B, C, H, W) -> the same.
-
-    `explicit` writes the softmax out, which can be differentiated twice (the R1 penalty needs
-    that; torch's fused attention on the CPU cannot).
-    """
+    """Self-attention over the H*W positions, with a residual. (B, C, H, W) -> the same."""
 
     def __init__(
         self,
@@ -112,7 +108,6 @@ class Attention(nn.Module):
         groups: int,
         eps: float = 1e-5,
         scale: float = 1.0,
-        explicit: bool = False,
     ):
         super().__init__()
         head_dim = channels if head_dim is None else head_dim
@@ -125,7 +120,6 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.scale = scale
-        self.explicit = explicit
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -135,11 +129,7 @@ class Attention(nn.Module):
             proj(tokens).reshape(B, H * W, self.heads, C // self.heads).transpose(1, 2)
             for proj in (self.to_q, self.to_k, self.to_v)
         )
-        if self.explicit:
-            weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(C // self.heads), dim=-1)
-            out = weights @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
+        out = ops.attention(q, k, v)
         out = self.to_out[0](out.transpose(1, 2).reshape(B, H * W, C))
         h = x + out.reshape(B, H, W, C).permute(0, 3, 1, 2)
         return h if self.scale == 1.0 else h / self.scale

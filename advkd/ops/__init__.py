@@ -11,6 +11,7 @@ import torch
 
 from advkd.kernels import unavailable_reason as triton_missing
 from advkd.ops import _backend
+from advkd.ops._attention import attention
 from advkd.ops._backend import BACKENDS, extension, use_backend
 from advkd.ops._group_norm_silu import group_norm_silu
 from advkd.ops._noise import LABEL_STEP, X_T_STEP, philox_labels, philox_normal, philox_uint32
@@ -20,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "LABEL_STEP",
     "X_T_STEP",
+    "attention",
     "describe",
     "extension",
     "group_norm_silu",
@@ -39,16 +41,23 @@ def describe() -> list[tuple[str, str, str]]:
     serving = f"fused, C++ ({extension.isa()})" if extension and not reason else "reference, torch"
     rows = [
         (op, serving, reason or "")
-        for op in ("philox_uint32", "philox_normal", "sampling_step", "group_norm_silu")
+        for op in (
+            "philox_uint32",
+            "philox_normal",
+            "sampling_step",
+            "group_norm_silu",
+            "attention",
+        )
     ]
     no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
     triton_reason = asked or triton_missing()
-    rows.append(
+    rows += [
         (
-            "group_norm_silu on CUDA",
+            f"{op} on CUDA",
             "reference, torch" if triton_reason else "fused, Triton",
-            "; ".join(filter(None, (triton_reason, no_gpu))),
+            "; ".join(filter(None, (triton_reason, limit, no_gpu))),
         )
-    )
+        for op, limit in (("group_norm_silu", None), ("attention", None))
+    ]
     rows.append(("other ops on CUDA", "reference, torch", "no fused kernel exists for them yet"))
     return rows

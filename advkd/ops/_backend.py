@@ -73,6 +73,22 @@ def cpu_unavailable(*tensors: Tensor) -> str | None:
     return None
 
 
+def runs_eagerly(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors that nothing traces, transforms or casts on the way.
+
+    Then an op may call its kernel itself; torch's dispatcher, which leads through Python several
+    times, takes longer than a small kernel.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) is Tensor for x in tensors)
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+    )
+
+
 def fused_extension() -> ModuleType:
     if extension is None:
         raise ValueError(f"the op was asked for as fused, but {extension_missing}.")

@@ -56,12 +56,49 @@ struct GroupNormSiluArgs {
   int threads;
 };
 
+// The rows of one operand of attention: row n of head h of sample b begins at
+// at + b * batch + h * head + n * row, and its head_dim elements are consecutive.
+template <class T>
+struct HeadRows {
+  T* at;
+  std::int64_t batch, head, row;
+};
+
+struct AttentionShape {
+  std::int64_t batch, heads, queries, keys, head_dim;
+};
+
+// out = softmax(scale q k^T) v;  lse (B, H, N) = log sum exp(scale q k^T)
+template <class T>
+struct AttentionArgs {
+  HeadRows<const T> q, k, v;
+  HeadRows<T> out;
+  T* lse;
+  AttentionShape shape;
+  T scale;
+  int threads;
+};
+
+template <class T>
+struct AttentionBackwardArgs {
+  HeadRows<const T> grad_out, q, k, v, out;
+  const T* lse;
+  HeadRows<T> dq, dk, dv;
+  AttentionShape shape;
+  T scale;
+  int threads;
+};
+
 struct KernelTable {
   const char* isa;
   void (*philox_uint32)(const PhiloxUint32Args&);
   void (*philox_normal)(const PhiloxNormalArgs&);
   void (*sampling_step)(const SamplingStepArgs&);
   void (*group_norm_silu)(const GroupNormSiluArgs&);
+  void (*attention_float32)(const AttentionArgs<float>&);
+  void (*attention_float64)(const AttentionArgs<double>&);
+  void (*attention_backward_float32)(const AttentionBackwardArgs<float>&);
+  void (*attention_backward_float64)(const AttentionBackwardArgs<double>&);
 };
 
 namespace portable {

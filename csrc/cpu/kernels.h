@@ -12,4 +12,9 @@ void philox_normal(const PhiloxNormalArgs& args);
 void sampling_step(const SamplingStepArgs& args);
 void group_norm_silu(const GroupNormSiluArgs& args);
 
+template <class T>
+void attention(const AttentionArgs<T>& args);
+template <class T>
+void attention_backward(const AttentionBackwardArgs<T>& args);
+
 }  // namespace advkd::ADVKD_ISA

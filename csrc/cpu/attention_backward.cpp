@@ -1,0 +1,254 @@
+// Attention without a mask, backward: FlashAttention-2 (Dao 2023), algorithm 2, on the CPU. A task
+// is a range of keys of one head, so that dk and dv have one writer each; where a head has several
+// ranges, each sums its share of dq apart, and the shares are added in order. The ranges follow
+// from the shape, never from the number of threads.
+#include <cstdint>
+#include <limits>
+
+#include "cpu/attention.h"
+#include "cpu/exponential.h"
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace advkd::ADVKD_ISA {
+namespace {
+
+constexpr std::int64_t kQueryBlock = 128;
+constexpr std::int64_t kKeyBlock = 128;
+constexpr std::int64_t kTasks = 16;  // as many as there shall be at least
+
+// Weights exp(score - lse), packed; one lse for each lane.
+template <class T>
+struct StoreWeights {
+  T* weights;
+  std::int64_t block;
+  const T* lse;
+
+  template <int kRows, int kVectors>
+  void operator()(std::int64_t row, std::int64_t vector,
+                  const Tile<T, kRows, kVectors>& tile) const {
+    constexpr int lanes = kLanesOf<T>;
+    for (int v = 0; v < kVectors; ++v) {
+      T* const to = weights + (vector + v) * block + row * lanes;
+      const VectorOf<T> origin = load_vector(lse + (vector + v) * lanes);
+      for (int r = 0; r < kRows; ++r) {
+        store_vector(to + r * lanes, exp2_of(tile.part[r][v] - origin));
+      }
+    }
+  }
+};
+
+// The softmax's gradient, weight * (tile - delta), in the weights' place.
+template <class T>
+struct StoreScoreGradients {
+  T* weights;
+  std::int64_t block;
+  const T* delta;
+
+  template <int kRows, int kVectors>
+  void operator()(std::int64_t row, std::int64_t vector,
+                  const Tile<T, kRows, kVectors>& tile) const {
+    constexpr int lanes = kLanesOf<T>;
+    for (int v = 0; v < kVectors; ++v) {
+      T* const to = weights + (vector + v) * block + row * lanes;
+      const VectorOf<T> origin = load_vector(delta + (vector + v) * lanes);
+      for (int r = 0; r < kRows; ++r) {
+        store_vector(to + r * lanes, load_vector(to + r * lanes) * (tile.part[r][v] - origin));
+      }
+    }
+  }
+};
+
+// A block's share of a gradient: the first is stored, the others are added.
+template <class T>
+struct AddRows {
+  OutRows<T> out;
+  std::int64_t columns;
+  bool first;
+
+  template <int kRows, int kVectors>
+  void operator()(std::int64_t row, std::int64_t vector,
+                  const Tile<T, kRows, kVectors>& tile) const {
+    constexpr int lanes = kLanesOf<T>;
+    for (int r = 0; r < kRows; ++r) {
+      T* const to = out.at + (row + r) * out.stride;
+      for (int v = 0; v < kVectors; ++v) {
+        const std::int64_t column = (vector + v) * lanes, rest = columns - column;
+        VectorOf<T> sum = tile.part[r][v];
+        if (!first) sum += load_first(to + column, rest);
+        store_first(to + column, sum, rest);
+      }
+    }
+  }
+};
+
+template <class T>
+T dot(const T* a, const T* b, std::int64_t n) {
+  VectorOf<T> sums = {};
+  for (std::int64_t i = 0; i < n; i += kLanesOf<T>) {
+    sums += load_first(a + i, n - i) * load_first(b + i, n - i);
+  }
+  T sum = T(0);
+  for (int i = 0; i < kLanesOf<T>; ++i) sum += sums[i];
+  return sum;
+}
+
+// How the work is cut.
+template <class T>
+struct Plan {
+  Parts<T> queries, ranges;
+  std::int64_t heads;   // of all samples together
+  std::int64_t padded;  // head_dim, up to whole vectors
+
+  explicit Plan(const AttentionShape& shape)
+      : queries(shape.queries, kQueryBlock),
+        ranges(shape.keys, longest_range(shape)),
+        heads(shape.batch * shape.heads),
+        padded(divided_up(shape.head_dim, kLanesOf<T>) * kLanesOf<T>) {}
+
+  static std::int64_t longest_range(const AttentionShape& shape) {
+    const std::int64_t wanted = divided_up(kTasks, shape.batch * shape.heads);
+    const std::int64_t blocks = divided_up(divided_up(shape.keys, wanted), kKeyBlock);
+    return blocks * kKeyBlock;
+  }
+};
+
+// One range of keys of one head. Scores are in units of log 2.
+template <class T>
+class KeyRange {
+ public:
+  KeyRange(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, std::int64_t task,
+           T* dq_parts)
+      : args_(args),
+        plan_(plan),
+        sample_(task / plan.ranges.count / args.shape.heads),
+        head_(task / plan.ranges.count % args.shape.heads),
+        first_(task % plan.ranges.count * plan.ranges.size),
+        keys_(plan.ranges.size_of(task % plan.ranges.count), kKeyBlock),
+        dq_(dq_parts ? OutRows<T>{dq_parts + task * args.shape.queries * args.shape.head_dim,
+                                  args.shape.head_dim}
+                     : out_rows_of(args.dq, sample_, head_)),
+        memory_(plan.queries.size * (4 * plan.padded + keys_.size + 2) + keys_.size * plan.padded),
+        lse_(memory_.data()),
+        delta_(lse_ + plan.queries.size),
+        q_lanes_(delta_ + plan.queries.size),
+        grad_lanes_(q_lanes_ + plan.queries.size * plan.padded),
+        q_packed_(grad_lanes_ + plan.queries.size * plan.padded),
+        grad_packed_(q_packed_ + plan.queries.size * plan.padded),
+        k_packed_(grad_packed_ + plan.queries.size * plan.padded),
+        weights_(k_packed_ + keys_.size * plan.padded) {}
+
+  void run() const {
+    for (std::int64_t i = 0; i < plan_.queries.count; ++i) {
+      const Queries queries = prepared(i);
+      for (std::int64_t block = 0; block < keys_.count; ++block) add_block(queries, block);
+    }
+  }
+
+ private:
+  static constexpr int kLanes = kLanesOf<T>;
+
+  // A block of queries, ready for the products.
+  struct Queries {
+    std::int64_t first, count, vectors;
+    Right<T> q_lanes, grad_lanes, q, grad;
+  };
+
+  Queries prepared(std::int64_t block) const {
+    const std::int64_t first = block * plan_.queries.size, count = plan_.queries.size_of(block);
+    const std::int64_t vectors = divided_up(count, kLanes), head_dim = args_.shape.head_dim;
+    const ByRows<T> q = rows_of(args_.q, sample_, head_, first);
+    const ByRows<T> grad = rows_of(args_.grad_out, sample_, head_, first);
+    const T factor = static_cast<T>(static_cast<double>(args_.scale) * kLog2E);
+    pack_transposed(q, count, head_dim, factor, q_lanes_);
+    pack_transposed(grad, count, head_dim, args_.scale, grad_lanes_);
+    const ByRows<T> out = rows_of<T>(
+        {args_.out.at, args_.out.batch, args_.out.head, args_.out.row}, sample_, head_, first);
+    const T* const lse =
+        args_.lse + (sample_ * args_.shape.heads + head_) * args_.shape.queries + first;
+    for (std::int64_t i = 0; i < vectors * kLanes; ++i) {
+      lse_[i] = i < count ? lse[i] * static_cast<T>(kLog2E) : T(0);
+      delta_[i] = i < count ? dot(grad.start(i), out.start(i), head_dim) * args_.scale : T(0);
+    }
+    return {first, count, vectors, {q_lanes_, kLanes, head_dim * kLanes},
+            {grad_lanes_, kLanes, head_dim * kLanes}, right_factor(q, count, head_dim, q_packed_),
+            right_factor(grad, count, head_dim, grad_packed_)};
+  }
+
+  void add_block(const Queries& queries, std::int64_t key_block) const {
+    const std::int64_t start = first_ + key_block * keys_.size, keys = keys_.size_of(key_block);
+    const std::int64_t head_dim = args_.shape.head_dim, head_vectors = plan_.padded / kLanes;
+    const std::int64_t block = keys * kLanes;
+    const ByRows<T> k = rows_of(args_.k, sample_, head_, start);
+    const ByRows<T> v = rows_of(args_.v, sample_, head_, start);
+    const bool first = queries.first == 0;
+    const PackedRows<T> by_keys = {weights_, block};
+
+    multiply<T>(k, queries.q_lanes, keys, queries.vectors, head_dim,
+                StoreWeights<T>{weights_, block, lse_});
+    multiply<T>(by_keys, queries.grad, keys, head_vectors, queries.count,
+                AddRows<T>{out_rows_of(args_.dv, sample_, head_, start), head_dim, first});
+    multiply<T>(v, queries.grad_lanes, keys, queries.vectors, head_dim,
+                StoreScoreGradients<T>{weights_, block, delta_});
+    multiply<T>(by_keys, queries.q, keys, head_vectors, queries.count,
+                AddRows<T>{out_rows_of(args_.dk, sample_, head_, start), head_dim, first});
+    const OutRows<T> dq = {dq_.at + queries.first * dq_.stride, dq_.stride};
+    multiply<T>(PackedColumns<T>{weights_, block}, right_factor(k, keys, head_dim, k_packed_),
+                queries.count, head_vectors, keys, AddRows<T>{dq, head_dim, key_block == 0});
+  }
+
+  const AttentionBackwardArgs<T>& args_;
+  const Plan<T>& plan_;
+  const std::int64_t sample_, head_, first_;
+  const Parts<T> keys_;
+  const OutRows<T> dq_;
+  const Scratch<T> memory_;
+  T *const lse_, *const delta_;  // for each query: log of the sum, and sum of grad_out * out
+  T *const q_lanes_, *const grad_lanes_, *const q_packed_, *const grad_packed_, *const k_packed_;
+  T* const weights_;
+};
+
+// Adds the ranges' shares of one row of dq.
+template <class T>
+void add_shares(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, const T* parts,
+                std::int64_t head, std::int64_t row) {
+  const std::int64_t head_dim = args.shape.head_dim, size = args.shape.queries * head_dim;
+  const T* const from = parts + head * plan.ranges.count * size + row * head_dim;
+  T* const to =
+      out_rows_of(args.dq, head / args.shape.heads, head % args.shape.heads, row).at;
+  for (std::int64_t i = 0; i < head_dim; i += kLanesOf<T>) {
+    VectorOf<T> sum = load_first(from + i, head_dim - i);
+    for (std::int64_t r = 1; r < plan.ranges.count; ++r) {
+      sum += load_first(from + r * size + i, head_dim - i);
+    }
+    store_first(to + i, sum, head_dim - i);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void attention_backward(const AttentionBackwardArgs<T>& args) {
+  const AttentionShape& shape = args.shape;
+  if (shape.batch * shape.heads * shape.queries == 0) return;
+  const Plan<T> plan(shape);
+  const bool shared = plan.ranges.count > 1;
+  const Scratch<T> parts(shared ? plan.heads * plan.ranges.count * shape.queries * shape.head_dim
+                                : 0);
+  T* const dq_parts = shared ? parts.data() : nullptr;
+  parallel_for(plan.heads * plan.ranges.count, args.threads,
+               [&](std::int64_t task) { KeyRange<T>(args, plan, task, dq_parts).run(); });
+  if (!shared) return;
+  const Parts<T> blocks(shape.queries, kQueryBlock);
+  parallel_for(plan.heads * blocks.count, args.threads, [&](std::int64_t task) {
+    const std::int64_t first = task % blocks.count * blocks.size;
+    for (std::int64_t i = 0; i < blocks.size_of(task % blocks.count); ++i) {
+      add_shares(args, plan, dq_parts, task / blocks.count, first + i);
+    }
+  });
+}
+
+template void attention_backward(const AttentionBackwardArgs<float>& args);
+template void attention_backward(const AttentionBackwardArgs<double>& args);
+
+}  // namespace advkd::ADVKD_ISA

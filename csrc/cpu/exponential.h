@@ -1,0 +1,58 @@
+// Exponentials and logarithms of vectors, for softmax.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/product.h"
+
+namespace advkd::ADVKD_ISA {
+
+// 2^x for x < 128, within 2 ulp; 0 where it is below 2^-126; NaN stays NaN.
+static inline VectorOf<float> exp2_of(VectorOf<float> x) {
+  // 2^x = 2^n 2^f, |f| <= 1/2. The lower bound gives the factor 2^n the bits of 0.
+  const VectorOf<float> low = VectorOf<float>{} - 127.0f;
+  x = low > x ? low : x;
+  const VectorOf<float> shifted = x + 12582912.0f;  // 1.5 * 2^23 leaves n in the low bits
+  const VectorOf<float> f = x - (shifted - 12582912.0f);
+  VectorOf<float> p = f * 1.534581243e-04f + 1.339993090e-03f;
+  p = p * f + 9.618489072e-03f;
+  p = p * f + 5.550328642e-02f;
+  p = p * f + 2.402264625e-01f;
+  p = p * f + 6.931471825e-01f;
+  p = p * f + 1.0f;
+  typedef std::uint32_t Bits __attribute__((vector_size(sizeof x)));
+  return p * (VectorOf<float>)(((Bits)shifted + 127u) << 23);
+}
+
+// Gradients are checked in float64, which only has to be right.
+static inline VectorOf<double> exp2_of(VectorOf<double> x) {
+  for (int i = 0; i < kLanesOf<double>; ++i) x[i] = ::exp2(x[i]);
+  return x;
+}
+
+// The natural logarithm of x >= 2^-126, within 2 ulp, by the polynomial of philox.h; NaN stays NaN.
+static inline VectorOf<float> log_of(VectorOf<float> x) {
+  typedef std::int32_t Bits __attribute__((vector_size(sizeof x)));
+  const Bits exponent = ((Bits)x - 0x3F3504F3) >> 23;
+  const VectorOf<float> f = (VectorOf<float>)((Bits)x - (exponent << 23)) - 1.0f;
+  const VectorOf<float> e = __builtin_convertvector(exponent, VectorOf<float>);
+  VectorOf<float> p = f * 6.746601313e-02f + -1.167564094e-01f;
+  p = p * f + 1.188817471e-01f;
+  p = p * f + -1.240559146e-01f;
+  p = p * f + 1.421955079e-01f;
+  p = p * f + -1.666799635e-01f;
+  p = p * f + 2.000211924e-01f;
+  p = p * f + -2.500000894e-01f;
+  p = p * f + 3.333331347e-01f;
+  const VectorOf<float> f2 = f * f;
+  const VectorOf<float> log_x = p * f * f2 + e * -2.121944400e-04f - 0.5f * f2 + f;
+  return log_x + e * 0.693359375f + (x - x);
+}
+
+static inline VectorOf<double> log_of(VectorOf<double> x) {
+  for (int i = 0; i < kLanesOf<double>; ++i) x[i] = ::log(x[i]);
+  return x;
+}
+
+}  // namespace advkd::ADVKD_ISA
