@@ -1,0 +1,30 @@
+"""What a Triton kernel is compiled for: the same words at run time and ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as the compiler gets it, and what is expected of the result.
+
+    A variant (tile sizes and warps, what a heuristic picks) has a build for each dtype, and for even
+    and ragged edges, as far as these make other code. `kernels/variants.py` lists all of them, and
+    `tests/kernels/aot.py` compiles and checks each.
+    """
+
+    variant: str  # the variant's name, e.g. "attention forward half 64x64x128": a row of the table
+    edges: str  # what distinguishes the builds of one variant, e.g. "float16, ragged"
+    kernel: Any  # the JITFunction
+    types: Mapping[str, str]  # of the run-time arguments: "*fp16", "i32", "fp32", ...
+    constants: Mapping[str, Any]  # the compile-time arguments, None for a pointer that is not there
+    options: Mapping[str, int | bool]  # num_warps, num_stages, enable_fp_fusion
+    # Bytes of the widest access that its rows allow, which the kernel has to reach in reading and
+    # in writing. Every pointer is taken to be at 16 bytes, as the launchers see to.
+    vector_bytes: int = 16
+    tensor_cores: bool = False  # whether it has to multiply matrices by tensor cores
+    # What it is compiled for; all by default, fewer where a variant is only for some.
+    targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
