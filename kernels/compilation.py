@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -22,9 +22,8 @@ class Build:
     types: Mapping[str, str]  # of the run-time arguments: "*fp16", "i32", "fp32", ...
     constants: Mapping[str, Any]  # the compile-time arguments, None for a pointer that is not there
     options: Mapping[str, int | bool]  # num_warps, num_stages, enable_fp_fusion
-    # Bytes of the widest access that its rows allow, which the kernel has to reach in reading and
-    # in writing. Every pointer is taken to be at 16 bytes, as the launchers see to.
-    vector_bytes: int = 16
+    # Bytes of the widest accesses that the rows it reads and writes allow, and it has to reach.
+    # Every pointer is taken to be at 16 bytes, as the launchers see to.
+    read_bytes: int = 16
+    write_bytes: int = 16
     tensor_cores: bool = False  # whether it has to multiply matrices by tensor cores
-    # What it is compiled for; all by default, fewer where a variant is only for some.
-    targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))
