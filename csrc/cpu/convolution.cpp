@@ -1,48 +1,110 @@
 #include "cpu/convolution.h"
 
-#include <cmath>
+#include <algorithm>
 
-#include "cpu/thread_pool.h"
+#include "cpu/convolution_plan.h"
+#include "cpu/dispatch.h"
 
 namespace advkd {
 namespace {
 
-float input_of(const ConvolutionArgs& args, std::int64_t b, std::int64_t y, std::int64_t x,
-               std::int64_t c) {
-  const ConvolutionShape& s = args.shape;
-  if (y < 0 || x < 0 || y >= s.in_height() || x >= s.in_width()) return 0.0f;
-  const std::int64_t row = s.upsample ? y / 2 : y, column = s.upsample ? x / 2 : x;
-  float v = args.x[((b * s.height + row) * s.width + column) * args.x_stride + c];
-  if (args.x_scale != nullptr) {
-    v = v * args.x_scale[b * s.in_channels + c] + args.x_shift[b * s.in_channels + c];
-  }
-  return args.x_silu ? v / (1.0f + std::exp(-v)) : v;
+std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Outputs of a tile along a side, and multiplications of a tile for a pair of channels.
+int outputs_of(ConvolutionAlgorithm algorithm) {
+  if (algorithm == ConvolutionAlgorithm::winograd4) return 4;
+  return algorithm == ConvolutionAlgorithm::winograd2 ? 2 : 1;
 }
 
-void output_row(const ConvolutionArgs& args, std::int64_t task) {
-  const ConvolutionShape& s = args.shape;
-  const std::int64_t b = task / s.out_height(), y = task % s.out_height();
-  for (std::int64_t x = 0; x < s.out_width(); ++x) {
-    const std::int64_t pixel = task * s.out_width() + x;
-    for (std::int64_t o = 0; o < s.out_channels; ++o) {
-      float sum = 0.0f;
-      const float* w = args.packed + o;
-      for (int ky = 0; ky < s.kernel; ++ky) {
-        for (int kx = 0; kx < s.kernel; ++kx) {
-          for (std::int64_t i = 0; i < s.in_channels; ++i, w += s.out_channels) {
-            sum += *w * input_of(args, b, y * s.stride - s.pad_before + ky,
-                                 x * s.stride - s.pad_before + kx, i);
-          }
-        }
-      }
-      if (args.bias != nullptr) sum += args.bias[b * args.bias_stride + o];
-      if (args.residual != nullptr) sum += args.residual[pixel * args.residual_stride + o];
-      args.y[pixel * args.y_stride + o] = sum * args.scale;
-    }
+int points_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
+  const int side = algorithm == ConvolutionAlgorithm::direct ? s.kernel : outputs_of(algorithm) + 2;
+  return side * side;
+}
+
+// Floats that a task's prepared input should not exceed, to leave room in a second-level cache of
+// 1 MiB for products and weights; and units, from which on more do not help to reuse weights.
+constexpr std::int64_t kLeftSize = 128 << 10;
+constexpr std::int64_t kFewestUnits = 16, kMostUnits = 64;
+
+std::int64_t most_units(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
+  const bool direct = algorithm == ConvolutionAlgorithm::direct;
+  const std::int64_t size =
+      divided_up(s.in_channels, kPanel) * kPanel * (direct ? s.kernel * 2 : points_of(s, algorithm));
+  return std::clamp(kLeftSize / size / 8 * 8, kFewestUnits, direct ? 4 * kMostUnits : kMostUnits);
+}
+
+// Cuts `length` into parts as equal as can be, none longer than `most`.
+std::int64_t equal_part(std::int64_t length, std::int64_t most) {
+  return divided_up(length, divided_up(length, most));
+}
+
+void cut_into_blocks(ConvolutionPlan& plan, std::int64_t batch, std::int64_t most) {
+  plan.images = plan.rows = 1;
+  plan.columns = equal_part(plan.unit_columns, most);
+  if (plan.columns == plan.unit_columns) {
+    plan.rows = equal_part(plan.unit_rows, std::max<std::int64_t>(1, most / plan.columns));
   }
+  const std::int64_t units = plan.rows * plan.columns;
+  if (units == plan.unit_rows * plan.unit_columns && batch > 0) {
+    plan.images = equal_part(batch, std::max<std::int64_t>(1, most / units));
+  }
+  plan.image_blocks = divided_up(batch, plan.images);
+  plan.row_blocks = divided_up(plan.unit_rows, plan.rows);
+  plan.column_blocks = divided_up(plan.unit_columns, plan.columns);
+  plan.blocks = plan.image_blocks * plan.row_blocks * plan.column_blocks;
+}
+
+// Points lie a cache line further apart than they need, or all would share one set of the cache.
+constexpr std::int64_t kGap = 16;
+
+void size_memory(ConvolutionPlan& plan, const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
+  const std::int64_t units = plan.images * plan.rows * plan.columns;
+  const std::int64_t channels = plan.channel_blocks * kPanel;
+  if (algorithm == ConvolutionAlgorithm::direct) {
+    const std::int64_t rows = plan.rows - 1 + divided_up(s.kernel, s.stride);
+    plan.left_step = plan.product_step = plan.product_size = 0;
+    plan.left_size = plan.images * channels * s.kernel * rows * s.stride * plan.columns;
+    plan.scratch_size = ((plan.columns - 1) * s.stride + s.kernel) * kPanel;
+    return;
+  }
+  const std::int64_t n = outputs_of(algorithm), points = (n + 2) * (n + 2);
+  plan.left_step = units * channels + kGap;
+  plan.left_size = points * plan.left_step;
+  plan.product_step = units * plan.group * kPanel + kGap;
+  plan.product_size = points * plan.product_step;
+  plan.scratch_size = (plan.rows * n + 2) * (plan.columns * n + 2) * kPanel;
+}
+
+// A 1 x 1 kernel sees no neighbours: its images are rows of pixels.
+ConvolutionShape flattened(ConvolutionShape s) {
+  if (s.kernel == 1 && s.stride == 1 && !s.upsample) {
+    s.width *= s.height;
+    s.height = 1;
+  }
+  return s;
 }
 
 }  // namespace
+
+ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
+                                 int threads) {
+  const ConvolutionShape s = flattened(shape);
+  ConvolutionPlan plan;
+  plan.in_height = s.in_height();
+  plan.in_width = s.in_width();
+  plan.out_height = s.out_height();
+  plan.out_width = s.out_width();
+  plan.unit_rows = divided_up(plan.out_height, outputs_of(algorithm));
+  plan.unit_columns = divided_up(plan.out_width, outputs_of(algorithm));
+  plan.channel_blocks = divided_up(s.in_channels, kPanel);
+  plan.panels = divided_up(s.out_channels, kPanel);
+  cut_into_blocks(plan, s.batch, most_units(s, algorithm));
+  plan.shared = threads > 1 && plan.blocks < 4 * threads;
+  plan.group = std::min<std::int64_t>(plan.panels, plan.shared && plan.panels <= 8 ? 2 : 3);
+  plan.groups = divided_up(plan.panels, plan.group);
+  size_memory(plan, s, algorithm);
+  return plan;
+}
 
 bool supported(const ConvolutionShape& s) {
   return (s.kernel == 1 || s.kernel == 3) && (s.stride == 1 || s.stride == 2) && s.batch >= 0 &&
@@ -52,32 +114,40 @@ bool supported(const ConvolutionShape& s) {
          s.in_width() + s.pad_before + s.pad_after >= s.kernel;
 }
 
-ConvolutionAlgorithm choose_algorithm(const ConvolutionShape&, int) {
-  return ConvolutionAlgorithm::direct;
+ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& s, int) {
+  const bool winograd = s.kernel == 3 && s.stride == 1;
+  return winograd ? ConvolutionAlgorithm::winograd4 : ConvolutionAlgorithm::direct;
 }
 
-std::int64_t packed_size(const ConvolutionShape& s, ConvolutionAlgorithm) {
-  return s.kernel * s.kernel * s.in_channels * s.out_channels;
+std::int64_t packed_size(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
+  return divided_up(s.out_channels, kPanel) * kPanel * s.in_channels * points_of(s, algorithm);
 }
 
-void pack_weights(const ConvolutionShape& s, ConvolutionAlgorithm, const ConvolutionWeights& w,
-                  float* packed) {
-  for (int ky = 0; ky < s.kernel; ++ky) {
-    for (int kx = 0; kx < s.kernel; ++kx) {
-      for (std::int64_t i = 0; i < s.in_channels; ++i) {
-        for (std::int64_t o = 0; o < s.out_channels; ++o) {
-          *packed++ = w.at[o * w.out + i * w.in + ky * w.row + kx * w.column];
-        }
-      }
-    }
-  }
+void pack_weights(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
+                  const ConvolutionWeights& weights, float* packed) {
+  kernels().pack_convolution(shape, algorithm, weights, packed);
 }
 
-std::int64_t workspace_size(const ConvolutionShape&, ConvolutionAlgorithm, int) { return 0; }
+std::int64_t workspace_size(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
+                            int threads) {
+  const ConvolutionPlan plan = plan_convolution(shape, algorithm, threads);
+  const std::int64_t own = plan.product_size + plan.scratch_size;
+  if (plan.shared) return plan.blocks * plan.left_size + threads * own;
+  return threads * (plan.left_size + own);
+}
 
 void convolution(const ConvolutionArgs& args) {
-  parallel_for(args.shape.batch * args.shape.out_height(), args.threads,
-               [&](std::int64_t task) { output_row(args, task); });
+  const ConvolutionPlan plan = plan_convolution(args.shape, args.algorithm, args.threads);
+  ConvolutionArgs flat = args;
+  flat.shape = flattened(args.shape);
+  switch (args.algorithm) {
+    case ConvolutionAlgorithm::direct:
+      return kernels().convolution_direct(flat, plan);
+    case ConvolutionAlgorithm::winograd2:
+      return kernels().convolution_winograd2(flat, plan);
+    case ConvolutionAlgorithm::winograd4:
+      return kernels().convolution_winograd4(flat, plan);
+  }
 }
 
 }  // namespace advkd

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/convolution_plan.h"
+
 namespace advkd {
 
 // Images lie densely as (B, C, P) or, channels_last, as (B, P, C); P = H * W pixels.
@@ -99,6 +101,11 @@ struct KernelTable {
   void (*attention_float64)(const AttentionArgs<double>&);
   void (*attention_backward_float32)(const AttentionBackwardArgs<float>&);
   void (*attention_backward_float64)(const AttentionBackwardArgs<double>&);
+  void (*pack_convolution)(const ConvolutionShape&, ConvolutionAlgorithm, const ConvolutionWeights&,
+                           float* packed);
+  void (*convolution_direct)(const ConvolutionArgs&, const ConvolutionPlan&);
+  void (*convolution_winograd2)(const ConvolutionArgs&, const ConvolutionPlan&);
+  void (*convolution_winograd4)(const ConvolutionArgs&, const ConvolutionPlan&);
 };
 
 namespace portable {

@@ -1,0 +1,133 @@
+// Direct convolution as one product: pixels times (kernel rows, kernel columns, channels). The input
+// of a block is prepared once for each column of the kernel, shifted by it, so that the pixels of
+// all its rows lie kPanel floats apart whatever the image's width.
+#include <array>
+#include <vector>
+
+#include "cpu/convolution_tile.h"
+#include "cpu/kernels.h"
+
+namespace advkd::ADVKD_ISA {
+namespace {
+
+class Direct {
+ public:
+  Direct(const ConvolutionArgs& args, const ConvolutionPlan& plan)
+      : args_(args),
+        plan_(plan),
+        kernel_(args.shape.kernel),
+        stride_(args.shape.stride),
+        half_((plan.rows - 1) + (kernel_ + stride_ - 1) / stride_),
+        plane_(half_ * stride_ * plan.columns * kPanel),
+        image_size_(plan.channel_blocks * kernel_ * plane_) {
+    segments_.reserve(static_cast<std::size_t>(kernel_ * kernel_ * plan.channel_blocks));
+    for (std::int64_t y = 0; y < kernel_; ++y) {
+      for (std::int64_t x = 0; x < kernel_; ++x) {
+        for (std::int64_t c = 0; c < plan.channel_blocks; ++c) {
+          segments_.push_back({(c * kernel_ + x) * plane_ + row_offset(y),
+                               least(kPanel, args.shape.in_channels - c * kPanel)});
+        }
+      }
+    }
+  }
+
+  void prepare(const ConvolutionBlock& block, std::int64_t c, float* left, float* scratch) const {
+    const InputReader reader(args_, plan_, c * kPanel);
+    const std::int64_t rows = (block.rows - 1) * stride_ + kernel_;
+    const std::int64_t width = (block.columns - 1) * stride_ + kernel_;
+    const std::int64_t row = block.row * stride_ - args_.shape.pad_before;
+    const std::int64_t column = block.column * stride_ - args_.shape.pad_before;
+    for (std::int64_t n = 0; n < block.images; ++n) {
+      float* const to = left + n * image_size_ + c * kernel_ * plane_;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        reader.read(block.image + n, row + r, column, width, scratch);
+        for (std::int64_t x = 0; x < kernel_; ++x) {
+          spread(scratch + x * kPanel, block.columns, to + x * plane_ + row_offset(r));
+        }
+      }
+    }
+  }
+
+  void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
+                const float* left, float*) const {
+    const std::int64_t inner = kernel_ * kernel_ * args_.shape.in_channels * kPanel;
+    const Panels right = {args_.packed + panel * inner, inner};
+    for (std::int64_t n = 0; n < block.images; ++n) {
+      const LeftFactor factor = {left + n * image_size_, segments_.data(),
+                                 static_cast<std::int64_t>(segments_.size())};
+      // Rows of a narrower block are as far apart as those of the others.
+      const bool whole = block.columns == plan_.columns;
+      const std::int64_t runs = whole ? 1 : block.rows;
+      for (std::int64_t r = 0; r < runs; ++r) {
+        const LeftFactor run = {factor.at + r * plan_.columns * kPanel, factor.segments,
+                                factor.segment_count};
+        const Store store = {args_, plan_, block, block.image + n, block.row + r, panel};
+        ADVKD_ISA::multiply(run, right, whole ? block.rows * block.columns : block.columns, panels,
+                            store);
+      }
+    }
+  }
+
+ private:
+  struct Store {
+    const ConvolutionArgs& args;
+    const ConvolutionPlan& plan;
+    const ConvolutionBlock& block;
+    std::int64_t image, row, panel;
+
+    struct At {
+      const Store& store;
+      std::int64_t panel;
+
+      template <int kRows, int kPanels>
+      void operator()(std::int64_t first, const Sums<kRows, kPanels>& sums) const {
+        const ConvolutionPlan& plan = store.plan;
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanels * kPanelVectors; ++v) {
+          const OutputWriter writer(store.args, store.image, panel * kPanel + v * kWidth);
+          std::int64_t row = store.row + first / store.block.columns;
+          std::int64_t column = first % store.block.columns;
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) {
+            const std::int64_t pixel = (store.image * plan.out_height + row) * plan.out_width;
+            writer.write(pixel + store.block.column + column, sums.part[r][v]);
+            if (++column == store.block.columns) {
+              column = 0;
+              ++row;
+            }
+          }
+        }
+      }
+    };
+
+    At at(std::int64_t next) const { return {*this, panel + next}; }
+  };
+
+  // Input rows a stride apart follow one another, so that those of output rows do.
+  std::int64_t row_offset(std::int64_t row) const {
+    return (row % stride_ * half_ + row / stride_) * plan_.columns * kPanel;
+  }
+
+  void spread(const float* from, std::int64_t count, float* to) const {
+    for (std::int64_t i = 0; i < count; ++i) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        store(to + i * kPanel + v * kWidth, load(from + i * stride_ * kPanel + v * kWidth));
+      }
+    }
+  }
+
+  const ConvolutionArgs& args_;
+  const ConvolutionPlan& plan_;
+  const std::int64_t kernel_, stride_;
+  const std::int64_t half_;  // input rows of one residue modulo the stride
+  const std::int64_t plane_, image_size_;
+  std::vector<Segment> segments_;
+};
+
+}  // namespace
+
+void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan) {
+  run_blocks(args, plan, Direct(args, plan));
+}
+
+}  // namespace advkd::ADVKD_ISA
