@@ -1,7 +1,8 @@
-// Attention without a mask, backward: FlashAttention-2 (Dao 2023), algorithm 2, on the CPU. A task
-// is a range of keys of one head, so that dk and dv have one writer each; where a head has several
-// ranges, each sums its share of dq apart, and the shares are added in order. The ranges follow
-// from the shape, never from the number of threads.
+// Attention without a mask, backward: FlashAttention-2 (Dao 2023), algorithm 2, on the CPU. The keys
+// of a head are cut into ranges, of which each sums its share of dq apart, and the shares are added
+// in order. The ranges follow from the shape, so the result does not depend on how many threads
+// there are; only whether a task takes all ranges of a head or one of them does. Every row of dk
+// and dv has one writer.
 #include <cstdint>
 #include <limits>
 
@@ -15,7 +16,7 @@ namespace {
 
 constexpr std::int64_t kQueryBlock = 128;
 constexpr std::int64_t kKeyBlock = 128;
-constexpr std::int64_t kTasks = 16;  // as many as there shall be at least
+constexpr std::int64_t kShares = 8;  // ranges of all heads together, where they are long enough
 
 // Weights exp(score - lse), packed; one lse for each lane.
 template <class T>
@@ -93,6 +94,13 @@ T dot(const T* a, const T* b, std::int64_t n) {
   return sum;
 }
 
+template <class T>
+void add_row(const T* from, T* to, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += kLanesOf<T>) {
+    store_first(to + i, load_first(to + i, n - i) + load_first(from + i, n - i), n - i);
+  }
+}
+
 // How the work is cut.
 template <class T>
 struct Plan {
@@ -107,41 +115,53 @@ struct Plan {
         padded(divided_up(shape.head_dim, kLanesOf<T>) * kLanesOf<T>) {}
 
   static std::int64_t longest_range(const AttentionShape& shape) {
-    const std::int64_t wanted = divided_up(kTasks, shape.batch * shape.heads);
+    const std::int64_t wanted = divided_up(kShares, shape.batch * shape.heads);
     const std::int64_t blocks = divided_up(divided_up(shape.keys, wanted), kKeyBlock);
     return blocks * kKeyBlock;
   }
 };
 
-// One range of keys of one head. Scores are in units of log 2.
+// Ranges of keys of one head. Scores are in units of log 2.
 template <class T>
-class KeyRange {
+class KeyRanges {
  public:
-  KeyRange(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, std::int64_t task,
-           T* dq_parts)
+  // `shares` keeps those that the ranges [1, ...) of all heads have of dq; null where this task
+  // takes all ranges of its head.
+  KeyRanges(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, std::int64_t task,
+            T* shares)
       : args_(args),
         plan_(plan),
-        sample_(task / plan.ranges.count / args.shape.heads),
-        head_(task / plan.ranges.count % args.shape.heads),
-        first_(task % plan.ranges.count * plan.ranges.size),
-        keys_(plan.ranges.size_of(task % plan.ranges.count), kKeyBlock),
-        dq_(dq_parts ? OutRows<T>{dq_parts + task * args.shape.queries * args.shape.head_dim,
-                                  args.shape.head_dim}
-                     : out_rows_of(args.dq, sample_, head_)),
-        memory_(plan.queries.size * (4 * plan.padded + keys_.size + 2) + keys_.size * plan.padded),
+        head_of_all_(shares ? task / plan.ranges.count : task),
+        sample_(head_of_all_ / args.shape.heads),
+        head_(head_of_all_ % args.shape.heads),
+        first_range_(shares ? task % plan.ranges.count : 0),
+        end_range_(shares ? first_range_ + 1 : plan.ranges.count),
+        shares_(shares),
+        largest_block_(smaller(plan.ranges.size, kKeyBlock)),
+        memory_(plan.queries.size * (5 * plan.padded + largest_block_ + 2) +
+                largest_block_ * plan.padded),
         lse_(memory_.data()),
         delta_(lse_ + plan.queries.size),
         q_lanes_(delta_ + plan.queries.size),
         grad_lanes_(q_lanes_ + plan.queries.size * plan.padded),
         q_packed_(grad_lanes_ + plan.queries.size * plan.padded),
         grad_packed_(q_packed_ + plan.queries.size * plan.padded),
-        k_packed_(grad_packed_ + plan.queries.size * plan.padded),
-        weights_(k_packed_ + keys_.size * plan.padded) {}
+        share_(grad_packed_ + plan.queries.size * plan.padded),
+        k_packed_(share_ + plan.queries.size * plan.padded),
+        weights_(k_packed_ + largest_block_ * plan.padded) {}
 
   void run() const {
     for (std::int64_t i = 0; i < plan_.queries.count; ++i) {
       const Queries queries = prepared(i);
-      for (std::int64_t block = 0; block < keys_.count; ++block) add_block(queries, block);
+      for (std::int64_t r = first_range_; r < end_range_; ++r) {
+        const OutRows<T> dq = dq_of(r, queries.first);
+        const Parts<T> keys(plan_.ranges.size_of(r), kKeyBlock);
+        for (std::int64_t block = 0; block < keys.count; ++block) {
+          add_block(queries, r * plan_.ranges.size + block * keys.size, keys.size_of(block), dq,
+                    block == 0);
+        }
+        if (dq.at == share_) add_share(queries);
+      }
     }
   }
 
@@ -175,53 +195,68 @@ class KeyRange {
             right_factor(grad, count, head_dim, grad_packed_)};
   }
 
-  void add_block(const Queries& queries, std::int64_t key_block) const {
-    const std::int64_t start = first_ + key_block * keys_.size, keys = keys_.size_of(key_block);
+  // Where a range's share of dq goes: the first range's is what the others' are added to.
+  OutRows<T> dq_of(std::int64_t range, std::int64_t query) const {
+    if (range == 0) return out_rows_of(args_.dq, sample_, head_, query);
+    const std::int64_t head_dim = args_.shape.head_dim;
+    if (!shares_) return {share_, head_dim};
+    const std::int64_t share = head_of_all_ * (plan_.ranges.count - 1) + range - 1;
+    return {shares_ + (share * args_.shape.queries + query) * head_dim, head_dim};
+  }
+
+  void add_share(const Queries& queries) const {
+    const std::int64_t head_dim = args_.shape.head_dim;
+    const OutRows<T> dq = dq_of(0, queries.first);
+    for (std::int64_t i = 0; i < queries.count; ++i) {
+      add_row(share_ + i * head_dim, dq.at + i * dq.stride, head_dim);
+    }
+  }
+
+  // One block of keys, from `start`: dk and dv, and its part of a share of dq.
+  void add_block(const Queries& queries, std::int64_t start, std::int64_t keys,
+                 const OutRows<T>& dq, bool first_keys) const {
     const std::int64_t head_dim = args_.shape.head_dim, head_vectors = plan_.padded / kLanes;
     const std::int64_t block = keys * kLanes;
     const ByRows<T> k = rows_of(args_.k, sample_, head_, start);
     const ByRows<T> v = rows_of(args_.v, sample_, head_, start);
-    const bool first = queries.first == 0;
+    const bool first_queries = queries.first == 0;
     const PackedRows<T> by_keys = {weights_, block};
 
     multiply<T>(k, queries.q_lanes, keys, queries.vectors, head_dim,
                 StoreWeights<T>{weights_, block, lse_});
     multiply<T>(by_keys, queries.grad, keys, head_vectors, queries.count,
-                AddRows<T>{out_rows_of(args_.dv, sample_, head_, start), head_dim, first});
+                AddRows<T>{out_rows_of(args_.dv, sample_, head_, start), head_dim, first_queries});
     multiply<T>(v, queries.grad_lanes, keys, queries.vectors, head_dim,
                 StoreScoreGradients<T>{weights_, block, delta_});
     multiply<T>(by_keys, queries.q, keys, head_vectors, queries.count,
-                AddRows<T>{out_rows_of(args_.dk, sample_, head_, start), head_dim, first});
-    const OutRows<T> dq = {dq_.at + queries.first * dq_.stride, dq_.stride};
+                AddRows<T>{out_rows_of(args_.dk, sample_, head_, start), head_dim, first_queries});
     multiply<T>(PackedColumns<T>{weights_, block}, right_factor(k, keys, head_dim, k_packed_),
-                queries.count, head_vectors, keys, AddRows<T>{dq, head_dim, key_block == 0});
+                queries.count, head_vectors, keys, AddRows<T>{dq, head_dim, first_keys});
   }
 
   const AttentionBackwardArgs<T>& args_;
   const Plan<T>& plan_;
-  const std::int64_t sample_, head_, first_;
-  const Parts<T> keys_;
-  const OutRows<T> dq_;
+  const std::int64_t head_of_all_, sample_, head_, first_range_, end_range_;
+  T* const shares_;
+  const std::int64_t largest_block_;
   const Scratch<T> memory_;
   T *const lse_, *const delta_;  // for each query: log of the sum, and sum of grad_out * out
-  T *const q_lanes_, *const grad_lanes_, *const q_packed_, *const grad_packed_, *const k_packed_;
-  T* const weights_;
+  T *const q_lanes_, *const grad_lanes_, *const q_packed_, *const grad_packed_;
+  T *const share_, *const k_packed_, *const weights_;
 };
 
-// Adds the ranges' shares of one row of dq.
+// Adds to rows of dq of one head what its ranges [1, ...) have of them.
 template <class T>
-void add_shares(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, const T* parts,
-                std::int64_t head, std::int64_t row) {
+void add_shares(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, const T* shares,
+                std::int64_t head, std::int64_t first, std::int64_t rows) {
   const std::int64_t head_dim = args.shape.head_dim, size = args.shape.queries * head_dim;
-  const T* const from = parts + head * plan.ranges.count * size + row * head_dim;
-  T* const to =
-      out_rows_of(args.dq, head / args.shape.heads, head % args.shape.heads, row).at;
-  for (std::int64_t i = 0; i < head_dim; i += kLanesOf<T>) {
-    VectorOf<T> sum = load_first(from + i, head_dim - i);
-    for (std::int64_t r = 1; r < plan.ranges.count; ++r) {
-      sum += load_first(from + r * size + i, head_dim - i);
+  const T* const from = shares + head * (plan.ranges.count - 1) * size + first * head_dim;
+  const OutRows<T> dq =
+      out_rows_of(args.dq, head / args.shape.heads, head % args.shape.heads, first);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t r = 0; r + 1 < plan.ranges.count; ++r) {
+      add_row(from + r * size + i * head_dim, dq.at + i * dq.stride, head_dim);
     }
-    store_first(to + i, sum, head_dim - i);
   }
 }
 
@@ -232,19 +267,19 @@ void attention_backward(const AttentionBackwardArgs<T>& args) {
   const AttentionShape& shape = args.shape;
   if (shape.batch * shape.heads * shape.queries == 0) return;
   const Plan<T> plan(shape);
-  const bool shared = plan.ranges.count > 1;
-  const Scratch<T> parts(shared ? plan.heads * plan.ranges.count * shape.queries * shape.head_dim
-                                : 0);
-  T* const dq_parts = shared ? parts.data() : nullptr;
-  parallel_for(plan.heads * plan.ranges.count, args.threads,
-               [&](std::int64_t task) { KeyRange<T>(args, plan, task, dq_parts).run(); });
-  if (!shared) return;
-  const Parts<T> blocks(shape.queries, kQueryBlock);
-  parallel_for(plan.heads * blocks.count, args.threads, [&](std::int64_t task) {
-    const std::int64_t first = task % blocks.count * blocks.size;
-    for (std::int64_t i = 0; i < blocks.size_of(task % blocks.count); ++i) {
-      add_shares(args, plan, dq_parts, task / blocks.count, first + i);
-    }
+  // Ranges that are apart prepare the queries each for itself.
+  const bool apart = plan.heads < args.threads && plan.ranges.count > 1;
+  const Scratch<T> shares(
+      apart ? plan.heads * (plan.ranges.count - 1) * shape.queries * shape.head_dim : 0);
+  parallel_for(plan.heads * (apart ? plan.ranges.count : 1), args.threads,
+               [&](std::int64_t task) {
+                 KeyRanges<T>(args, plan, task, apart ? shares.data() : nullptr).run();
+               });
+  if (!apart) return;
+  parallel_for(plan.heads * plan.queries.count, args.threads, [&](std::int64_t task) {
+    const std::int64_t head = task / plan.queries.count, block = task % plan.queries.count;
+    add_shares(args, plan, shares.data(), head, block * plan.queries.size,
+               plan.queries.size_of(block));
   });
 }
 

@@ -181,6 +181,19 @@ def test_what_is_not_finite_spreads_as_in_torch(keys: int, bad: float, place: in
     assert torch.equal(got.isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("keys", [17, 300])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_what_is_not_finite_spreads_to_the_gradients_as_in_torch(
+    keys: int, bad: float, place: int
+) -> None:
+    args = inputs((1, 1, 5, keys, 8))
+    args[place][0, 0, 3, 2] = bad
+    grads = both_ways(*args)[2:]
+    for got, expected in zip(grads, both_ways(*args, fused=False)[2:], strict=True):
+        assert torch.equal(got.isfinite(), expected.isfinite())
+
+
 def test_a_key_infinitely_far_has_no_weight() -> None:
     q, k, v, _ = inputs((1, 1, 3, 600, 8))
     q[..., 0] = 1.0
