@@ -25,13 +25,15 @@ CSRC = ROOT / "csrc"
 # Compiled once per instruction set; everything else under csrc/ is compiled once.
 PER_ISA_SOURCES = (
     *("attention.cpp", "attention_backward.cpp"),
-    *("convolution_direct.cpp", "convolution_pack.cpp", "winograd.cpp"),
+    *("convolution_direct.cpp", "convolution_pack.cpp", "convolution_product.cpp", "winograd.cpp"),
+    "winograd_gradient.cpp",
     *("group_norm_silu.cpp", "kernel_table.cpp", "philox.cpp", "sampling_step.cpp"),
 )
 # Sums of products, in which a contraction only saves a rounding.
 CONTRACTED_SOURCES = (
     *("attention.cpp", "attention_backward.cpp"),
-    *("convolution_direct.cpp", "convolution_pack.cpp", "winograd.cpp"),
+    *("convolution_direct.cpp", "convolution_pack.cpp", "convolution_product.cpp", "winograd.cpp"),
+    "winograd_gradient.cpp",
 )
 X86_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],

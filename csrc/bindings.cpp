@@ -6,7 +6,9 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "cpu/convolution.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 
@@ -116,6 +118,67 @@ void attention_backward(const Operand& grad_out, const Operand& q, const Operand
   }
 }
 
+// (batch, height, width, channels in, channels out) of a 3 x 3 convolution that keeps the size
+using Conv3x3Sizes = std::array<std::int64_t, 5>;
+
+ConvolutionShape conv3x3_shape(const Conv3x3Sizes& sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], 3, 1, 1, 1, false};
+}
+
+// Memory of the calling thread, kept from call to call: fresh pages would cost as much as a small
+// convolution.
+float* thread_memory(std::int64_t size) {
+  constexpr std::size_t kLine = 16;
+  thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<std::size_t>(size) + kLine) {
+    memory = std::vector<float>(static_cast<std::size_t>(size) + kLine);
+  }
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  return memory.data() + (kLine - address / sizeof(float) % kLine) % kLine;
+}
+
+double conv3x3_speedup(const Conv3x3Sizes& sizes) { return speedup_in_training(conv3x3_shape(sizes)); }
+
+// weight_strides: of (out, in, row, column). turned: convolves with the kernel turned round.
+void conv3x3(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weights,
+             const std::array<std::int64_t, 4>& weight_strides, bool turned, std::uintptr_t bias,
+             std::uintptr_t y, std::int64_t y_stride, const Conv3x3Sizes& sizes, int threads) {
+  const py::gil_scoped_release released;
+  const ConvolutionShape shape = conv3x3_shape(sizes);
+  const ConvolutionAlgorithm algorithm = choose_algorithm(shape, threads);
+  ConvolutionWeights from = {pointer<const float>(weights), weight_strides[0], weight_strides[1],
+                             weight_strides[2], weight_strides[3]};
+  if (turned) from = from.turned(shape.kernel);
+  const std::int64_t packed_floats = (packed_size(shape, algorithm) + 15) / 16 * 16;
+  float* const packed =
+      thread_memory(packed_floats + workspace_size(shape, algorithm, threads));
+  pack_weights(shape, algorithm, from, packed);
+  ConvolutionArgs args = {};
+  args.shape = shape;
+  args.algorithm = algorithm;
+  args.x = pointer<const float>(x);
+  args.x_stride = x_stride;
+  args.packed = packed;
+  args.bias = pointer<const float>(bias);
+  args.scale = 1.0f;
+  args.y = pointer<float>(y);
+  args.y_stride = y_stride;
+  args.workspace = packed + packed_floats;
+  args.threads = threads;
+  convolution(args);
+}
+
+// grad_weights: (out, 3, 3, in), dense
+void conv3x3_gradient(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t grad_y,
+                      std::int64_t grad_y_stride, std::uintptr_t grad_weights,
+                      std::uintptr_t grad_bias, const Conv3x3Sizes& sizes, int threads) {
+  const py::gil_scoped_release released;
+  const ConvolutionShape shape = conv3x3_shape(sizes);
+  convolution_gradient({shape, pointer<const float>(x), x_stride, pointer<const float>(grad_y),
+                        grad_y_stride, pointer<float>(grad_weights), pointer<float>(grad_bias),
+                        thread_memory(gradient_workspace_size(shape, threads)), threads});
+}
+
 // Runs a Python function as tasks on the pool; the tests use it to try the pool itself.
 void run_tasks(std::int64_t tasks, int threads, const py::function& function) {
   const py::gil_scoped_release released;
@@ -145,5 +208,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention_float64", &attention<double>);
   module.def("attention_backward_float32", &attention_backward<float>);
   module.def("attention_backward_float64", &attention_backward<double>);
+  module.def("conv3x3", &conv3x3);
+  module.def("conv3x3_gradient", &conv3x3_gradient);
+  module.def("conv3x3_speedup", &conv3x3_speedup);
   module.def("run_tasks", &run_tasks);
 }

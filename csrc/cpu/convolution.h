@@ -62,11 +62,29 @@ struct ConvolutionArgs {
   int threads;
 };
 
+// The gradients of weights and bias where kernel = 3 and stride = 1, without upsampling.
+struct ConvolutionGradientArgs {
+  ConvolutionShape shape;
+  const float* x;
+  std::int64_t x_stride;  // of pixels
+  const float* grad_y;
+  std::int64_t grad_y_stride;  // of pixels
+  float* grad_weights;  // (out_channels, 3, 3, in_channels), dense
+  float* grad_bias;  // (out_channels,), or null
+  float* workspace;  // gradient_workspace_size floats
+  int threads;
+};
+
 // Whether the kernels know such a convolution; the other functions expect it.
 bool supported(const ConvolutionShape& shape);
 
-// The algorithm that should be fastest, by a model of its arithmetic and its memory traffic.
+// The algorithm that should be fastest with weights that are packed already, and not in a cache, by
+// a model of its arithmetic and its memory traffic.
 ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& shape, int threads);
+
+// By what factor such a convolution should be faster than torch's in training, where the weights
+// are packed on each call; by the same model.
+double speedup_in_training(const ConvolutionShape& shape);
 
 // Floats of the packed weights, which are the same for every instruction set, batch and image size.
 std::int64_t packed_size(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm);
@@ -81,5 +99,10 @@ std::int64_t workspace_size(const ConvolutionShape& shape, ConvolutionAlgorithm 
 // An image's result is the same bits in every batch and with every number of threads. y must not
 // overlap x; memory on a cache line's boundary is fastest, but none is required.
 void convolution(const ConvolutionArgs& args);
+
+std::int64_t gradient_workspace_size(const ConvolutionShape& shape, int threads);
+
+// The same bits with every number of threads.
+void convolution_gradient(const ConvolutionGradientArgs& args);
 
 }  // namespace advkd

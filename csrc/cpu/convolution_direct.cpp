@@ -1,7 +1,6 @@
 // Direct convolution as one product: pixels times (kernel rows, kernel columns, channels). The input
 // of a block is prepared once for each column of the kernel, shifted by it, so that the pixels of
 // all its rows lie kPanel floats apart whatever the image's width.
-#include <array>
 #include <vector>
 
 #include "cpu/convolution_tile.h"
@@ -15,6 +14,7 @@ class Direct {
   Direct(const ConvolutionArgs& args, const ConvolutionPlan& plan)
       : args_(args),
         plan_(plan),
+        input_(input_of(args)),
         kernel_(args.shape.kernel),
         stride_(args.shape.stride),
         half_((plan.rows - 1) + (kernel_ + stride_ - 1) / stride_),
@@ -32,7 +32,7 @@ class Direct {
   }
 
   void prepare(const ConvolutionBlock& block, std::int64_t c, float* left, float* scratch) const {
-    const InputReader reader(args_, plan_, c * kPanel);
+    const RowReader reader(input_, c * kPanel);
     const std::int64_t rows = (block.rows - 1) * stride_ + kernel_;
     const std::int64_t width = (block.columns - 1) * stride_ + kernel_;
     const std::int64_t row = block.row * stride_ - args_.shape.pad_before;
@@ -49,59 +49,39 @@ class Direct {
   }
 
   void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
-                const float* left, float*) const {
+                const float* left, float* products) const {
     const std::int64_t inner = kernel_ * kernel_ * args_.shape.in_channels * kPanel;
-    const Panels right = {args_.packed + panel * inner, inner};
+    const Panels right = {args_.packed + panel * inner, inner, panels};
+    // Rows of a narrower block are as far apart as those of the others.
+    const bool whole = block.columns == plan_.columns;
+    const std::int64_t runs = whole ? 1 : block.rows;
+    const std::int64_t pixels = block.rows * block.columns / runs;
     for (std::int64_t n = 0; n < block.images; ++n) {
-      const LeftFactor factor = {left + n * image_size_, segments_.data(),
-                                 static_cast<std::int64_t>(segments_.size())};
-      // Rows of a narrower block are as far apart as those of the others.
-      const bool whole = block.columns == plan_.columns;
-      const std::int64_t runs = whole ? 1 : block.rows;
       for (std::int64_t r = 0; r < runs; ++r) {
-        const LeftFactor run = {factor.at + r * plan_.columns * kPanel, factor.segments,
-                                factor.segment_count};
-        const Store store = {args_, plan_, block, block.image + n, block.row + r, panel};
-        ADVKD_ISA::multiply(run, right, whole ? block.rows * block.columns : block.columns, panels,
-                            store);
+        const float* const from = left + n * image_size_ + r * plan_.columns * kPanel;
+        const PreparedRows rows = {from, segments_.data(),
+                                   static_cast<std::int64_t>(segments_.size()), pixels};
+        multiply_rows(rows, right, products + r * pixels * panels * kPanel);
+      }
+      for (std::int64_t p = 0; p < panels * kPanel; p += kWidth) {
+        if (panel * kPanel + p >= args_.shape.out_channels) break;
+        write(block, block.image + n, panel * kPanel + p, products + p, panels * kPanel);
       }
     }
   }
 
  private:
-  struct Store {
-    const ConvolutionArgs& args;
-    const ConvolutionPlan& plan;
-    const ConvolutionBlock& block;
-    std::int64_t image, row, panel;
-
-    struct At {
-      const Store& store;
-      std::int64_t panel;
-
-      template <int kRows, int kPanels>
-      void operator()(std::int64_t first, const Sums<kRows, kPanels>& sums) const {
-        const ConvolutionPlan& plan = store.plan;
-#pragma GCC unroll 4
-        for (int v = 0; v < kPanels * kPanelVectors; ++v) {
-          const OutputWriter writer(store.args, store.image, panel * kPanel + v * kWidth);
-          std::int64_t row = store.row + first / store.block.columns;
-          std::int64_t column = first % store.block.columns;
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            const std::int64_t pixel = (store.image * plan.out_height + row) * plan.out_width;
-            writer.write(pixel + store.block.column + column, sums.part[r][v]);
-            if (++column == store.block.columns) {
-              column = 0;
-              ++row;
-            }
-          }
-        }
+  void write(const ConvolutionBlock& block, std::int64_t image, std::int64_t channel,
+             const float* from, std::int64_t step) const {
+    const OutputWriter writer(args_, image, channel);
+    for (std::int64_t r = 0; r < block.rows; ++r) {
+      const std::int64_t line = image * plan_.out_height + block.row + r;
+      const std::int64_t pixel = line * plan_.out_width + block.column;
+      for (std::int64_t c = 0; c < block.columns; ++c, from += step) {
+        writer.write(pixel + c, load(from));
       }
-    };
-
-    At at(std::int64_t next) const { return {*this, panel + next}; }
-  };
+    }
+  }
 
   // Input rows a stride apart follow one another, so that those of output rows do.
   std::int64_t row_offset(std::int64_t row) const {
@@ -118,6 +98,7 @@ class Direct {
 
   const ConvolutionArgs& args_;
   const ConvolutionPlan& plan_;
+  const Image input_;
   const std::int64_t kernel_, stride_;
   const std::int64_t half_;  // input rows of one residue modulo the stride
   const std::int64_t plane_, image_size_;

@@ -25,6 +25,13 @@ struct ConvolutionPlan {
   std::int64_t left_size, left_step, product_size, product_step, scratch_size;
 };
 
+// The same for the gradient of the weights: `blocks` has its left factor, the transformed input; the
+// right one is the transformed gradient of the output, and `sum_size` is of the transformed weights'.
+struct ConvolutionGradientPlan {
+  ConvolutionPlan blocks;
+  std::int64_t right_size, right_step, sum_size;
+};
+
 // One block: where it begins and how much there is of it.
 struct ConvolutionBlock {
   std::int64_t image, images, row, rows, column, columns;
@@ -32,5 +39,7 @@ struct ConvolutionBlock {
 
 ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
                                  int threads);
+
+ConvolutionGradientPlan plan_gradient(const ConvolutionShape& shape);
 
 }  // namespace advkd

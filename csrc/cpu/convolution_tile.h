@@ -1,5 +1,5 @@
-// What the convolutions share: products of prepared inputs and packed weights by tiles of
-// registers, reading of inputs, and writing of outputs.
+// What the convolutions share: reading of inputs, products of prepared inputs and packed weights,
+// writing of outputs, and the way through the blocks.
 #pragma once
 
 #include <atomic>
@@ -20,111 +20,22 @@ struct Segment {
   std::int64_t offset, count;
 };
 
-// The left factor: rows are kPanel floats apart, their elements in segments.
-struct LeftFactor {
+// Pixels or tiles of a prepared input: rows are kPanel floats apart, and so are their channels' blocks
+// and the kernel's places, which are the segments.
+struct PreparedRows {
   const float* at;
   const Segment* segments;
-  std::int64_t segment_count;
+  std::int64_t segment_count, rows;
 };
 
-// The right factor: panels of kPanel columns, in which rows follow one another.
+// Packed weights: panels of kPanel columns, in which rows follow one another.
 struct Panels {
   const float* at;
-  std::int64_t step;
+  std::int64_t step, count;
 };
 
-// As many accumulators as the registers hold beside the columns and a broadcast element.
-constexpr int kMostPanels = kWidth == 16 ? 3 : 1;
-constexpr int kMostRows[] = {0, kWidth == 16 ? 16 : (kWidth == 8 ? 6 : 3), 12, 8};
-
-template <int kRows, int kPanels>
-struct Sums {
-  Vector part[kRows][kPanels * kPanelVectors];
-};
-
-template <int kRows, int kPanels>
-static inline __attribute__((always_inline)) void add_product(Sums<kRows, kPanels>& sums,
-                                                              const float* a, const float* b,
-                                                              std::int64_t panel_step) {
-  constexpr int kVectors = kPanels * kPanelVectors;
-  Vector column[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    column[v] = load(b + v / kPanelVectors * panel_step + v % kPanelVectors * kWidth);
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    const float element = a[r * kPanel];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums.part[r][v] += column[v] * element;
-  }
-}
-
-// A function of its own, so that its loop has the registers for itself.
-template <int kRows, int kPanels, class Finish>
-__attribute__((noinline)) void make_sums(const LeftFactor& left, const Panels& right,
-                                         std::int64_t row, const Finish& finish) {
-  Sums<kRows, kPanels> sums;
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanels * kPanelVectors; ++v) sums.part[r][v] = Vector{};
-  }
-  const float* b = right.at;
-  const std::int64_t panel_step = right.step;
-  for (const Segment *s = left.segments, *end = s + left.segment_count; s != end; ++s) {
-    const float* a = left.at + row * kPanel + s->offset;
-    if (s->count == kPanel) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kPanel; ++k, b += kPanel) {
-        add_product<kRows, kPanels>(sums, a + k, b, panel_step);
-      }
-    } else {
-#pragma GCC unroll 1
-      for (int k = 0; k < s->count; ++k, b += kPanel) {
-        add_product<kRows, kPanels>(sums, a + k, b, panel_step);
-      }
-    }
-  }
-  finish(row, sums);
-}
-
-template <int kRows, int kPanels, class Finish>
-static inline void make_some_sums(std::int64_t rows, const LeftFactor& left, const Panels& right,
-                                  std::int64_t row, const Finish& finish) {
-  if (rows == kRows) return make_sums<kRows, kPanels>(left, right, row, finish);
-  if constexpr (kRows > 1) make_some_sums<kRows - 1, kPanels>(rows, left, right, row, finish);
-}
-
-template <int kPanels, class Finish>
-static inline void multiply_panels(const LeftFactor& left, const Panels& right, std::int64_t rows,
-                                   const Finish& finish) {
-  constexpr int kMost = kMostRows[kPanels];
-  // Tiles of equal height, give or take a row: a low one would wait for its own additions.
-  const std::int64_t tiles = (rows + kMost - 1) / kMost;
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    const std::int64_t row = t * rows / tiles, end = (t + 1) * rows / tiles;
-    make_some_sums<kMost, kPanels>(end - row, left, right, row, finish);
-  }
-}
-
-// Calls finish.at(panel)(row, sums) with the tiles of left times right.
-template <class Finish>
-static inline void multiply(const LeftFactor& left, const Panels& right, std::int64_t rows,
-                            std::int64_t panels, const Finish& finish) {
-  for (std::int64_t p = 0; p < panels;) {
-    const std::int64_t rest = panels - p;
-    // Four are two and two: a single panel loads an element for each product.
-    const std::int64_t wide = kMostPanels == 1 || rest == 1 ? 1 : (rest == 2 || rest == 4 ? 2 : 3);
-    const Panels from = {right.at + p * right.step, right.step};
-    if (wide == 1) multiply_panels<1>(left, from, rows, finish.at(p));
-    if constexpr (kMostPanels > 1) {
-      if (wide == 2) multiply_panels<2>(left, from, rows, finish.at(p));
-      if (wide == 3) multiply_panels<3>(left, from, rows, finish.at(p));
-    }
-    p += wide;
-  }
-}
+// The product, a row of all panels' columns after the other.
+void multiply_rows(const PreparedRows& left, const Panels& right, float* to);
 
 static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_t batch,
                                         std::int64_t block) {
@@ -136,35 +47,45 @@ static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_
           column, least(plan.columns, plan.unit_columns - column)};
 }
 
-// The input of one block of channels, as act(x * scale + shift), zero beyond the image's borders.
-class InputReader {
- public:
-  InputReader(const ConvolutionArgs& args, const ConvolutionPlan& plan, std::int64_t channel)
-      : args_(args),
-        plan_(plan),
-        channel_(channel),
-        lanes_(least(kPanel, args.shape.in_channels - channel)) {}
+// What is read: act(x * scale + shift), of images of height x width stored pixels.
+struct Image {
+  const float* x;
+  std::int64_t stride, height, width, channels;
+  int doubling;  // 1: each pixel stands for 2 x 2
+  const float *scale, *shift;
+  bool silu;
+};
 
-  // Columns [column, column + count) of a row, `step` floats apart in `to`.
-  void read(std::int64_t image, std::int64_t row, std::int64_t column, std::int64_t count,
+static inline Image input_of(const ConvolutionArgs& args) {
+  const ConvolutionShape& s = args.shape;
+  return {args.x,        args.x_stride, s.height,     s.width,    s.in_channels,
+          s.upsample ? 1 : 0, args.x_scale,  args.x_shift, args.x_silu};
+}
+
+// Reads rows of one block of channels; pixels beyond the image's borders are 0.
+class RowReader {
+ public:
+  RowReader(const Image& image, std::int64_t channel)
+      : image_(image), channel_(channel), lanes_(least(kPanel, image.channels - channel)) {}
+
+  // Columns [column, column + count) of a row, kPanel floats apart in `to`.
+  void read(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t count,
             float* to) const {
-    if (row < 0 || row >= plan_.in_height) return clear(to, count);
+    if (row < 0 || row >= image_.height << image_.doubling) return clear(to, count);
     const std::int64_t first = column < 0 ? least(-column, count) : 0;
-    const std::int64_t end = least(count, plan_.in_width - column);
+    const std::int64_t inside = least(count, (image_.width << image_.doubling) - column);
+    const std::int64_t end = inside < first ? first : inside;
     clear(to, first);
-    if (end > first) {
-      if (args_.x_scale == nullptr && !args_.x_silu) {
-        copy<false, false>(image, row, column, first, end, to);
-      } else if (args_.x_scale == nullptr) {
-        copy<false, true>(image, row, column, first, end, to);
-      } else if (!args_.x_silu) {
-        copy<true, false>(image, row, column, first, end, to);
-      } else {
-        copy<true, true>(image, row, column, first, end, to);
-      }
+    if (image_.scale == nullptr && !image_.silu) {
+      copy<false, false>(n, row, column, first, end, to);
+    } else if (image_.scale == nullptr) {
+      copy<false, true>(n, row, column, first, end, to);
+    } else if (!image_.silu) {
+      copy<true, false>(n, row, column, first, end, to);
+    } else {
+      copy<true, true>(n, row, column, first, end, to);
     }
-    const std::int64_t filled_to = end > first ? end : first;
-    clear(to + filled_to * kPanel, count - filled_to);
+    clear(to + end * kPanel, count - end);
   }
 
  private:
@@ -173,38 +94,36 @@ class InputReader {
   }
 
   template <bool kAffine, bool kSilu>
-  void copy(std::int64_t image, std::int64_t row, std::int64_t column, std::int64_t first,
+  void copy(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t first,
             std::int64_t end, float* to) const {
-    const ConvolutionShape& s = args_.shape;
-    const int shift = s.upsample ? 1 : 0;
-    const float* from =
-        args_.x + (image * s.height + (row >> shift)) * s.width * args_.x_stride + channel_;
-    Vector scale[kPanelVectors], offset[kPanelVectors];
+    const std::int64_t line = n * image_.height + (row >> image_.doubling);
+    const float* const from = image_.x + line * image_.width * image_.stride + channel_;
+    Vector scale[kPanelVectors], shift[kPanelVectors];
     if constexpr (kAffine) {
-      const std::int64_t at = image * s.in_channels + channel_;
+      const std::int64_t at = n * image_.channels + channel_;
       for (int v = 0; v < kPanelVectors; ++v) {
-        scale[v] = some(args_.x_scale + at + v * kWidth, lanes_ - v * kWidth);
-        offset[v] = some(args_.x_shift + at + v * kWidth, lanes_ - v * kWidth);
+        scale[v] = some(image_.scale + at + v * kWidth, lanes_ - v * kWidth);
+        shift[v] = some(image_.shift + at + v * kWidth, lanes_ - v * kWidth);
       }
     }
     for (std::int64_t c = first; c < end; ++c) {
-      const float* const pixel = from + ((column + c) >> shift) * args_.x_stride;
+      const float* const pixel = from + ((column + c) >> image_.doubling) * image_.stride;
       if (lanes_ < kPanel) {
         float part[kPanel] = {};
         for (std::int64_t i = 0; i < lanes_; ++i) part[i] = pixel[i];
-        convert<kAffine, kSilu>(part, scale, offset, to + c * kPanel);
+        convert<kAffine, kSilu>(part, scale, shift, to + c * kPanel);
       } else {
-        convert<kAffine, kSilu>(pixel, scale, offset, to + c * kPanel);
+        convert<kAffine, kSilu>(pixel, scale, shift, to + c * kPanel);
       }
     }
   }
 
   template <bool kAffine, bool kSilu>
-  static void convert(const float* from, const Vector* scale, const Vector* offset, float* to) {
+  static void convert(const float* from, const Vector* scale, const Vector* shift, float* to) {
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) {
       Vector value = load(from + v * kWidth);
-      if constexpr (kAffine) value = value * scale[v] + offset[v];
+      if constexpr (kAffine) value = value * scale[v] + shift[v];
       if constexpr (kSilu) value = silu(value);
       store(to + v * kWidth, value);
     }
@@ -215,8 +134,7 @@ class InputReader {
     return lanes > 0 ? load_some(from, lanes) : Vector{};
   }
 
-  const ConvolutionArgs& args_;
-  const ConvolutionPlan& plan_;
+  const Image& image_;
   const std::int64_t channel_, lanes_;
 };
 

@@ -11,6 +11,7 @@ const KernelTable table = {
     ADVKD_TEXT(ADVKD_ISA), philox_uint32, philox_normal, sampling_step, group_norm_silu,
     attention<float>, attention<double>, attention_backward<float>, attention_backward<double>,
     pack_convolution, convolution_direct, convolution_winograd2, convolution_winograd4,
+    convolution_gradient,
 };
 
 }  // namespace advkd::ADVKD_ISA

@@ -106,6 +106,7 @@ struct KernelTable {
   void (*convolution_direct)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_winograd2)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_winograd4)(const ConvolutionArgs&, const ConvolutionPlan&);
+  void (*convolution_gradient)(const ConvolutionGradientArgs&, const ConvolutionGradientPlan&);
 };
 
 namespace portable {

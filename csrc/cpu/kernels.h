@@ -16,6 +16,7 @@ void pack_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algori
 void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd2(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd4(const ConvolutionArgs& args, const ConvolutionPlan& plan);
+void convolution_gradient(const ConvolutionGradientArgs& args, const ConvolutionGradientPlan& plan);
 
 template <class T>
 void attention(const AttentionArgs<T>& args);

@@ -5,36 +5,10 @@
 
 #include <vector>
 
-#include "cpu/convolution_tile.h"
 #include "cpu/kernels.h"
 
 namespace advkd::ADVKD_ISA {
 namespace {
-
-// Row by row and then down the columns. The rows of the result are made a few at a time, so that
-// what lies between the two passes stays in registers.
-template <int kOut>
-inline void transform_input(const float* from, std::int64_t row_step, float* to,
-                            std::int64_t point_step) {
-  constexpr int kIn = Winograd<kOut>::kIn;
-  Vector down[kIn][kIn];  // [row of the result][column]
-#pragma GCC unroll 6
-  for (int x = 0; x < kIn; ++x) {
-    Vector column[kIn], result[kIn];
-#pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) column[y] = load(from + y * row_step + x * kPanel);
-    Winograd<kOut>::input(column, result);
-#pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) down[y][x] = result[y];
-  }
-#pragma GCC unroll 6
-  for (int y = 0; y < kIn; ++y) {
-    Vector result[kIn];
-    Winograd<kOut>::input(down[y], result);
-#pragma GCC unroll 6
-    for (int x = 0; x < kIn; ++x) store(to + (y * kIn + x) * point_step, result[x]);
-  }
-}
 
 template <int kOut>
 inline void transform_output(const float* from, std::int64_t point_step,
@@ -58,7 +32,7 @@ template <int kOut>
 class WinogradConvolution {
  public:
   WinogradConvolution(const ConvolutionArgs& args, const ConvolutionPlan& plan)
-      : args_(args), plan_(plan) {
+      : args_(args), plan_(plan), input_(input_of(args)) {
     const std::int64_t tiles = plan.images * plan.rows * plan.columns;
     for (std::int64_t c = 0; c < plan.channel_blocks; ++c) {
       segments_.push_back(
@@ -67,23 +41,8 @@ class WinogradConvolution {
   }
 
   void prepare(const ConvolutionBlock& block, std::int64_t c, float* left, float* scratch) const {
-    const InputReader reader(args_, plan_, c * kPanel);
-    const std::int64_t width = block.columns * kOut + 2, row_step = width * kPanel;
-    float* to = left + segments_[static_cast<std::size_t>(c)].offset;
-    for (std::int64_t n = 0; n < block.images; ++n) {
-      for (std::int64_t y = 0; y < block.rows * kOut + 2; ++y) {
-        reader.read(block.image + n, block.row * kOut - args_.shape.pad_before + y,
-                    block.column * kOut - args_.shape.pad_before, width, scratch + y * row_step);
-      }
-      for (std::int64_t r = 0; r < block.rows; ++r) {
-        for (std::int64_t t = 0; t < block.columns; ++t, to += kPanel) {
-          const float* const from = scratch + r * kOut * row_step + t * kOut * kPanel;
-          for (int v = 0; v < kPanelVectors; ++v) {
-            transform_input<kOut>(from + v * kWidth, row_step, to + v * kWidth, plan_.left_step);
-          }
-        }
-      }
-    }
+    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_.left_step);
+    input.transform(block, c * kPanel, scratch, left + segments_[static_cast<std::size_t>(c)].offset);
   }
 
   void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
@@ -91,11 +50,11 @@ class WinogradConvolution {
     const std::int64_t inner = args_.shape.in_channels * kPanel;
     const std::int64_t tiles = block.images * block.rows * block.columns;
     for (int point = 0; point < kPoints; ++point) {
-      const LeftFactor factor = {left + point * plan_.left_step, segments_.data(),
-                                 plan_.channel_blocks};
-      const Panels right = {args_.packed + (panel * kPoints + point) * inner, kPoints * inner};
-      ADVKD_ISA::multiply(factor, right, tiles, panels,
-                          Store{products + point * plan_.product_step, panels * kPanel});
+      const PreparedRows rows = {left + point * plan_.left_step, segments_.data(),
+                                 plan_.channel_blocks, tiles};
+      const Panels right = {args_.packed + (panel * kPoints + point) * inner, kPoints * inner,
+                            panels};
+      multiply_rows(rows, right, products + point * plan_.product_step);
     }
     for (std::int64_t p = 0; p < panels; ++p) {
       for (int v = 0; v < kPanelVectors; ++v) {
@@ -107,29 +66,6 @@ class WinogradConvolution {
 
  private:
   static constexpr int kIn = Winograd<kOut>::kIn, kPoints = kIn * kIn;
-
-  struct Store {
-    float* to;
-    std::int64_t step;
-
-    struct At {
-      float* to;
-      std::int64_t step;
-
-      template <int kRows, int kPanels>
-      void operator()(std::int64_t row, const Sums<kRows, kPanels>& sums) const {
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kPanels * kPanelVectors; ++v) {
-            store(to + (row + r) * step + v * kWidth, sums.part[r][v]);
-          }
-        }
-      }
-    };
-
-    At at(std::int64_t panel) const { return {to + panel * kPanel, step}; }
-  };
 
   void write_channels(const ConvolutionBlock& block, std::int64_t channel, const float* from,
                       std::int64_t tile_step) const {
@@ -162,6 +98,7 @@ class WinogradConvolution {
 
   const ConvolutionArgs& args_;
   const ConvolutionPlan& plan_;
+  const Image input_;
   std::vector<Segment> segments_;
 };
 

@@ -2,11 +2,14 @@
 // points 0, 1, -1 (and 2, -2 for N = 4) and infinity; each works on kWidth channels at once.
 #pragma once
 
-#include "cpu/vector.h"
+#include <cstdint>
+
+#include "cpu/convolution_tile.h"
 
 namespace advkd::ADVKD_ISA {
 
-// One-dimensional: from[i * from_step] are N + 2 inputs, N + 2 products or 3 weights.
+// One-dimensional, of N + 2 inputs, N + 2 products and 3 weights; and, for the gradient of the
+// weights, the last two transposed: of N gradients of outputs, and to those of 3 weights.
 template <int kOut>
 struct Winograd;
 
@@ -70,6 +73,82 @@ struct Winograd<4> {
     to[4] = far_even - far_odd;
     to[5] = g[2];
   }
+
+  static inline __attribute__((always_inline)) void output_gradient(const Vector (&y)[4],
+                                                                    Vector (&to)[6]) {
+    const Vector even = y[0] + y[2], odd = y[1] + y[3];
+    const Vector far_even = y[0] + y[2] * 4.0f, far_odd = y[1] * 2.0f + y[3] * 8.0f;
+    to[0] = y[0];
+    to[1] = even + odd;
+    to[2] = even - odd;
+    to[3] = far_even + far_odd;
+    to[4] = far_even - far_odd;
+    to[5] = y[3];
+  }
+
+  static inline __attribute__((always_inline)) void weight_gradient(const Vector (&u)[6],
+                                                                    Vector (&to)[3]) {
+    const Vector near_sum = u[1] + u[2], near_difference = u[1] - u[2];
+    const Vector far_sum = u[3] + u[4], far_difference = u[3] - u[4];
+    to[0] = u[0] * 0.25f - near_sum * (1.0f / 6.0f) + far_sum * (1.0f / 24.0f);
+    to[1] = far_difference * (1.0f / 12.0f) - near_difference * (1.0f / 6.0f);
+    to[2] = (far_sum - near_sum) * (1.0f / 6.0f) + u[5];
+  }
+};
+
+// The transformed input of one block of channels, (N + 2)^2 points that are point_step apart, tile
+// after tile at `to`. Pixels beyond the image's borders are 0.
+template <int kOut>
+class InputTiles {
+ public:
+  InputTiles(const Image& image, std::int64_t pad, std::int64_t point_step)
+      : image_(image), pad_(pad), point_step_(point_step) {}
+
+  void transform(const ConvolutionBlock& block, std::int64_t channel, float* scratch,
+                 float* to) const {
+    const RowReader reader(image_, channel);
+    const std::int64_t width = block.columns * kOut + 2, row_step = width * kPanel;
+    for (std::int64_t n = 0; n < block.images; ++n) {
+      for (std::int64_t y = 0; y < block.rows * kOut + 2; ++y) {
+        reader.read(block.image + n, block.row * kOut - pad_ + y, block.column * kOut - pad_, width,
+                    scratch + y * row_step);
+      }
+      for (std::int64_t r = 0; r < block.rows; ++r) {
+        for (std::int64_t t = 0; t < block.columns; ++t, to += kPanel) {
+          const float* const from = scratch + r * kOut * row_step + t * kOut * kPanel;
+          for (int v = 0; v < kPanelVectors; ++v) {
+            transform_tile(from + v * kWidth, row_step, to + v * kWidth);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kIn = Winograd<kOut>::kIn;
+
+  void transform_tile(const float* from, std::int64_t row_step, float* to) const {
+    Vector down[kIn][kIn];  // [row of the result][column]
+#pragma GCC unroll 6
+    for (int x = 0; x < kIn; ++x) {
+      Vector column[kIn], result[kIn];
+#pragma GCC unroll 6
+      for (int y = 0; y < kIn; ++y) column[y] = load(from + y * row_step + x * kPanel);
+      Winograd<kOut>::input(column, result);
+#pragma GCC unroll 6
+      for (int y = 0; y < kIn; ++y) down[y][x] = result[y];
+    }
+#pragma GCC unroll 6
+    for (int y = 0; y < kIn; ++y) {
+      Vector result[kIn];
+      Winograd<kOut>::input(down[y], result);
+#pragma GCC unroll 6
+      for (int x = 0; x < kIn; ++x) store(to + (y * kIn + x) * point_step_, result[x]);
+    }
+  }
+
+  const Image& image_;
+  const std::int64_t pad_, point_step_;
 };
 
 }  // namespace advkd::ADVKD_ISA
