@@ -11,9 +11,9 @@ from typing import Any
 class Build:
     """One kernel as the compiler gets it, and what is expected of the result.
 
-    A variant (tile sizes and warps, what a heuristic picks) has a build for each dtype, and for even
-    and ragged edges, as far as these make other code. `kernels/variants.py` lists all of them, and
-    `tests/kernels/aot.py` compiles and checks each.
+    A variant (tile sizes and warps, what a heuristic picks) has a build for each dtype, and for
+    even and ragged edges, as far as these make other code. `kernels/variants.py` lists all of
+    them, and `tests/kernels/aot.py` compiles and checks each.
     """
 
     variant: str  # the variant's name, e.g. "attention forward half 64x64x128": a row of the table
