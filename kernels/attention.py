@@ -14,15 +14,20 @@ the compiler knows that rows begin at 16 bytes, whatever the layout.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from advkd.kernels.compilation import Build
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# The backward kernels read two numbers of each query, in rows that are padded to this many: so
+# they begin at 16 bytes and need no masks.
+PADDED = tl.constexpr(64)
 
 
 @triton.jit
@@ -76,16 +81,16 @@ def _store(  # type: ignore[no-untyped-def]
 def _product(  # type: ignore[no-untyped-def]
     a_ptr, a_start, a_rows, a_stride, b_ptr, b_start, b_rows, b_stride, columns,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_A: tl.constexpr, EVEN_B: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a b^T of a block of rows of each, (A_ROWS, B_ROWS), summed over chunks of the columns."""
     total = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     for column in range(0, columns, BLOCK_D):
         a = _load(
-            a_ptr, a_start, a_rows, a_stride, column, columns, A_ROWS, BLOCK_D, EVEN_A, EVEN_D
+            a_ptr, a_start, a_rows, a_stride, column, columns, A_ROWS, BLOCK_D, EVEN_ROWS, EVEN_D
         )
         b = _load(
-            b_ptr, b_start, b_rows, b_stride, column, columns, B_ROWS, BLOCK_D, EVEN_B, EVEN_D
+            b_ptr, b_start, b_rows, b_stride, column, columns, B_ROWS, BLOCK_D, EVEN_ROWS, EVEN_D
         )
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return total
@@ -118,6 +123,13 @@ def _dense_head(ptr, head, heads, rows, columns):  # type: ignore[no-untyped-def
     return ptr + sample + head % heads * columns
 
 
+@triton.jit
+def _statistics(ptr, head, queries):  # type: ignore[no-untyped-def]
+    """Where a head's rows of (lse in units of log 2, delta) begin, and how long they are."""
+    padded = tl.cdiv(queries, PADDED) * PADDED
+    return ptr + head.to(tl.int64) * 2 * padded, padded
+
+
 FORWARD_INTEGERS = (
     "q_b", "q_h", "q_n", "k_b", "k_h", "k_m", "v_b", "v_h", "v_m",
     "heads", "queries", "keys", "eighths",
@@ -128,7 +140,7 @@ FORWARD_INTEGERS = (
 def _forward_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m,
     heads, queries, keys, eighths, scale,
-    EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,23 +157,24 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     scale *= LOG2_E
 
     if not CHUNKED:
-        q = _load(q_ptr, start_n, queries, q_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_N, EVEN_D)
+        q = _load(q_ptr, start_n, queries, q_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, OUT_D], tl.float32)
     for start_m in range(0, keys, BLOCK_M):
         if CHUNKED:
-            v = _load(v_ptr, start_m, keys, v_m, part, dim, BLOCK_M, OUT_D, EVEN_M, EVEN_D)
             s = _product(
                 q_ptr, start_n, queries, q_n, k_ptr, start_m, keys, k_m, dim,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_N, EVEN_M, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D, PRECISION,
             )  # fmt: skip
+            # After the scores, because registers do not hold it meanwhile.
+            v = _load(v_ptr, start_m, keys, v_m, part, dim, BLOCK_M, OUT_D, EVEN_ROWS, EVEN_D)
         else:
-            k = _load(k_ptr, start_m, keys, k_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_M, EVEN_D)
-            v = _load(v_ptr, start_m, keys, v_m, 0, dim, BLOCK_M, OUT_D, EVEN_M, EVEN_D)
+            k = _load(k_ptr, start_m, keys, k_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D)
+            v = _load(v_ptr, start_m, keys, v_m, 0, dim, BLOCK_M, OUT_D, EVEN_ROWS, EVEN_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s *= scale
-        if not EVEN_M:
+        if not EVEN_ROWS:
             s = tl.where((start_m + tl.arange(0, BLOCK_M) < keys)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         # A row may be -inf so far and finite later; -inf - -inf must not make it NaN.
@@ -174,7 +187,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     out_ptr = _dense_head(out_ptr, head, heads, queries, dim)
     out = acc / total[:, None]
-    _store(out_ptr, out, start_n, queries, heads * dim, part, dim, BLOCK_N, OUT_D, EVEN_N, EVEN_D)
+    _store(
+        out_ptr, out, start_n, queries, heads * dim, part, dim, BLOCK_N, OUT_D, EVEN_ROWS, EVEN_D
+    )
     if part == 0:
         n = start_n + tl.arange(0, BLOCK_N)
         lse = (top + tl.log2(total)) * LN_2
@@ -188,11 +203,11 @@ DELTA_INTEGERS = (
 
 @triton.jit(do_not_specialize=DELTA_INTEGERS)
 def _delta_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, grad_ptr, delta_ptr, out_b, out_h, out_n, grad_b, grad_h, grad_n,
+    out_ptr, grad_ptr, lse_ptr, statistics_ptr, out_b, out_h, out_n, grad_b, grad_h, grad_n,
     heads, queries, eighths,
-    EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta = the row sums of out * grad_out."""
+    """Of each query, lse in units of log 2 and delta = the sum of out * grad_out."""
     dim = eighths * 8
     out_n *= 8
     grad_n *= 8
@@ -201,16 +216,20 @@ def _delta_kernel(  # type: ignore[no-untyped-def]
     start = tl.program_id(0) % blocks * BLOCK_N
     out_ptr = _head(out_ptr, head, heads, out_b, out_h)
     grad_ptr = _head(grad_ptr, head, heads, grad_b, grad_h)
+    statistics_ptr, padded = _statistics(statistics_ptr, head, queries)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for column in range(0, dim, BLOCK_D):
-        out = _load(out_ptr, start, queries, out_n, column, dim, BLOCK_N, BLOCK_D, EVEN_N, EVEN_D)
+        out = _load(
+            out_ptr, start, queries, out_n, column, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D
+        )
         grad = _load(
-            grad_ptr, start, queries, grad_n, column, dim, BLOCK_N, BLOCK_D, EVEN_N, EVEN_D
+            grad_ptr, start, queries, grad_n, column, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D
         )
         total += out.to(tl.float32) * grad.to(tl.float32)
     n = start + tl.arange(0, BLOCK_N)
-    delta = tl.sum(total, axis=1)
-    tl.store(delta_ptr + head.to(tl.int64) * queries + n, delta, mask=n < queries)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * queries + n, mask=n < queries, other=0.0)
+    tl.store(statistics_ptr + n, lse * LOG2_E)
+    tl.store(statistics_ptr + padded + n, tl.sum(total, axis=1))
 
 
 BACKWARD_INTEGERS = (
@@ -221,10 +240,10 @@ BACKWARD_INTEGERS = (
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
 def _dkdv_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, grad_b, grad_h, grad_n,
     heads, queries, keys, eighths, scale,
-    EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -239,55 +258,62 @@ def _dkdv_kernel(  # type: ignore[no-untyped-def]
     k_ptr = _head(k_ptr, head, heads, k_b, k_h)
     v_ptr = _head(v_ptr, head, heads, v_b, v_h)
     grad_ptr = _head(grad_ptr, head, heads, grad_b, grad_h)
-    lse_ptr += head.to(tl.int64) * queries
-    delta_ptr += head.to(tl.int64) * queries
+    statistics_ptr, padded = _statistics(statistics_ptr, head, queries)
 
     if not CHUNKED:
-        k = _load(k_ptr, start_m, keys, k_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_M, EVEN_D)
-        v = _load(v_ptr, start_m, keys, v_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_M, EVEN_D)
+        k = _load(k_ptr, start_m, keys, k_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D)
+        v = _load(v_ptr, start_m, keys, v_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D)
     dk = tl.zeros([BLOCK_M, OUT_D], tl.float32)
     dv = tl.zeros([BLOCK_M, OUT_D], tl.float32)
     for start_n in range(0, queries, BLOCK_N):
         # All blocks here are transposed, (BLOCK_M, BLOCK_N): that spares two transpositions.
-        q = _load(q_ptr, start_n, queries, q_n, part, dim, BLOCK_N, OUT_D, EVEN_N, EVEN_D)
-        grad = _load(grad_ptr, start_n, queries, grad_n, part, dim, BLOCK_N, OUT_D, EVEN_N, EVEN_D)
+        if not CHUNKED:
+            q = _load(q_ptr, start_n, queries, q_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D)
+            grad = _load(
+                grad_ptr, start_n, queries, grad_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D
+            )
         n = start_n + tl.arange(0, BLOCK_N)
-        lse = tl.load(lse_ptr + n, mask=n < queries, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + n, mask=n < queries, other=0.0)
+        lse = tl.load(statistics_ptr + n)
+        delta = tl.load(statistics_ptr + padded + n)
         if CHUNKED:
             s = _product(
                 k_ptr, start_m, keys, k_m, q_ptr, start_n, queries, q_n, dim,
-                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_M, EVEN_N, EVEN_D, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D, PRECISION,
             )  # fmt: skip
             dp = _product(
                 v_ptr, start_m, keys, v_m, grad_ptr, start_n, queries, grad_n, dim,
-                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_M, EVEN_N, EVEN_D, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D, PRECISION,
             )  # fmt: skip
         else:
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
         ds = p * (dp - delta[None, :])
-        if not EVEN_N:
+        if not EVEN_ROWS:
             # Zero times an infinity of k or v is no zero.
             p = tl.where((n < queries)[None, :], p, 0.0)
             ds = tl.where((n < queries)[None, :], ds, 0.0)
+        if CHUNKED:
+            q = _load(q_ptr, start_n, queries, q_n, part, dim, BLOCK_N, OUT_D, EVEN_ROWS, EVEN_D)
+            grad = _load(
+                grad_ptr, start_n, queries, grad_n, part, dim, BLOCK_N, OUT_D, EVEN_ROWS, EVEN_D
+            )
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     dk_ptr = _dense_head(dk_ptr, head, heads, keys, dim)
     dv_ptr = _dense_head(dv_ptr, head, heads, keys, dim)
     row = heads * dim
-    _store(dv_ptr, dv, start_m, keys, row, part, dim, BLOCK_M, OUT_D, EVEN_M, EVEN_D)
-    _store(dk_ptr, dk * scale, start_m, keys, row, part, dim, BLOCK_M, OUT_D, EVEN_M, EVEN_D)
+    _store(dv_ptr, dv, start_m, keys, row, part, dim, BLOCK_M, OUT_D, EVEN_ROWS, EVEN_D)
+    _store(dk_ptr, dk * scale, start_m, keys, row, part, dim, BLOCK_M, OUT_D, EVEN_ROWS, EVEN_D)
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
 def _dq_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, dq_ptr,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, grad_b, grad_h, grad_n,
     heads, queries, keys, eighths, scale,
-    EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -303,38 +329,52 @@ def _dq_kernel(  # type: ignore[no-untyped-def]
     v_ptr = _head(v_ptr, head, heads, v_b, v_h)
     grad_ptr = _head(grad_ptr, head, heads, grad_b, grad_h)
     n = start_n + tl.arange(0, BLOCK_N)
-    row = head.to(tl.int64) * queries
-    lse = tl.load(lse_ptr + row + n, mask=n < queries, other=0.0) * LOG2_E
-    delta = tl.load(delta_ptr + row + n, mask=n < queries, other=0.0)
+    statistics_ptr, padded = _statistics(statistics_ptr, head, queries)
+    lse = tl.load(statistics_ptr + n)
+    delta = tl.load(statistics_ptr + padded + n)
 
     if not CHUNKED:
-        q = _load(q_ptr, start_n, queries, q_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_N, EVEN_D)
-        grad = _load(grad_ptr, start_n, queries, grad_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_N, EVEN_D)
+        q = _load(q_ptr, start_n, queries, q_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D)
+        grad = _load(
+            grad_ptr, start_n, queries, grad_n, 0, dim, BLOCK_N, BLOCK_D, EVEN_ROWS, EVEN_D
+        )
     dq = tl.zeros([BLOCK_N, OUT_D], tl.float32)
     for start_m in range(0, keys, BLOCK_M):
-        k = _load(k_ptr, start_m, keys, k_m, part, dim, BLOCK_M, OUT_D, EVEN_M, EVEN_D)
         if CHUNKED:
             s = _product(
                 q_ptr, start_n, queries, q_n, k_ptr, start_m, keys, k_m, dim,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_N, EVEN_M, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D, PRECISION,
             )  # fmt: skip
             dp = _product(
                 grad_ptr, start_n, queries, grad_n, v_ptr, start_m, keys, v_m, dim,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_N, EVEN_M, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D, PRECISION,
             )  # fmt: skip
         else:
-            v = _load(v_ptr, start_m, keys, v_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_M, EVEN_D)
+            k = _load(k_ptr, start_m, keys, k_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D)
+            v = _load(v_ptr, start_m, keys, v_m, 0, dim, BLOCK_M, BLOCK_D, EVEN_ROWS, EVEN_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
         ds = p * (dp - delta[:, None])
-        if not EVEN_M:
+        if not EVEN_ROWS:
             ds = tl.where((start_m + tl.arange(0, BLOCK_M) < keys)[None, :], ds, 0.0)
+        if CHUNKED:
+            k = _load(k_ptr, start_m, keys, k_m, part, dim, BLOCK_M, OUT_D, EVEN_ROWS, EVEN_D)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_ptr = _dense_head(dq_ptr, head, heads, queries, dim)
     _store(
-        dq_ptr, dq * scale, start_n, queries, heads * dim, part, dim, BLOCK_N, OUT_D, EVEN_N, EVEN_D
+        dq_ptr,
+        dq * scale,
+        start_n,
+        queries,
+        heads * dim,
+        part,
+        dim,
+        BLOCK_N,
+        OUT_D,
+        EVEN_ROWS,
+        EVEN_D,
     )
 
 
@@ -352,18 +392,26 @@ class Variant:
     num_warps: int
     num_stages: int
 
+    def name(self) -> str:
+        """E.g. "attention forward half 64x64x64": dtype, queries x keys x columns of a tile."""
+        if self.kernel == "delta":
+            return f"attention delta {self.block_n}x{self.block_d}"
+        dtype = "half" if self.half else "float32"
+        columns = f"{self.block_d} of {self.out_d}" if self.chunked else str(self.block_d)
+        return f"attention {self.kernel} {dtype} {self.block_n}x{self.block_m}x{columns}"
+
     def constants(self, queries: int, keys: int, head_dim: int) -> dict[str, int | bool | str]:
         """The compile-time arguments for these lengths; masks are only where one is ragged."""
-        even_d = head_dim % self.block_d == 0 and head_dim % self.out_d == 0
+        even_rows = queries % self.block_n == 0
         constants: dict[str, int | bool | str] = {
-            "EVEN_N": queries % self.block_n == 0, "EVEN_D": even_d,
+            "EVEN_D": head_dim % self.block_d == 0 and head_dim % self.out_d == 0,
             "BLOCK_N": self.block_n, "BLOCK_D": self.block_d,
         }  # fmt: skip
         if self.kernel == "delta":
-            return constants
+            return constants | {"EVEN_ROWS": even_rows}
         return constants | {
-            "EVEN_M": keys % self.block_m == 0, "BLOCK_M": self.block_m, "OUT_D": self.out_d,
-            "CHUNKED": self.chunked, "PRECISION": "ieee",
+            "EVEN_ROWS": even_rows and keys % self.block_m == 0, "BLOCK_M": self.block_m,
+            "OUT_D": self.out_d, "CHUNKED": self.chunked, "PRECISION": "ieee",
         }  # fmt: skip
 
     def options(self) -> dict[str, int | bool]:
@@ -380,20 +428,20 @@ KERNELS = {
     "dq": _dq_kernel,
 }
 
-# The last of a list takes every larger head dimension.
+# The first whose output holds the head dimension is taken, the last also for larger ones.
 _HALF_FORWARD = (
     Variant("forward", True, 64, 64, 16, 16, False, 4, 2),
-    Variant("forward", True, 64, 64, 32, 32, False, 4, 2),
+    Variant("forward", True, 64, 128, 32, 32, False, 4, 2),
     Variant("forward", True, 64, 64, 64, 64, False, 4, 2),
     Variant("forward", True, 64, 64, 128, 128, False, 4, 2),
     Variant("forward", True, 64, 32, 128, 256, True, 8, 2),
 )
 _HALF_DKDV = (
-    Variant("dkdv", True, 64, 64, 16, 16, False, 4, 2),
-    Variant("dkdv", True, 64, 64, 32, 32, False, 4, 2),
+    Variant("dkdv", True, 32, 64, 16, 16, False, 4, 2),
+    Variant("dkdv", True, 32, 64, 32, 32, False, 4, 2),
     Variant("dkdv", True, 32, 64, 64, 64, False, 4, 2),
-    Variant("dkdv", True, 32, 64, 128, 128, False, 8, 2),
-    Variant("dkdv", True, 32, 64, 64, 128, True, 8, 2),
+    Variant("dkdv", True, 32, 64, 128, 128, False, 4, 2),
+    Variant("dkdv", True, 16, 64, 64, 256, True, 8, 2),
 )
 _HALF_DQ = (
     Variant("dq", True, 64, 64, 16, 16, False, 4, 2),
@@ -406,28 +454,31 @@ _FLOAT_FORWARD = (
     Variant("forward", False, 32, 32, 16, 16, False, 4, 2),
     Variant("forward", False, 32, 32, 32, 32, False, 4, 2),
     Variant("forward", False, 32, 32, 64, 64, False, 4, 2),
-    Variant("forward", False, 32, 32, 32, 64, True, 4, 2),
+    Variant("forward", False, 32, 32, 128, 128, False, 8, 2),
+    Variant("forward", False, 32, 32, 32, 256, True, 8, 2),
 )
 _FLOAT_DKDV = (
     Variant("dkdv", False, 32, 32, 16, 16, False, 4, 2),
     Variant("dkdv", False, 32, 32, 32, 32, False, 4, 2),
     Variant("dkdv", False, 32, 32, 64, 64, False, 4, 2),
-    Variant("dkdv", False, 32, 32, 32, 64, True, 4, 2),
+    Variant("dkdv", False, 32, 32, 32, 128, True, 8, 2),
+    Variant("dkdv", False, 32, 32, 32, 256, True, 8, 2),
 )
 _FLOAT_DQ = (
     Variant("dq", False, 32, 32, 16, 16, False, 4, 2),
     Variant("dq", False, 32, 32, 32, 32, False, 4, 2),
     Variant("dq", False, 32, 32, 64, 64, False, 4, 2),
-    Variant("dq", False, 32, 32, 32, 64, True, 4, 2),
+    Variant("dq", False, 32, 16, 128, 128, False, 8, 2),
+    Variant("dq", False, 32, 32, 32, 256, True, 8, 2),
 )
 # Many queries fill the machine even in taller tiles, which read k and v half as often.
 _TALL_FORWARD = (
-    Variant("forward", True, 128, 64, 64, 64, False, 8, 2),
-    Variant("forward", True, 128, 64, 128, 128, False, 8, 2),
+    Variant("forward", True, 128, 32, 64, 64, False, 8, 2),
+    Variant("forward", True, 128, 32, 128, 128, False, 8, 2),
 )
 _DELTA = (
     Variant("delta", True, 64, 0, 16, 16, False, 4, 1),
-    Variant("delta", True, 32, 0, 64, 64, False, 4, 1),
+    Variant("delta", True, 64, 0, 64, 64, False, 4, 1),
 )
 _BY_HEAD_DIM = {
     ("forward", True): _HALF_FORWARD,
@@ -464,10 +515,62 @@ def pick(
     half = dtype != torch.float32
     if kernel == "forward" and half and batch * heads * queries >= 128 * 128:
         for variant in _TALL_FORWARD:
-            if variant.block_d // 2 < head_dim <= variant.block_d and queries >= 1024:
+            if variant.out_d // 2 < head_dim <= variant.out_d and queries >= 1024:
                 return variant
     group = _BY_HEAD_DIM[kernel, half]
-    return next((v for v in group if head_dim <= v.block_d and not v.chunked), group[-1])
+    return next((v for v in group if head_dim <= v.out_d), group[-1])
+
+
+def variants() -> list[Build]:
+    """What `pick` can pick, each with even and ragged lengths and head dimensions.
+
+    Float16 where the lengths are even and bfloat16 where not, because they differ in conversions
+    only.
+    """
+    return [
+        _build(variant, dtype, even_rows, even_d)
+        for variant in VARIANTS
+        for even_rows in (True, False)
+        for dtype in _build_dtypes(variant, even_rows)
+        for even_d in (True, False)
+    ]
+
+
+def _build_dtypes(variant: Variant, even_rows: bool) -> list[str]:
+    half = "float16" if even_rows else "bfloat16"
+    return [half, "float32"] if variant.kernel == "delta" else [half if variant.half else "float32"]
+
+
+def _build(variant: Variant, dtype: str, even_rows: bool, even_d: bool) -> Build:
+    rows = 64 * variant.block_n * max(variant.block_m, 1)
+    even = math.lcm(variant.block_d, variant.out_d)
+    constants = variant.constants(rows if even_rows else 1, rows, even if even_d else 8)
+    kernel = KERNELS[variant.kernel]
+    pointer = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
+    types = {
+        name: "*fp32" if name in ("lse_ptr", "statistics_ptr")
+        else pointer if name.endswith("_ptr")
+        else "fp32" if name == "scale"
+        else "i32"
+        for name in kernel.arg_names if name not in constants
+    }  # fmt: skip
+    edges = [
+        word for word, even in (("lengths", even_rows), ("head dimension", even_d)) if not even
+    ]
+    delta, half = variant.kernel == "delta", dtype != "float32"
+    return Build(
+        variant=variant.name(),
+        edges=f"{dtype}, " + (f"ragged {' and '.join(edges)}" if edges else "even"),
+        kernel=kernel,
+        types=types,
+        constants=constants,
+        options=variant.options(),
+        # With 64 lanes a tile of 16 columns of a half type gives each lane 8 bytes, and the matrix
+        # instructions of AMD leave 4 numbers in a lane. Delta is written by one number a thread.
+        read_bytes=8 if half and variant.block_d == 16 else 16,
+        write_bytes=4 if delta else 8 if half else 16,
+        tensor_cores=half and not delta,
+    )
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> str | None:
@@ -485,6 +588,16 @@ def _readable(x: Tensor) -> Tensor:
     fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0
     fits = fits and all(stride % 8 == 0 for stride in strides) and x.stride(2) < 1 << 24
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _check(head_dim: int, *tensors: Tensor) -> None:
+    """What the kernels would take without a word and get wrong; the op checks the shapes."""
+    dtype = tensors[0].dtype
+    if reason := supports(head_dim, dtype):
+        raise ValueError(f"Attention cannot run, because {reason}.")
+    for x in tensors:
+        if x.dtype != dtype:
+            raise TypeError(f"The Triton kernel takes one dtype, not {dtype} and {x.dtype}.")
 
 
 def _strides(x: Tensor) -> list[int]:
@@ -525,7 +638,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     Returns:
         out: (B, H, N, D) of q's dtype, in memory as (B, N, H, D).
         lse: (B, H, N) float32, the natural logarithm of the sum of exp(scale q k^T).
+
+    Raises:
+        ValueError, TypeError: for a head dimension or dtypes that the kernels do not take.
     """
+    _check(q.shape[3], q, k, v)
     q, k, v = _readable(q), _readable(k), _readable(v)
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
@@ -549,21 +666,26 @@ def backward(
 
     Returns:
         (dq, dk, dv), of the shapes and dtype of q, k and v, each in memory as (B, rows, H, D).
+
+    Raises:
+        ValueError, TypeError: for a head dimension or dtypes that the kernels do not take.
     """
+    _check(q.shape[3], q, k, v, grad_out, out)
     q, k, v, grad_out, out = (_readable(x) for x in (q, k, v, grad_out, out))
-    lse = lse.contiguous()
+    lse = lse.float().contiguous()
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     dq, dk, dv = _empty_rows(q), _empty_rows(k), _empty_rows(v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     shape = (batch, heads, queries, keys, head_dim)
-    delta = torch.empty_like(lse)
+    padded = triton.cdiv(queries, PADDED.value) * PADDED.value
+    statistics = torch.empty(batch * heads, 2, padded, dtype=torch.float32, device=q.device)
     numbers = [*_strides(out), *_strides(grad_out), heads, queries, head_dim // 8]
-    _launch("delta", shape, [out, grad_out, delta], numbers)
+    _launch("delta", shape, [out, grad_out, lse, statistics], numbers)
     numbers = [s for x in (q, k, v, grad_out) for s in _strides(x)]
     numbers += [heads, queries, keys, head_dim // 8]
-    read = [q, k, v, grad_out, lse, delta]
+    read = [q, k, v, grad_out, statistics]
     _launch("dkdv", shape, [*read, dk, dv], numbers, scale)
     _launch("dq", shape, [*read, dq], numbers, scale)
     return dq, dk, dv
