@@ -565,9 +565,9 @@ _BY_CHANNEL = {
     ),
     # Half as large: they hold two sums for each element.
     "sums": (
-        Variant("sums", False, 64, 32, 8),
-        Variant("sums", False, 512, 4, 8),
-        Variant("sums", True, 64, 32, 8),
+        Variant("sums", False, 64, 32, 4),
+        Variant("sums", False, 512, 4, 4),
+        Variant("sums", True, 64, 32, 4),
     ),
     "dx": (
         Variant("dx", False, 64, 64, 8),

@@ -266,9 +266,9 @@ def main() -> int:
     print(f"{len(reports)} compilations of {len(builds)} builds, {len(found)} problems")
     print("\n".join(found))
     if arguments.write:
-        ratios = traffic.by_variant()
         names = dict.fromkeys(builds[number].variant for number in numbers)
-        write({name: row(name, reports, ratios.get(name, "")) for name in names})
+        ratios = traffic.by_variant(names)
+        write({name: row(name, reports, ratios[name]) for name in names})
     return 1 if found else 0
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import Any
 
 # (shape, groups, channels_last): each variant of the forward and of the backward is in one.
@@ -31,38 +32,44 @@ CASES = [
 ]
 SECTOR = 32
 
-SCRIPT = """
+COUNTING = """
 import json, sys
 import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
-from advkd.kernels import group_norm_silu as module
 
-moved, launched = 0, []
+moved, touched = 0, []
 
 def counting(method):
     def count(self, pointers, *rest):
         global moved
         mask = rest[0] if method.__name__ == "create_masked_load" else rest[1]
         addresses = np.asarray(pointers.data)[np.asarray(mask.data)]
-        moved += SECTOR * np.unique(addresses // SECTOR).size
+        sectors = np.unique(addresses // SECTOR)
+        moved += SECTOR * sectors.size
+        touched.append(sectors)
         return method(self, pointers, *rest)
     return count
 
 for name in ("create_masked_load", "create_masked_store"):
     setattr(InterpreterBuilder, name, counting(getattr(InterpreterBuilder, name)))
 
+def taken():
+    global moved
+    result = moved, SECTOR * np.unique(np.concatenate(touched)).size
+    moved, touched[:] = 0, []
+    return result
+""".replace("SECTOR", str(SECTOR))
+
+GROUP_NORM_SILU = """
+from advkd.kernels import group_norm_silu as module
+
+launched = []
 launch = module._launch
 def recording(variant, *rest, **options):
     launched.append(variant.name)
     launch(variant, *rest, **options)
 module._launch = recording
-
-def taken():
-    global moved
-    result = moved, list(launched)
-    moved, launched[:] = 0, []
-    return result
 
 results = []
 for shape, groups, last in json.loads(sys.argv[1]):
@@ -71,27 +78,53 @@ for shape, groups, last in json.loads(sys.argv[1]):
     weight, bias = torch.randn(2, shape[1])
     y, mean, rstd = module.forward(x, weight, bias, None, None, groups, 1e-5, True)
     size = x.numel() * x.element_size()
-    forward, variants = taken()
-    results.append((variants, forward / (2 * size)))
+    results.append((list(launched), taken()[0] / (2 * size)))
+    launched.clear()
     module.backward(y, x, weight, bias, None, None, mean, rstd, groups, 1e-5, True)
-    backward, variants = taken()
-    results.append((variants, backward / (3 * size)))
+    results.append((list(launched), taken()[0] / (3 * size)))
+    launched.clear()
 print(json.dumps(results))
-""".replace("SECTOR", str(SECTOR))
+"""
+
+# Each kernel alone, at 256 queries and keys.
+ATTENTION = """
+from advkd.kernels import attention as module
+
+launch, results = module._launch, {}
+for variant in module.VARIANTS:
+    def only(kernel, *rest):
+        if kernel == variant.kernel:
+            launch(kernel, *rest)
+    module.pick, module._launch = lambda *_: variant, only
+    dtype = torch.float16 if variant.half else torch.float32
+    q, k, v, out = torch.randn(4, 1, 256, 1, variant.out_d).to(dtype).transpose(2, 3)
+    if variant.kernel == "forward":
+        module.forward(q, k, v, 0.1)
+    else:
+        module.backward(out, q, k, v, out, torch.ones(1, 1, 256), 0.1)
+    bytes_moved, least = taken()
+    results[variant.name()] = bytes_moved / least
+print(json.dumps(results))
+"""
 
 
-def measured(cases: list[Any] | None = None) -> list[tuple[list[str], float]]:
-    """For each pass of each case: the variants launched, and bytes moved over the minimum."""
+def _interpreted(script: str, *arguments: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(cases or CASES)],
+        [sys.executable, "-W", "ignore", "-c", COUNTING + script, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
-    return [(variants, ratio) for variants, ratio in json.loads(done.stdout)]
+    return json.loads(done.stdout)
+
+
+def group_norm_silu() -> list[tuple[list[str], float]]:
+    """For each pass of each case: the variants launched, and bytes moved over the minimum."""
+    results = _interpreted(GROUP_NORM_SILU, json.dumps(CASES))
+    return [(variants, ratio) for variants, ratio in results]
 
 
 def limit(variants: list[str]) -> float:
@@ -102,10 +135,12 @@ def limit(variants: list[str]) -> float:
     return 1.05 if len(variants) == 1 else 1.55
 
 
-def by_variant() -> dict[str, str]:
-    """The variant's traffic in the table: of the whole pass that it takes part in."""
-    ratios: dict[str, str] = {}
-    for variants, ratio in measured():
-        for variant in variants:
-            ratios.setdefault(variant, f"{ratio:.2f}")
-    return ratios
+def by_variant(names: Collection[str]) -> dict[str, str]:
+    """The table's column: GroupNorm-SiLU's of the whole pass, attention's of the kernel alone."""
+    ratios: dict[str, float] = {}
+    if any(name.startswith("group_norm_silu") for name in names):
+        for variants, ratio in group_norm_silu():
+            ratios = dict.fromkeys(variants, ratio) | ratios
+    if any(name.startswith("attention") for name in names):
+        ratios |= _interpreted(ATTENTION)
+    return {name: f"{ratios[name]:.2f}" for name in names}
