@@ -34,7 +34,7 @@ PADDED = tl.constexpr(64)
 def _tile(  # type: ignore[no-untyped-def]
     start, rows, stride, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile's origin (64-bit), the offsets in it, and which of its rows and columns exist."""
+    """A tile's origin (64 bits), offsets in it (as wide as stride), rows and columns that exist."""
     row = tl.arange(0, ROWS)
     col = tl.arange(0, COLUMNS)
     origin = tl.cast(start, tl.int64) * stride + column
@@ -65,6 +65,8 @@ def _store(  # type: ignore[no-untyped-def]
     EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile where the matrix (rows, columns) has a place for it."""
+    # Rows of a result hold all heads, and 128 rows of many heads more than 32 bits count.
+    stride = tl.cast(stride, tl.int64)
     origin, offsets, row_in, column_in = _tile(start, rows, stride, column, columns, ROWS, COLUMNS)
     value = value.to(ptr.dtype.element_ty)
     if EVEN_ROWS and EVEN_COLUMNS:
@@ -384,7 +386,7 @@ class Variant:
 
     kernel: str  # "forward", "delta", "dkdv" or "dq"
     half: bool  # for float16 and bfloat16, or for float32 (delta: for any of them)
-    block_n: int  # queries of a tile
+    block_n: int  # queries of a tile, a divisor of PADDED in the backward
     block_m: int  # keys of a tile (delta: 0, it has none)
     block_d: int  # columns of q and k of a tile
     out_d: int  # columns of the output that a program makes
@@ -433,7 +435,7 @@ _HALF_FORWARD = (
     Variant("forward", True, 64, 64, 16, 16, False, 4, 2),
     Variant("forward", True, 64, 128, 32, 32, False, 4, 2),
     Variant("forward", True, 64, 64, 64, 64, False, 4, 2),
-    Variant("forward", True, 64, 64, 128, 128, False, 4, 2),
+    Variant("forward", True, 64, 32, 128, 128, False, 4, 2),
     Variant("forward", True, 64, 32, 128, 256, True, 8, 2),
 )
 _HALF_DKDV = (
@@ -622,7 +624,7 @@ def _launch(
     rows, block = (keys, variant.block_m) if kernel == "dkdv" else (queries, variant.block_n)
     parts = 1 if kernel == "delta" else triton.cdiv(head_dim, variant.out_d)
     grid = (batch * heads * triton.cdiv(rows, block) * parts,)
-    scalars = [*numbers, *([] if scale is None else [scale])]
+    scalars = [*numbers, *([] if scale is None else [float(scale)])]
     constants = variant.constants(queries, keys, head_dim)
     with torch.cuda.device_of(tensors[0]):
         KERNELS[kernel][grid](*tensors, *scalars, **constants, **variant.options())
