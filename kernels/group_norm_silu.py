@@ -787,8 +787,7 @@ def forward(
         _forward_in_two_passes(x, parameters, y, mean, rstd, problem, eps, silu)
         return y, mean, rstd
     tiles = group_tiles(problem, _FORWARD)
-    numbers = [*_group_numbers(problem, tiles), eps]
-    arguments = [x, *parameters, y, mean, rstd, *numbers]
+    arguments = [x, *parameters, y, mean, rstd, *_group_numbers(problem, tiles), float(eps)]
     _launch(tiles.variant, problem.batch * tiles.blocks, arguments, tiles.vec, silu)
     return y, mean, rstd
 
@@ -805,7 +804,7 @@ def _forward_in_two_passes(
     arguments = [x, partial, *_group_numbers(problem, tiles), tiles.chunks]
     _launch(tiles.variant, problem.batch * tiles.blocks * count, arguments, tiles.vec)
     origin, rest = (_empty(x, *mean.shape) for _ in range(2))
-    _launch(_FIXED["merge"], groups, [partial, origin, rest, mean, rstd, count, eps])
+    _launch(_FIXED["merge"], groups, [partial, origin, rest, mean, rstd, count, float(eps)])
 
     variant = pick("apply", problem, _capability(x.device))
     assert variant is not None
