@@ -1,12 +1,14 @@
 """Sampling a teacher: x_T from (seed, image index), then one network pass and one update a step.
 
-The update (`advkd.ops.sampling_step`) runs fused where the extension is built, on its plain twin
-elsewhere. Noise is counter-based, so an image does not depend on the batch it is drawn in.
+On the CPU a C++ loop runs all steps of a plan (`advkd.plan`); elsewhere, and for networks that a
+plan cannot express, the loop is Python's and the network torch's. Noise is counter-based, so an
+image does not depend on the batch it is drawn in.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +18,9 @@ from advkd import ops
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.models.student import Student
 from advkd.models.unet import UNet
+from advkd.ops._backend import cpu_unavailable, fused_extension, use_fused
 from advkd.parallel import Workers
+from advkd.plan import Engine, LoweringError, lower
 
 SAMPLERS = ("ddim", "ddpm")
 TARGETS = ("denoised", "state")
@@ -25,6 +29,59 @@ TARGETS = ("denoised", "state")
 JUDGE_SEED = 1 << 63
 
 Callback = Callable[[int, int], None]  # (steps done, steps in all); may raise to stop
+
+
+# Images of a pass for which the engine of few images, and that of many, is made.
+_FEW, _MANY = 1, 16
+_KEPT_ENGINES = 2  # of one network, the newest
+_Key = tuple[int, int, int | None]  # side, batch, exit_at
+_State = tuple[list[object], int]
+_engines: weakref.WeakKeyDictionary[UNet | Student, dict[_Key, tuple[_State, Engine]]]
+_engines = weakref.WeakKeyDictionary()
+_engines_lock = threading.Lock()
+
+
+def engine_for(
+    model: UNet | Student, side: int, images: int, exit_at: int | None = None
+) -> Engine | None:
+    """The engine that draws so many images of side x side pixels; None where torch draws them.
+
+    Engines are kept with their network as long as its weights and settings are the same, which is
+    seen by their content. Up to three images have an engine of their own, made for one at a time.
+    """
+    unavailable = cpu_unavailable(*model.parameters(), *model.buffers())
+    if not use_fused("the sampling loop", None, unavailable):
+        return None
+    key = (side, _FEW if images <= 3 * _FEW else _MANY, exit_at)
+    with _engines_lock:
+        kept = _engines.setdefault(model, {})
+        state = _state_of(model)
+        found = kept.pop(key, None)
+        if found is None or found[0] != state:
+            try:
+                found = (state, lower(model, (side, side), batch=key[1], exit_at=exit_at))
+            except LoweringError:
+                return None
+        kept[key] = found
+        while len(kept) > _KEPT_ENGINES:
+            kept.pop(next(iter(kept)))
+        return found[1]
+
+
+def _state_of(model: UNet | Student) -> _State:
+    """What an engine is made from: every module's settings, and the content of its tensors."""
+    settings: list[object] = []
+    tensors = []
+    for module in model.modules():
+        plain = (v for v in vars(module).values() if isinstance(v, int | float | str | tuple))
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        settings.append((type(module), hooks, *plain))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                settings.append(tensor.shape)
+                tensors.append(tensor.detach().contiguous())
+    words = [(tensor.data_ptr(), tensor.numel()) for tensor in tensors]
+    return settings, fused_extension().fingerprint(words)
 
 
 def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:
@@ -74,18 +131,52 @@ def sample(
 
     `indices` (B,) are image numbers under `seed`; `keep` are numbers of steps (1..N, ascending)
     after which x0_hat (target "denoised") or x_t (target "state") is kept. The final sample is
-    always kept, in place of step N's. Raises ValueError for a target or a step to keep that does
-    not exist.
+    always kept, in place of step N's. `callback` is called after every step. All steps run in one
+    call of the C++ engine where that can be. Raises ValueError for a target or a step to keep that
+    does not exist.
     """
     N = len(table)
+    _check_kept(N, keep, target)
+    kept = sorted({*keep, N})
+    shape = shape_of(unet, size)
+    engine = engine_for(unet, shape[-1], len(indices))
+    if engine is None:
+        return sample_plainly(
+            unet, table, seed, indices, y=y, kept=kept, target=target, callback=callback, size=size
+        )
+    out = torch.empty(len(kept), len(indices), *shape)
+    sample_into(
+        out.transpose(0, 1), engine, table, seed, indices, y=y, kept=kept, target=target,
+        callback=callback,
+    )  # fmt: skip
+    return list(out)
+
+
+def _check_kept(N: int, keep: Sequence[int], target: str) -> None:
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is not one of {TARGETS}")
     if any(not a < b for a, b in zip((0, *keep), (*keep, N + 1), strict=True)):
         raise ValueError(f"keep={list(keep)} are not ascending numbers of steps from 1 to {N}")
+
+
+@torch.inference_mode()
+def sample_plainly(
+    unet: UNet,
+    table: StepTable,
+    seed: int,
+    indices: Tensor,
+    *,
+    y: Tensor | None = None,
+    kept: Sequence[int],
+    target: str = "denoised",
+    callback: Callback | None = None,
+    size: int | None = None,
+) -> list[Tensor]:
+    """The loop in Python: what the engine does, by the network's own modules on its own device."""
+    _check_kept(len(table), kept, target)
     indices = indices.to(unet.conv_in.weight.device)
     x_t = draw_x_T(seed, indices, shape_of(unet, size))
-    wanted = set(keep) - {N}
-    kept = []
+    found = []
     for i, t in enumerate(table.timesteps.tolist()):
         x_t, x0_hat = ops.sampling_step(
             x_t,
@@ -96,11 +187,60 @@ def sample(
             image_index=indices,
             step=i,
         )
-        if i + 1 in wanted:
-            kept.append(x0_hat if target == "denoised" else x_t)
+        if i + 1 in kept:
+            last = i + 1 == len(table)
+            found.append(x0_hat if target == "denoised" and not last else x_t)
         if callback is not None:
-            callback(i + 1, N)
-    return [*kept, x_t]
+            callback(i + 1, len(table))
+    return found
+
+
+def sample_into(
+    out: Tensor,
+    engine: Engine,
+    table: StepTable,
+    seed: int,
+    indices: Tensor,
+    *,
+    y: Tensor | None = None,
+    kept: Sequence[int],
+    target: str = "denoised",
+    threads: int = 0,
+    callback: Callback | None = None,
+    poll: Callable[[], object] | None = None,
+    poison: bool = False,
+) -> None:
+    """Run a sampler by the engine and write what is kept after the steps `kept` into `out`.
+
+    out: (B, K, C, H, W) float32 or float16, each image (C, H, W) contiguous, so a memory-mapped
+    array will do; an image has the same bits whatever else is drawn with it, at any number of
+    `threads` (0: as torch has). `poll` is called after each pass over a part of the batch, by the
+    thread that made it; what it raises ends the drawing, as Ctrl-C does. `poison` fills the
+    engine's memory with NaN before each pass, for tests.
+    """
+    N, B = len(table), len(indices)
+    _check_kept(N, kept, target)
+    engine.check_labels(y, B)
+    source = engine.plan.buffers[0]
+    shape = (B, len(kept), source.channels, source.height, source.width)
+    dense = (source.height * source.width, source.width, 1)
+    if out.shape != shape or out.stride()[2:] != dense or not out.is_cpu:
+        raise ValueError(f"out {tuple(out.shape)} is not {shape} with contiguous images")
+    if out.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"out is {out.dtype}, but must be float32 or float16")
+    rows = engine.rows(table.timesteps.tolist())
+    coefficients = torch.tensor(table.coefficients, dtype=torch.float64).contiguous()
+    indices = indices.to("cpu", torch.int64).contiguous()
+    labels = None if y is None else y.contiguous()
+    engine.compiled.sample(
+        coefficients=coefficients.data_ptr(), rows=rows.data_ptr(), steps=N, clip=table.clip,
+        seed=seed, image_index=indices.data_ptr(),
+        labels=0 if labels is None else labels.data_ptr(), images=B, kept=list(kept),
+        keep_denoised=target == "denoised", out=out.data_ptr(),
+        half=out.dtype is torch.float16, image_stride=out.stride(0), kept_stride=out.stride(1),
+        threads=threads or torch.get_num_threads(), on_pass=poll,
+        on_step=None if callback is None else lambda done: callback(done, N), poison=poison,
+    )  # fmt: skip
 
 
 def generate(
@@ -149,18 +289,53 @@ def generate(
                 callback(done, total)
 
     def run(part: slice) -> Tensor:
-        labels = None if y is None else y[part].to(device)
+        labels = None if y is None else y[part]
+        if engine is not None:
+            return _by_engine(engine, table, seed, numbers[part], labels, threads, on_pass)
+        labels = None if labels is None else labels.to(device)
         if isinstance(model, UNet):
             assert table is not None
-            kept = sample(model, table, seed, numbers[part], y=labels, callback=on_pass)
-            return kept[-1].cpu().clamp(-1, 1)
+            last = [len(table)]
+            return sample_plainly(
+                model, table, seed, numbers[part], y=labels, kept=last, callback=on_pass
+            )[-1]
         image = _in_one_pass(model, seed, numbers[part], labels, exit_at)
         on_pass(1, 1)
-        return image.cpu().clamp(-1, 1)
+        return image
 
-    with Workers(threads, device) as workers:
-        images = list(workers.map(run, batches))
-    return torch.cat(images).contiguous() if images else torch.empty((0, *_shape(model)))
+    engine = engine_for(model, _shape(model)[-1], min(num, batch), exit_at) if num else None
+    if engine is not None:
+        images = [run(part) for part in batches]  # all threads work on each
+    else:
+        with Workers(threads, device) as workers:
+            images = list(workers.map(run, batches))
+    if not images:
+        return torch.empty((0, *_shape(model)))
+    return torch.cat(images).cpu().clamp(-1, 1).contiguous()
+
+
+def _by_engine(
+    engine: Engine,
+    table: StepTable | None,
+    seed: int,
+    indices: Tensor,
+    y: Tensor | None,
+    threads: int,
+    callback: Callback,
+) -> Tensor:
+    """Images of one batch; without a table in one pass."""
+    source = engine.plan.buffers[0]
+    shape = (source.channels, source.height, source.width)
+    if table is None:
+        image = engine.run(draw_x_T(seed, indices, shape), y=y, threads=threads)
+        callback(1, 1)
+        return image
+    out = torch.empty(len(indices), 1, *shape)
+    sample_into(
+        out, engine, table, seed, indices, y=y, kept=[len(table)], threads=threads,
+        callback=callback,
+    )  # fmt: skip
+    return out[:, 0]
 
 
 def _labels(model: UNet | Student, seed: int, numbers: Tensor, y: Tensor | None) -> Tensor | None:

@@ -7,11 +7,10 @@ and labels are not stored: they are drawn again from (seed, image index).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,22 @@ from advkd.checkpoint import CheckpointError, read_json, replacing, tensors_hash
 from advkd.config import ConfigError, TrajectoryConfig
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
+from advkd.plan import Engine
 from advkd.sampling import (
     JUDGE_SEED,
     TARGETS,
     draw_labels,
     draw_x_T,
+    engine_for,
     kept_steps,
-    sample,
+    sample_into,
+    sample_plainly,
     shape_of,
     table_of,
 )
 
 INDEX = "index.json"
+PLAIN = "plain"  # the engine of torch's modules and a loop in Python
 
 
 class _Stopped(Exception):
@@ -57,6 +60,7 @@ class TrajectoryIndex:
     dtype: str
     shard: int
     num_classes: int | None
+    engine: str = PLAIN  # what drew it; images of two engines differ in their last bits
 
 
 def index_of(
@@ -73,6 +77,7 @@ def index_of(
     N = len(table)
     if kept > N:
         raise ConfigError(f"{kept} submodules need at least as many steps, not {N}")
+    engine = engine_for(unet, size, settings.shard)
     return TrajectoryIndex(
         teacher=tensors_hash(unet.state_dict()),
         schedule=asdict(unet.schedule),
@@ -86,6 +91,7 @@ def index_of(
         dtype=settings.dtype,
         shard=settings.shard,
         num_classes=unet.config.num_class_embeds,
+        engine=PLAIN if engine is None else engine.name,
     )
 
 
@@ -167,21 +173,25 @@ def _is_whole(folder: Path, number: int) -> bool:
     return True
 
 
-def open_store(folder: Path, wanted: TrajectoryIndex) -> None:
-    """Begin a store, or check that the one there is the wanted one; ConfigError if it is not."""
+def open_store(folder: Path, wanted: TrajectoryIndex) -> TrajectoryIndex:
+    """Begin a store, or check that the one there is the wanted one; ConfigError if it is not.
+
+    Returns its index: a store goes on with the engine that began it.
+    """
     if not (folder / INDEX).exists():
         if any(folder.glob("shard-*.npy")):
             raise ConfigError(f"{folder} holds shards, but no {INDEX}; remove that folder")
         write_json(folder / INDEX, asdict(wanted))
-        return
+        return wanted
     found = _read_index(folder)
-    if found != wanted:
+    if replace(found, engine=wanted.engine) != wanted:
         theirs, ours = asdict(found), asdict(wanted)
-        differing = [key for key in ours if ours[key] != theirs[key]]
+        differing = [key for key in ours if ours[key] != theirs[key] and key != "engine"]
         raise ConfigError(
             f"{folder} holds other trajectories (they differ in {', '.join(differing)}); "
             "remove that folder or choose another run name"
         )
+    return found
 
 
 def draw_trajectories(
@@ -195,56 +205,115 @@ def draw_trajectories(
 ) -> Trajectories | None:
     """Draw what is missing of `num` trajectories, shard by shard, and return the whole store.
 
-    A shard is always drawn whole, in one batch and by one thread, so its bits depend neither on
-    the number of threads nor on where an earlier call was cut. `report(images done, images)` is
-    called after every network pass; once `stopped()` is true it ends within a pass, returning
-    None, and an unfinished shard is drawn anew by the next call.
+    A shard is always drawn whole; by the engine, whose bits depend on neither batch nor threads,
+    or plainly in one batch by one thread. So the store is the same bits wherever an earlier call
+    was cut. `report(images done, images)` is called after every step of a shard; once `stopped()`
+    is true it ends within a pass, returning None, and an unfinished shard is drawn anew by the
+    next call.
     """
-    open_store(folder, index)
-    table = table_of(unet.schedule, index.sampler, index.steps, index.eta)
+    index = open_store(folder, index)
     shards = -(-num // index.shard)
     missing = [i for i in range(shards) if not _is_whole(folder, i)]
-    passes = (shards - len(missing)) * len(table)
-    lock = threading.Lock()
+    if missing:
+        drawing = _Drawing(unet, folder, index, threads, shards, shards - len(missing))
+        drawing.report, drawing.stopped = report, stopped
+        try:
+            drawing.run(missing)
+        except _Stopped:
+            return None
+    return Trajectories(folder, num)
 
-    def on_step(done: int, steps: int) -> None:
-        nonlocal passes
-        if stopped():
-            raise _Stopped
-        with lock:
-            passes += 1
-            if report is not None:
-                report(passes * index.shard // len(table), shards * index.shard)
 
-    def draw(number: int) -> None:
-        indices = torch.arange(number * index.shard, (number + 1) * index.shard)
-        y = draw_labels(index.seed, indices, index.num_classes)
-        kept = sample(
-            unet,
-            table,
-            index.seed,
-            indices,
-            y=y,
-            keep=index.kept,
-            target=index.target,
-            callback=on_step,
-            size=index.shape[-1],
-        )
-        stacked = torch.stack(kept, dim=1).cpu().contiguous().numpy()
-        _write_shard(folder, number, stacked.astype(index.dtype))
+class _Drawing:
+    """Draws missing shards: by the engine, all threads on each, or plainly, a thread for each."""
 
-    with (
-        contextlib.suppress(_Stopped),
-        Workers(threads, unet.conv_in.weight.device) as workers,
+    report: Callable[[int, int], None] | None = None
+
+    def __init__(
+        self,
+        unet: UNet,
+        folder: Path,
+        index: TrajectoryIndex,
+        threads: int,
+        shards: int,
+        finished: int,
     ):
-        for _ in workers.map(draw, missing):
-            pass
-        return Trajectories(folder, num)
-    return None
+        self.unet, self.folder, self.index = unet, folder, index
+        self.threads, self.shards = threads, shards
+        self.stopped: Callable[[], bool] = lambda: False
+        self.table = table_of(unet.schedule, index.sampler, index.steps, index.eta)
+        self.engine = _engine_of(unet, index)
+        self._steps_done = finished * len(self.table)
+        self._lock = threading.Lock()
+
+    def run(self, missing: list[int]) -> None:
+        if self.engine is not None:
+            for number in missing:
+                self._write(number, self._by_engine(self.engine, number))
+            return
+        with Workers(self.threads, self.unet.conv_in.weight.device) as workers:
+            for _ in workers.map(lambda i: self._write(i, self._plainly(i)), missing):
+                pass
+
+    def _check_stopped(self) -> None:
+        if self.stopped():
+            raise _Stopped
+
+    def _on_step(self, done: int, steps: int) -> None:
+        with self._lock:
+            self._steps_done += 1
+            if self.report is not None:
+                images = self._steps_done * self.index.shard // len(self.table)
+                self.report(images, self.shards * self.index.shard)
+
+    def _on_plain_step(self, done: int, steps: int) -> None:
+        self._check_stopped()
+        self._on_step(done, steps)
+
+    def _images(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Numbers and labels of a shard's images."""
+        first = number * self.index.shard
+        indices = torch.arange(first, first + self.index.shard)
+        return indices, draw_labels(self.index.seed, indices, self.index.num_classes)
+
+    def _by_engine(self, engine: Engine, number: int) -> np.ndarray:
+        index = self.index
+        indices, y = self._images(number)
+        shape = (index.shard, len(index.kept), *index.shape)
+        out = torch.empty(shape, dtype=getattr(torch, index.dtype))
+        sample_into(
+            out, engine, self.table, index.seed, indices, y=y, kept=index.kept,
+            target=index.target, threads=self.threads, callback=self._on_step,
+            poll=self._check_stopped,
+        )  # fmt: skip
+        return out.numpy()
+
+    def _plainly(self, number: int) -> np.ndarray:
+        index = self.index
+        indices, y = self._images(number)
+        kept = sample_plainly(
+            self.unet, self.table, index.seed, indices, y=y, kept=index.kept,
+            target=index.target, callback=self._on_plain_step, size=index.shape[-1],
+        )  # fmt: skip
+        stacked: np.ndarray = torch.stack(kept, dim=1).cpu().contiguous().numpy()
+        return stacked.astype(index.dtype)
+
+    def _write(self, number: int, values: np.ndarray) -> None:
+        path = _shard_path(self.folder, number)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+        write_json(path.with_suffix(".json"), {"images": len(values), "sha256": _sha256(path)})
 
 
-def _write_shard(folder: Path, number: int, values: np.ndarray) -> None:
-    path = _shard_path(folder, number)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
-    write_json(path.with_suffix(".json"), {"images": len(values), "sha256": _sha256(path)})
+def _engine_of(unet: UNet, index: TrajectoryIndex) -> Engine | None:
+    """What draws this store; ConfigError where that is not to be had here."""
+    if index.engine == PLAIN:
+        return None
+    engine = engine_for(unet, index.shape[-1], index.shard)
+    if engine is None or engine.name != index.engine:
+        here = PLAIN if engine is None else engine.name
+        raise ConfigError(
+            f"these trajectories are drawn by the engine {index.engine!r}, but here that is "
+            f"{here!r}; remove their folder or choose another run name"
+        )
+    return engine

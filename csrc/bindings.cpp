@@ -11,6 +11,7 @@
 #include "cpu/convolution.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
+#include "plan_bindings.h"
 
 namespace py = pybind11;
 
@@ -212,4 +213,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("conv3x3_gradient", &conv3x3_gradient);
   module.def("conv3x3_speedup", &conv3x3_speedup);
   module.def("run_tasks", &run_tasks);
+  bind_plan(module);
 }

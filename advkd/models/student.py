@@ -163,7 +163,8 @@ class Student(nn.Module):
         features = self._trunk(x_T, y, len(self.heads) if depth is None else depth)
         return [head(h) for head, h in zip(self.heads, features, strict=False)]
 
-    def forward(self, x_T: Tensor, y: Tensor | None = None, exit_at: int | None = None) -> Tensor:
+    def depth_of(self, exit_at: int | None) -> int:
+        """How many submodules run; ValueError where `exit_at` cannot be."""
         K = len(self.heads)
         depth = K if exit_at is None else exit_at
         if not 1 <= depth <= K:
@@ -173,6 +174,10 @@ class Student(nn.Module):
                 "this student was trained on noisy states (target = 'state'), so its early heads "
                 "give no clean image and exit_at is not possible; student.states(x_T) returns them"
             )
+        return depth
+
+    def forward(self, x_T: Tensor, y: Tensor | None = None, exit_at: int | None = None) -> Tensor:
+        depth = self.depth_of(exit_at)
         image: Tensor = self.heads[depth - 1](self._trunk(x_T, y, depth)[-1])
         return image
 

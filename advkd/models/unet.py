@@ -217,8 +217,16 @@ class UNet(nn.Module):
             raise ValueError("this teacher is unconditional: it takes no labels")
         return temb
 
+    def check_size(self, H: int, W: int) -> None:
+        """ValueError unless images of H x W pixels can be halved as often as this network does."""
+        factor = 2 ** (len(self.down_blocks) - 1)
+        if H % factor or W % factor:
+            raise ValueError(
+                f"{H}x{W} pixels do not fit this network: {factor} must divide both sides"
+            )
+
     def forward(self, x_t: Tensor, t: Tensor | int, y: Tensor | None = None) -> Tensor:
-        _check_size(x_t, 2 ** (len(self.down_blocks) - 1))
+        self.check_size(*x_t.shape[-2:])
         temb = self.embed(t, x_t.shape[0], y)
         h = self.conv_in(2 * x_t - 1 if self.config.center_input_sample else x_t)
         skips = [h]
@@ -230,12 +238,6 @@ class UNet(nn.Module):
             h = up(h, skips, temb)
         out: Tensor = self.conv_out(self.conv_norm_out(h))
         return out
-
-
-def _check_size(x_t: Tensor, factor: int) -> None:
-    H, W = x_t.shape[-2:]
-    if H % factor or W % factor:
-        raise ValueError(f"{H}x{W} pixels do not fit this network: {factor} must divide both sides")
 
 
 def _check(config: UNetConfig) -> None:

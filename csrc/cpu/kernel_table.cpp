@@ -9,6 +9,7 @@ namespace advkd::ADVKD_ISA {
 
 const KernelTable table = {
     ADVKD_TEXT(ADVKD_ISA), philox_uint32, philox_normal, sampling_step, group_norm_silu,
+    group_norm_affine,
     attention<float>, attention<double>, attention_backward<float>, attention_backward<double>,
     pack_convolution, convolution_direct, convolution_winograd2, convolution_winograd4,
     convolution_gradient,

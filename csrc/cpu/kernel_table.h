@@ -58,6 +58,16 @@ struct GroupNormSiluArgs {
   int threads;
 };
 
+// scale, shift (B, C): GroupNorm of x is x * scale + shift. Pixels are x_stride floats apart.
+struct GroupNormAffineArgs {
+  const float* x;
+  std::int64_t x_stride, batch, pixels, channels, groups;
+  double eps;
+  const float *weight, *bias;  // (C,)
+  float *scale, *shift;
+  int threads;
+};
+
 // The rows of one operand of attention: row n of head h of sample b begins at
 // at + b * batch + h * head + n * row, and its head_dim elements are consecutive.
 template <class T>
@@ -97,6 +107,7 @@ struct KernelTable {
   void (*philox_normal)(const PhiloxNormalArgs&);
   void (*sampling_step)(const SamplingStepArgs&);
   void (*group_norm_silu)(const GroupNormSiluArgs&);
+  void (*group_norm_affine)(const GroupNormAffineArgs&);
   void (*attention_float32)(const AttentionArgs<float>&);
   void (*attention_float64)(const AttentionArgs<double>&);
   void (*attention_backward_float32)(const AttentionBackwardArgs<float>&);

@@ -11,6 +11,7 @@ void philox_uint32(const PhiloxUint32Args& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void sampling_step(const SamplingStepArgs& args);
 void group_norm_silu(const GroupNormSiluArgs& args);
+void group_norm_affine(const GroupNormAffineArgs& args);
 void pack_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
                       const ConvolutionWeights& weights, float* packed);
 void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan);

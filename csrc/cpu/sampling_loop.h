@@ -1,0 +1,43 @@
+// All steps of a sampler in one call: noise, network passes by a plan, updates, and what is kept.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "cpu/plan.h"
+
+namespace advkd {
+
+struct SamplingLoopArgs {
+  const Plan* plan;            // its input and output are (pixels, channels) of an image
+  std::int64_t steps;
+  const double* coefficients;  // (steps, 6): a_x, a_m, c_0, c_x, c_m, sigma
+  const float* rows;           // (steps, row of the plan)
+  float clip;                  // of x0_hat; 0: none
+  std::uint64_t seed;
+  std::int64_t images;
+  const std::int64_t* image_index;  // (images,)
+  const std::int64_t* labels;       // (images,), null without classes
+  std::vector<std::int64_t> kept;   // after which of the steps 1 .. steps something is kept
+  bool keep_denoised;               // x0_hat of a step, else x_t; of the last step always x_t
+  void* out;        // kept target k of image i, (C, P), at i * image_stride + k * kept_stride
+  bool half;        // out is float16, else float32
+  std::int64_t image_stride, kept_stride;  // elements
+  int threads;
+  bool poison;
+  // Called after each pass over a part of the batch, on the thread that did it, and after each
+  // step; an exception from either ends the loop.
+  std::function<void()> on_pass;
+  std::function<void(std::int64_t steps_done)> on_step;
+};
+
+// The final sample is x_t after the last step. An image's bits depend on the plan, the seed and the
+// image's number, not on the batch or the threads. Throws std::invalid_argument where the plan is
+// none of a teacher or the steps to keep do not ascend to at most `steps`.
+void sampling_loop(const SamplingLoopArgs& args);
+
+// Round to the nearest float16, ties to even; too large becomes infinite.
+std::uint16_t half_of(float value);
+
+}  // namespace advkd
