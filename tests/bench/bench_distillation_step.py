@@ -27,7 +27,7 @@ from advkd.trajectory import Trajectories, draw_trajectories, index_of
 from .measuring import Contender, Contest
 
 BACKENDS = {"ours": None, "eager": "reference"}
-PARTS = ("distillation, a step that reconstructs", "distillation, 16 steps with the discriminator")
+PARTS = ("a step that reconstructs", "16 steps with the discriminator")
 LAYERS, TERMS = 30, 1000  # a gradient passes through, and of the sums in each
 
 # Few and hardly drawn: what the images show does not change what a step costs.
@@ -109,6 +109,6 @@ def contest_of(part: str, store: Trajectories, workers: Workers) -> Contest:
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("part", PARTS)
 def test_step(contest: Any, store: Trajectories, part: str, implementation: str) -> None:
-    shape = f"batch {CONFIG.distill.batch}"
+    op = f"distillation, batch {CONFIG.distill.batch}"
     with Workers(torch.get_num_threads(), pick_device(CONFIG.run.device)) as workers:
-        contest(part, shape, implementation, lambda: contest_of(part, store, workers))
+        contest(op, part, implementation, lambda: contest_of(part, store, workers))

@@ -82,4 +82,4 @@ def text(records: list[Record]) -> str:
 
 
 if __name__ == "__main__":
-    print(text(records_of(Path(sys.argv[1]))))
+    print(text([record for name in sys.argv[1:] for record in records_of(Path(name))]))

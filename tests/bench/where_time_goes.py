@@ -2,8 +2,9 @@
 
     python -m tests.bench.where_time_goes
 
-One thread; self time of torch's profiler, whose own cost weighs on small ops. The teacher pass is
-that of drawing trajectories, the steps are those of the benchmark of a distillation step.
+CPU time of one thread, shared out by the self times of torch's profiler, whose own cost weighs on
+small ops. The teacher pass is that of drawing trajectories, the steps are those of the benchmark of
+a distillation step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -44,7 +46,7 @@ KINDS = {
     "copies": r"aten::copy_|aten::clone|aten::contiguous|aten::to$",
 }
 WHOLE = "whole"
-SECONDS = 4.0  # profiled of each
+SECONDS = 5.0  # measured of each, at least
 
 
 class CallingThread(Executor):
@@ -91,17 +93,20 @@ def kind_of(event: FunctionEvent) -> str:
 
 
 def milliseconds_by_kind(run: Callable[[], object]) -> Counter[str]:
-    """Milliseconds of a call of `run`, averaged over a few."""
+    """Milliseconds of CPU time of a call of `run`: its time alone, shared out as in the profile."""
     run()
-    calls, total, spent = 0, 0.0, Counter[str]()
-    while total < SECONDS * 1e3:
+    spent, calls, alone, began = Counter[str](), 0, 0.0, time.process_time()
+    while time.process_time() - began < SECONDS:
         with profile(activities=[ProfilerActivity.CPU]) as profiled, record_function(WHOLE):
             run()
-        calls += 1
         for event in profiled.events():
-            spent[kind_of(event)] += event.self_cpu_time_total / 1e3
-        total = spent.total()
-    return Counter({kind: value / calls for kind, value in spent.items()})
+            spent[kind_of(event)] += event.self_cpu_time_total
+        calls += 1
+        alone -= time.process_time()
+        run()
+        alone += time.process_time()
+    milliseconds = alone / calls * 1e3
+    return Counter({kind: milliseconds * part / spent.total() for kind, part in spent.items()})
 
 
 def passes(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
