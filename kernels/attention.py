@@ -443,7 +443,7 @@ _HALF_DKDV = (
     Variant("dkdv", True, 32, 64, 32, 32, False, 4, 2),
     Variant("dkdv", True, 32, 64, 64, 64, False, 4, 2),
     Variant("dkdv", True, 32, 64, 128, 128, False, 4, 2),
-    Variant("dkdv", True, 16, 64, 64, 256, True, 8, 2),
+    Variant("dkdv", True, 16, 64, 128, 256, True, 8, 2),
 )
 _HALF_DQ = (
     Variant("dq", True, 64, 64, 16, 16, False, 4, 2),
@@ -567,9 +567,9 @@ def _build(variant: Variant, dtype: str, even_rows: bool, even_d: bool) -> Build
         types=types,
         constants=constants,
         options=variant.options(),
-        # With 64 lanes a tile of 16 columns of a half type gives each lane 8 bytes, and the matrix
-        # instructions of AMD leave 4 numbers in a lane. Delta is written by one number a thread.
-        read_bytes=8 if half and variant.block_d == 16 else 16,
+        # On AMD, with 64 lanes, a tile of 16 columns gives each lane 8 bytes only, and the matrix
+        # instructions leave 4 numbers in a lane. Delta is written by one number a thread.
+        read_bytes=8 if variant.block_d == 16 else 16,
         write_bytes=4 if delta else 8 if half else 16,
         tensor_cores=half and not delta,
     )
