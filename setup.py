@@ -1,6 +1,7 @@
 """Builds the extension advkd._C with ninja; all metadata live in pyproject.toml.
 
-ADVKD_EXT=0 skips the extension. Without any C++ compiler the package installs without it and
+ADVKD_EXT=0 skips the extension; ADVKD_SANITIZE=1 builds it with the address and undefined-behaviour
+sanitizers (tests/sanitize.sh). Without any C++ compiler the package installs without it and
 runs on the plain torch ops; a compiler that is there but fails fails the installation.
 """
 
@@ -49,6 +50,12 @@ X86_ISA_FLAGS = {
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+]
+
+# A finding ends the process. Less optimisation, since the checks make everything long.
+SANITIZER_FLAGS = [
+    *("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "-fno-omit-frame-pointer",
 ]
 
 
@@ -102,6 +109,8 @@ def ninja_text(compiler: list[str], target: Path, version: str, machine: str) ->
     includes = [str(CSRC), pybind11.get_include(), paths["include"], paths["platinclude"]]
     flags = [*CXX_FLAGS, *(f"-I{path}" for path in dict.fromkeys(includes))]
     flags.append(f'-DADVKD_VERSION="{version}"')
+    sanitized = SANITIZER_FLAGS if os.environ.get("ADVKD_SANITIZE") == "1" else []
+    flags += sanitized
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     lines = [
         f"cxx = {shlex.join(compiler).replace('$', '$$')}",
@@ -112,7 +121,7 @@ def ninja_text(compiler: list[str], target: Path, version: str, machine: str) ->
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = $cxx {shlex.join(link)} -pthread $in -o $out",
+        f"  command = $cxx {shlex.join([*link, *sanitized])} -pthread $in -o $out",
         "  description = link $out",
     ]
     objects = []

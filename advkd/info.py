@@ -1,4 +1,8 @@
-"""`python -m advkd.info`: versions, the instruction set, and which backend serves each op."""
+"""`python -m advkd.info`: versions, the instruction set, and which backend serves each op.
+
+With --plan FOLDER, what a teacher or a student becomes on the CPU's engine: its operations, their
+sizes and FLOPs, and with --time what each takes here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from advkd import ops
+from advkd.checkpoint import read_json
+from advkd.cli import guarded
+from advkd.models.student import Student
 from advkd.ops import _backend
+from advkd.plan import describe, lower
+from advkd.pretrained import load_student, load_teacher, resolve
+from advkd.sampling import shape_of
 
 
 def _version(package: str) -> str:
@@ -43,12 +53,24 @@ def report() -> Iterator[str]:
         yield f"{op:<{width}}  {backend}" + (f"  ({reason})" if reason else "")
 
 
+def plan_report(source: str, batch: int, timed: bool) -> Iterator[str]:
+    """The plan of the teacher or student in a folder, made for `batch` images at a time."""
+    config = resolve(source) / "config.json"
+    is_student = config.is_file() and "student" in read_json(config)
+    model = load_student(source) if is_student else load_teacher(source)
+    side = model.size if isinstance(model, Student) else shape_of(model)[-1]
+    yield from describe(lower(model, (side, side), batch=batch), batch, timed)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="advkd info", description=__doc__)
-    parser.parse_args(argv)
-    print("\n".join(report()))
-    return 0
+    parser.add_argument("--plan", metavar="FOLDER", help="a teacher or student, or zoo:NAME")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="of the plan (default 1)")
+    parser.add_argument("--time", action="store_true", help="measure the plan's operations")
+    args = parser.parse_args(argv)
+    lines = plan_report(args.plan, args.batch, args.time) if args.plan else report()
+    return guarded(lambda: print("\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -174,7 +174,10 @@ class _Builder:
 
     def finished(self) -> Plan:
         arena = _lay_out(self.buffers, self.ops)
-        weights = torch.zeros(self.floats)
+        weights = torch.empty(self.floats)
+        assert extension is not None
+        extension.ask_for_huge_pages(weights.data_ptr(), 4 * self.floats)
+        weights.zero_()
         for offset, size, fill in self.packing:
             fill(weights[offset : offset + size])
         return Plan(
@@ -726,6 +729,17 @@ class Engine:
         )  # fmt: skip
         return out.permute(0, 3, 1, 2)
 
+    def profile(self, images: int, repeats: int = 5) -> list[float]:
+        """Seconds of CPU time of each operation at one thread, the least of some repeats."""
+        source, target = self.plan.buffers[INPUT], self.plan.buffers[OUTPUT]
+        x, y = (torch.zeros(images, b.height, b.width, b.channels) for b in (source, target))
+        row, labels = torch.zeros(max(1, self.plan.row)), torch.zeros(images, dtype=torch.int64)
+        seconds: list[float] = self.compiled.profile(
+            x=x.normal_().data_ptr(), y=y.data_ptr(), row=row.data_ptr(),
+            labels=labels.data_ptr(), images=images, repeats=repeats,
+        )  # fmt: skip
+        return seconds
+
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         source = self.plan.buffers[INPUT]
         shape = (source.channels, source.height, source.width)
@@ -780,25 +794,40 @@ def lower(
     return Engine(low.plan.finished(), time, sinusoids)
 
 
-def describe(engine: Engine, images: int) -> Iterator[str]:
-    """Lines that tell a plan's operations, their sizes and FLOPs, and the memory of a pass."""
+def describe(engine: Engine, images: int, timed: bool = False) -> Iterator[str]:
+    """Lines that tell a plan's operations, their sizes and FLOPs, and the memory of a pass.
+
+    `timed` adds what each takes of this processor, by CPU time at one thread.
+    """
     plan = engine.plan
-    yield f"{'operation':<14}{'module':<42}{'input':>15}{'output':>15}  {'algorithm':<10}" + (
-        f"{'MFLOP':>9}{'weights, KiB':>14}"
+    images = min(images, plan.batch)
+    seconds = engine.profile(images) if timed else []
+    yield (
+        f"{'operation':<15}{'module':<42}{'input':>15}{'output':>15}  {'algorithm':<10}"
+        f"{'MFLOP':>9}{'weights, KiB':>14}" + (f"{'us':>10}{'GFLOP/s':>9}" if timed else "")
     )
-    for op in plan.ops:
+    for i, op in enumerate(plan.ops):
         algorithm = ALGORITHMS[op.numbers["algorithm"]] if op.kind == "convolution" else ""
         read = _shape(op.reads[0]) if op.reads else ""
-        yield f"{op.kind:<14}{op.module:<42}{read:>15}{_shape(op.writes[0]):>15}  " + (
-            f"{algorithm:<10}{op.flops / 1e6:>9.2f}{op.weights / 256:>14.1f}"
+        flops = op.flops * images
+        yield (
+            f"{op.kind:<15}{op.module:<42}{read:>15}{_shape(op.writes[0]):>15}  {algorithm:<10}"
+            f"{op.flops / 1e6:>9.2f}{op.weights / 256:>14.1f}"
+            + (f"{seconds[i] * 1e6:>10.1f}{flops / seconds[i] / 1e9:>9.1f}" if timed else "")
         )
-    peak = engine.compiled.bytes(min(images, plan.batch), plan.threads)
+    flops = sum(op.flops for op in plan.ops)
+    memory = engine.compiled.bytes(images, plan.threads)
     yield (
-        f"{len(plan.ops)} operations, {sum(op.flops for op in plan.ops) / 1e9:.3f} GFLOP an image; "
-        f"weights {plan.weights.numel() / 2**18:.1f} MiB; a pass of {min(images, plan.batch)} "
-        f"images takes {peak / 2**20:.1f} MiB; made for batch {plan.batch}, "
-        f"threads {plan.threads}"
+        f"{len(plan.ops)} operations, {flops / 1e9:.3f} GFLOP an image; weights "
+        f"{plan.weights.numel() / 2**18:.1f} MiB; a pass of {images} takes "
+        f"{memory / 2**20:.1f} MiB; made for batch {plan.batch}"
     )
+    if timed:
+        total = sum(seconds)
+        yield f"{total * 1e3:.3f} ms a pass, {flops * images / total / 1e9:.1f} GFLOP/s; of which"
+        for kind in dict.fromkeys(op.kind for op in plan.ops):
+            part = sum(s for s, op in zip(seconds, plan.ops, strict=True) if op.kind == kind)
+            yield f"  {kind:<15}{part / total:>6.1%}"
 
 
 def _shape(part: Part) -> str:

@@ -79,7 +79,7 @@ def _state_of(model: UNet | Student) -> _State:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 settings.append(tensor.shape)
-                tensors.append(tensor.detach().contiguous())
+                tensors.append(tensor if tensor.is_contiguous() else tensor.detach().contiguous())
     words = [(tensor.data_ptr(), tensor.numel()) for tensor in tensors]
     return settings, fused_extension().fingerprint(words)
 

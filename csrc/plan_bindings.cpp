@@ -53,6 +53,15 @@ void run(const Plan& plan, std::uintptr_t x, std::uintptr_t y, std::uintptr_t ro
   });
 }
 
+std::vector<double> profile(const Plan& plan, std::uintptr_t x, std::uintptr_t y,
+                            std::uintptr_t row, std::uintptr_t labels, std::int64_t images,
+                            int repeats) {
+  const py::gil_scoped_release released;
+  return plan.profile({pointer<const float>(x), pointer<float>(y), pointer<const float>(row),
+                       pointer<const std::int64_t>(labels), images, 1},
+                      repeats);
+}
+
 // Python's pending signals, Ctrl-C among them, raise here; only in its main thread.
 void check_signals() {
   const py::gil_scoped_acquire acquired;
@@ -112,16 +121,23 @@ void convolution_pack(const std::array<std::int64_t, 5>& sizes, int kernel, int 
                pointer<float>(packed));
 }
 
-// A number that tells contents apart: every 32-bit word counts by an odd factor of its place, so
-// that no change of one word goes unseen.
+// A number that tells contents apart: every eight bytes count by an odd factor of their place, so
+// that a change of one number in them cannot go unseen.
 std::uint64_t fingerprint(const std::vector<std::pair<std::uintptr_t, std::int64_t>>& parts) {
   const py::gil_scoped_release released;
   std::uint64_t all = 0x9E3779B97F4A7C15u;
-  for (const auto& [address, words] : parts) {
-    const std::uint32_t* const at = pointer<const std::uint32_t>(address);
-    std::uint64_t sum = 0;
-    for (std::int64_t i = 0; i < words; ++i) {
-      sum += at[i] * (2 * static_cast<std::uint64_t>(i) + 0x9E3779B97F4A7C15u);
+  for (const auto& [address, floats] : parts) {
+    const char* const at = pointer<const char>(address);
+    const std::int64_t pairs = floats / 2;
+    std::uint64_t sum = 0, word = 0;
+    for (std::int64_t i = 0; i < pairs; ++i) {
+      std::memcpy(&word, at + 8 * i, 8);
+      sum += word * (2 * static_cast<std::uint64_t>(i) + 0x9E3779B97F4A7C15u);
+    }
+    if (floats % 2 != 0) {
+      word = 0;
+      std::memcpy(&word, at + 8 * pairs, 4);
+      sum += word * (2 * static_cast<std::uint64_t>(pairs) + 0x9E3779B97F4A7C15u);
     }
     all = (all ^ sum) * 0xD6E8FEB86659FD93u;
     all ^= all >> 32;
@@ -139,6 +155,8 @@ void bind_plan(py::module_& module) {
       .def("bytes", &Plan::bytes, py::arg("batch"), py::arg("threads"))
       .def("run", &run, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("row"),
            py::arg("labels"), py::arg("images"), py::arg("threads"), py::arg("poison"))
+      .def("profile", &profile, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("row"),
+           py::arg("labels"), py::arg("images"), py::arg("repeats"))
       .def("sample", &sample, py::kw_only(), py::arg("coefficients"), py::arg("rows"),
            py::arg("steps"), py::arg("clip"), py::arg("seed"), py::arg("image_index"),
            py::arg("labels"), py::arg("images"), py::arg("kept"), py::arg("keep_denoised"),
@@ -148,6 +166,9 @@ void bind_plan(py::module_& module) {
   module.def("convolution_plan", &convolution_plan);
   module.def("convolution_pack", &convolution_pack);
   module.def("fingerprint", &fingerprint);
+  module.def("ask_for_huge_pages", [](std::uintptr_t at, std::size_t bytes) {
+    ask_for_huge_pages(pointer<void>(at), bytes);
+  });
   module.def("half_of", &half_of);
 }
 

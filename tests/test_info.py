@@ -32,6 +32,22 @@ def test_a_missing_extension_is_explained(
     assert "fused, C++" not in out
 
 
+@pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
+@pytest.mark.parametrize("name", ["zoo:fashion-mnist", "zoo:fashion-mnist-student"])
+def test_a_plan_is_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--plan", name, "--batch", "2", "--time"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("convolution") and "7x7x" in line for line in lines)
+    assert any(line.startswith("attention") for line in lines)
+    assert any("GFLOP an image" in line for line in lines)
+    assert any("GFLOP/s" in line for line in lines)
+
+
+def test_a_plan_of_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--plan", "zoo:nothing"]) == 1
+    assert "the zoo has no 'nothing'" in capsys.readouterr().err
+
+
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(SystemExit):
         info.main(["--nonsense"])

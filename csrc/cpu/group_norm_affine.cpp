@@ -37,39 +37,39 @@ struct TileMoments {
   double mean[kTileChannels], squares[kTileChannels];
 };
 
-// kFull: all lanes are channels; else there are `channels`, fewer.
-template <bool kFull>
-inline Vector load_tile(const float* from, int vector, std::int64_t channels) {
-  if (kFull) return load(from + vector * kWidth);
-  const std::int64_t left = channels - vector * kWidth;
-  if (left >= kWidth) return load(from + vector * kWidth);
-  return left > 0 ? load_some(from + vector * kWidth, left) : Vector{};
-}
+// Of kVectors vectors of channels, the last of which has `last` lanes that are channels.
+template <int kVectors>
+struct Rows {
+  const float* at;
+  std::int64_t stride, last;
 
-template <bool kFull>
-void tile_moments(const float* x, std::int64_t pixels, std::int64_t stride, std::int64_t channels,
-                  TileMoments& out) {
-  Vector pivot[kTileVectors] = {};
+  Vector load_part(std::int64_t row, int vector) const {
+    const float* const from = at + row * stride + vector * kWidth;
+    return vector + 1 < kVectors || last == kWidth ? load(from) : load_some(from, last);
+  }
+};
+
+template <int kVectors>
+void tile_moments(const Rows<kVectors>& x, std::int64_t pixels, TileMoments& out) {
+  Vector pivot[kVectors] = {};
   const std::int64_t first = pixels < kPivotRows ? pixels : kPivotRows;
   for (std::int64_t r = 0; r < first; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      pivot[v] += load_tile<kFull>(x + r * stride, v, channels);
-    }
+    for (int v = 0; v < kVectors; ++v) pivot[v] += x.load_part(r, v);
   }
   for (Vector& p : pivot) p = p / static_cast<float>(first);
   double sums[kTileChannels] = {}, squares[kTileChannels] = {};
   for (std::int64_t row = 0; row < pixels; row += kBlockRows) {
     const std::int64_t end = row + kBlockRows < pixels ? row + kBlockRows : pixels;
-    Vector s[kTileVectors] = {}, q[kTileVectors] = {};
+    Vector s[kVectors] = {}, q[kVectors] = {};
     for (std::int64_t r = row; r < end; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) {
-        const Vector d = load_tile<kFull>(x + r * stride, v, channels) - pivot[v];
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector d = x.load_part(r, v) - pivot[v];
         s[v] += d;
         q[v] += d * d;
       }
     }
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       for (int lane = 0; lane < kWidth; ++lane) {
         sums[v * kWidth + lane] += static_cast<double>(s[v][lane]);
         squares[v * kWidth + lane] += static_cast<double>(q[v][lane]);
@@ -77,14 +77,25 @@ void tile_moments(const float* x, std::int64_t pixels, std::int64_t stride, std:
     }
   }
   const double count = static_cast<double>(pixels);
-  for (int v = 0; v < kTileVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     for (int lane = 0; lane < kWidth; ++lane) {
       const int c = v * kWidth + lane;
       const double rest = squares[c] - sums[c] * sums[c] / count;
       out.mean[c] = static_cast<double>(pivot[v][lane]) + sums[c] / count;
-      out.squares[c] = rest > 0.0 ? rest : (rest == rest ? 0.0 : rest);
+      out.squares[c] = rest < 0.0 ? 0.0 : rest;
     }
   }
+}
+
+// The same for `channels` of them, at most kTileChannels.
+void moments_of(const float* x, std::int64_t stride, std::int64_t channels, std::int64_t pixels,
+                TileMoments& out) {
+  const std::int64_t vectors = (channels + kWidth - 1) / kWidth;
+  const std::int64_t last = channels - (vectors - 1) * kWidth;
+  if (vectors == 1) return tile_moments<1>({x, stride, last}, pixels, out);
+  if (vectors == 2) return tile_moments<2>({x, stride, last}, pixels, out);
+  if (vectors == 3) return tile_moments<3>({x, stride, last}, pixels, out);
+  tile_moments<4>({x, stride, last}, pixels, out);
 }
 
 void fill_group(const GroupNormAffineArgs& args, const Moments& moments, std::int64_t first,
@@ -109,8 +120,7 @@ void fill_groups(const GroupNormAffineArgs& args, std::int64_t image, std::int64
   for (std::int64_t first = group * width; first < end * width; first += kTileChannels) {
     const std::int64_t left = end * width - first;
     const std::int64_t channels = left < kTileChannels ? left : kTileChannels;
-    (channels == kTileChannels ? tile_moments<true> : tile_moments<false>)(
-        x + first, args.pixels, args.x_stride, channels, tile);
+    moments_of(x + first, args.x_stride, channels, args.pixels, tile);
     for (std::int64_t i = 0; i < channels; ++i) {
       moments.merge(tile.mean[i], tile.squares[i], static_cast<double>(args.pixels));
       if ((first + i + 1) % width != 0) continue;

@@ -1,5 +1,8 @@
 #include "cpu/plan.h"
 
+#include <sys/mman.h>
+#include <time.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,15 +16,37 @@
 #include "cpu/thread_pool.h"
 
 namespace advkd {
+namespace {
 
-// Floats on a cache line's boundary, not initialised.
+constexpr std::size_t kHugePage = 2 << 20;
+
+}  // namespace
+
+void ask_for_huge_pages(void* at, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(at) + kHugePage - 1) / kHugePage;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(at) + bytes) / kHugePage;
+  // A wish: where it is refused, pages are small.
+  if (first < end) {
+    madvise(reinterpret_cast<void*>(first * kHugePage), (end - first) * kHugePage, MADV_HUGEPAGE);
+  }
+#else
+  (void)at;
+  (void)bytes;
+#endif
+}
+
+// Floats on a cache line's boundary, much of them on that of a huge page; not initialised.
 class Memory {
  public:
   explicit Memory(std::int64_t size)
       : size_(size),
-        data_(static_cast<float*>(::operator new(static_cast<std::size_t>(size) * sizeof(float),
-                                                 std::align_val_t{64}))) {}
-  ~Memory() { ::operator delete(data_, std::align_val_t{64}); }
+        bytes_(static_cast<std::size_t>(size) * sizeof(float)),
+        boundary_(bytes_ < 2 * kHugePage ? 64 : kHugePage),
+        data_(static_cast<float*>(::operator new(bytes_, std::align_val_t{boundary_}))) {
+    if (boundary_ == kHugePage) ask_for_huge_pages(data_, bytes_);
+  }
+  ~Memory() { ::operator delete(data_, std::align_val_t{boundary_}); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   std::int64_t size() const { return size_; }
@@ -29,6 +54,7 @@ class Memory {
 
  private:
   const std::int64_t size_;
+  const std::size_t bytes_, boundary_;
   float* const data_;
 };
 
@@ -39,8 +65,8 @@ constexpr std::int64_t kLargestChannels = 1 << 20;
 constexpr std::int64_t kLargestBatch = 1 << 20;
 constexpr std::int64_t kLargestRow = 1 << 30;
 constexpr std::int64_t kAlignment = 16;  // floats of a cache line
-// Memory up to this size waits for the next pass; more goes back to the system.
-constexpr std::int64_t kKeptFloats = 8 << 20;
+// Memory of as much in all waits for the next pass; more goes back to the system.
+constexpr std::int64_t kKeptFloats = 64 << 20;
 
 [[noreturn]] void corrupt(const std::string& what) {
   throw std::invalid_argument("corrupt plan: " + what);
@@ -583,6 +609,12 @@ void check_flow(const PlanData& plan, const std::vector<std::unique_ptr<PlanStep
   }
 }
 
+double thread_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
 std::int64_t aligned(std::int64_t floats) {
   return (floats + kAlignment - 1) / kAlignment * kAlignment;
 }
@@ -621,15 +653,18 @@ std::unique_ptr<Memory> Plan::take(std::int64_t floats) const {
 }
 
 void Plan::give_back(std::unique_ptr<Memory> memory) const {
-  if (memory->size() > kKeptFloats) return;
-  constexpr std::size_t kKept = 4;
   const std::lock_guard<std::mutex> lock(mutex_);
-  // The longest unused goes first: it may be too small for what is asked for now.
-  if (unused_.size() >= kKept) unused_.erase(unused_.begin());
   unused_.push_back(std::move(memory));
+  std::int64_t kept = 0;
+  for (const auto& each : unused_) kept += each->size();
+  // The longest unused goes first: it may be too small for what is asked for now.
+  while (kept > kKeptFloats) {
+    kept -= unused_.front()->size();
+    unused_.erase(unused_.begin());
+  }
 }
 
-void Plan::run(const PlanPass& pass, bool poison) const {
+void Plan::check(const PlanPass& pass) const {
   if (pass.batch < 0 || pass.batch > data_.batch) {
     throw std::invalid_argument("a pass of " + std::to_string(pass.batch) + " images, but the " +
                                 "plan is for at most " + std::to_string(data_.batch));
@@ -644,6 +679,10 @@ void Plan::run(const PlanPass& pass, bool poison) const {
       }
     }
   }
+}
+
+void Plan::run(const PlanPass& pass, bool poison) const {
+  check(pass);
   if (pass.batch == 0) return;
   const std::int64_t floats =
       bytes(pass.batch, pass.threads) / static_cast<std::int64_t>(sizeof(float));
@@ -655,6 +694,24 @@ void Plan::run(const PlanPass& pass, bool poison) const {
                          memory->data() + aligned(data_.arena * pass.batch)};
   for (const auto& step : steps_) step->run(places);
   give_back(std::move(memory));
+}
+
+std::vector<double> Plan::profile(const PlanPass& pass, int repeats) const {
+  check(pass);
+  const Memory memory(bytes(pass.batch, 1) / static_cast<std::int64_t>(sizeof(float)));
+  PlanPass alone = pass;
+  alone.threads = 1;
+  const Places places = {data_, alone, memory.data(),
+                         memory.data() + aligned(data_.arena * pass.batch)};
+  std::vector<double> least(steps_.size(), std::numeric_limits<double>::infinity());
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (std::size_t i = 0; i < steps_.size(); ++i) {
+      const double before = thread_seconds();
+      steps_[i]->run(places);
+      least[i] = std::min(least[i], thread_seconds() - before);
+    }
+  }
+  return least;
 }
 
 void Plan::run_parts(
