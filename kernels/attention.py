@@ -463,12 +463,12 @@ _FLOAT_DKDV = (
     Variant("dkdv", False, 32, 32, 16, 16, False, 4, 2),
     Variant("dkdv", False, 32, 32, 32, 32, False, 4, 2),
     Variant("dkdv", False, 32, 32, 64, 64, False, 4, 2),
-    Variant("dkdv", False, 32, 32, 32, 128, True, 8, 2),
+    Variant("dkdv", False, 16, 32, 32, 128, True, 8, 2),
     Variant("dkdv", False, 32, 32, 32, 256, True, 8, 2),
 )
 _FLOAT_DQ = (
     Variant("dq", False, 32, 32, 16, 16, False, 4, 2),
-    Variant("dq", False, 32, 32, 32, 32, False, 4, 2),
+    Variant("dq", False, 32, 16, 32, 32, False, 4, 2),
     Variant("dq", False, 32, 32, 64, 64, False, 4, 2),
     Variant("dq", False, 32, 16, 128, 128, False, 8, 2),
     Variant("dq", False, 32, 32, 32, 256, True, 8, 2),
