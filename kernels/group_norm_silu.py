@@ -563,11 +563,11 @@ _BY_CHANNEL = {
         Variant("apply", False, 1024, 4, 8),
         Variant("apply", True, 128, 32, 8),
     ),
-    # Half as large: they hold two sums for each element.
+    # Half as large where it fits: they hold two sums for each element.
     "sums": (
         Variant("sums", False, 64, 32, 4),
         Variant("sums", False, 512, 4, 4),
-        Variant("sums", True, 64, 32, 4),
+        Variant("sums", True, 128, 32, 8),
     ),
     "dx": (
         Variant("dx", False, 64, 64, 8),
