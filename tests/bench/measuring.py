@@ -18,7 +18,7 @@ from advkd import ops
 
 SAMPLE_SECONDS = 0.004  # a sample repeats a call until it takes about this long
 CONTEST_SECONDS = 1.5  # spent on the samples of one contest
-ROUNDS = (5, 40)  # samples of a contender, at least and at most
+ROUNDS = (3, 40)  # samples of a contender, at least and at most
 
 
 @dataclass(frozen=True)

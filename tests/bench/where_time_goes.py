@@ -46,7 +46,7 @@ KINDS = {
     "copies": r"aten::copy_|aten::clone|aten::contiguous|aten::to$",
 }
 WHOLE = "whole"
-SECONDS = 5.0  # measured of each, at least
+SECONDS = 2.0  # measured of each, at least
 
 
 class CallingThread(Executor):
