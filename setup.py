@@ -28,15 +28,15 @@ PER_ISA_SOURCES = (
     *("attention.cpp", "attention_backward.cpp"),
     *("convolution_direct.cpp", "convolution_pack.cpp", "convolution_product.cpp", "winograd.cpp"),
     "winograd_gradient.cpp",
-    "group_norm_affine.cpp",
-    *("group_norm_silu.cpp", "kernel_table.cpp", "philox.cpp", "sampling_step.cpp"),
+    *("group_norm_affine.cpp", "group_norm_silu.cpp", "group_norm_silu_backward.cpp"),
+    *("copy.cpp", "kernel_table.cpp", "philox.cpp", "sampling_step.cpp"),
 )
 # Sums of products, in which a contraction only saves a rounding.
 CONTRACTED_SOURCES = (
     *("attention.cpp", "attention_backward.cpp"),
     *("convolution_direct.cpp", "convolution_pack.cpp", "convolution_product.cpp", "winograd.cpp"),
     "winograd_gradient.cpp",
-    "group_norm_affine.cpp",
+    *("group_norm_affine.cpp", "group_norm_silu.cpp", "group_norm_silu_backward.cpp"),
 )
 X86_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],

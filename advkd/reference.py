@@ -6,6 +6,7 @@ on its own. So these functions must run eagerly; a compiler may contract a produ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +18,10 @@ _WORD = 0xFFFFFFFF
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last for 4-D tensors whose channels are neighbours in memory, else contiguous."""
-    if x.dim() == 4 and not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
-        return torch.channels_last
+    """channels_last for 4-D and channels_last_3d for 5-D tensors whose channels are neighbours in
+    memory, else contiguous."""
+    if x.dim() in (4, 5) and not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
+        return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 
@@ -120,35 +122,184 @@ def sampling_step(
     return x_prev, x0_hat
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of `dtype` are computed with: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Of the mean and 1/deviation that `advkd::group_norm_silu` returns."""
+    return torch.float64 if x.is_cpu else wide_dtype(x.dtype)
+
+
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
+    """act((GN(x) weight + bias) (1 + scale) + shift); see `advkd.ops.group_norm_silu`."""
+    wide = wide_dtype(x.dtype)
+    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch's backward wants both or none
     # torch.group_norm, because F.group_norm refuses a group of one element.
-    y = torch.group_norm(x, num_groups, weight, bias, eps)
+    y = torch.group_norm(x.to(wide), num_groups, weight, bias, eps)
+    pixels = (1,) * (x.dim() - 2)
+    if scale is not None:
+        y = y * (1 + scale.to(wide).reshape(*x.shape[:2], *pixels))
+    if shift is not None:
+        y = y + shift.to(wide).reshape(*x.shape[:2], *pixels)
     y = F.silu(y) if silu else y
-    return y.contiguous(memory_format=memory_format_of(x))
+    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def group_norm_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of every group: (B, num_groups) each."""
+    grouped = _grouped(x, num_groups, statistics_dtype(x))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3), correction=0)
+    return mean, torch.rsqrt(variance + eps)
+
+
+def _grouped(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """(B, C, ...) -> (B, G, C / G, pixels)."""
+    sizes = (x.shape[0], num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
+    return x.to(dtype).reshape(sizes)
+
+
+class _Normalised:
+    """What both derivatives of GroupNorm-SiLU need, as (B, G, C / G, pixels) or less.
+
+    xhat = (x - mean) rstd;  n = xhat w + b;  u = n gain + shift;  y = act(u).
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        num_groups: int,
+        eps: float,
+    ):
+        self.groups, self.dtype = num_groups, wide_dtype(x.dtype)
+        grouped = self.of_elements(x)
+        variance, mean = torch.var_mean(grouped, dim=(2, 3), correction=0, keepdim=True)
+        self.rstd = torch.rsqrt(variance + eps)
+        self.xhat = (grouped - mean) * self.rstd
+        self.w = self.of_channels(weight, 1.0)
+        self.gain = 1.0 + self.of_channels(scale, 0.0)
+        self.n = self.xhat * self.w + self.of_channels(bias, 0.0)
+        self.u = self.n * self.gain + self.of_channels(shift, 0.0)
+
+    def of_elements(self, x: Tensor) -> Tensor:
+        return _grouped(x, self.groups, self.dtype)
+
+    def of_channels(self, t: Tensor | None, absent: float) -> Tensor | float:
+        """(C,) or (B, C), to be multiplied with elements."""
+        if t is None:
+            return absent
+        channels = t.shape[-1] // self.groups
+        return t.to(self.dtype).reshape(-1, self.groups, channels, 1)
+
+    def projected(self, gradient: Tensor) -> Tensor:
+        """The gradient of x, given that of xhat; and of xhat's direction, given x's."""
+        mean, along = _mean(gradient), _mean(gradient * self.xhat)
+        return self.rstd * (gradient - mean - self.xhat * along)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(dim=(2, 3), keepdim=True)
+
+
+def _summed_like(t: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """A gradient (B, G, C / G, pixels), summed up to that of t: (C,) or (B, C)."""
+    if t is None:
+        return None
+    of_channels = gradient.sum(dim=3).flatten(1)
+    return (of_channels.sum(dim=0) if t.dim() == 1 else of_channels).to(t.dtype)
 
 
 def group_norm_silu_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, by differentiable ops, so that a second backward works."""
-    grouped = x.flatten(2).unflatten(1, (num_groups, -1))
-    variance, mean = torch.var_mean(grouped, dim=(2, 3), correction=0, keepdim=True)
-    inverse = torch.rsqrt(variance + eps)
-    normed = (grouped - mean) * inverse
-    scale = weight.view(1, num_groups, -1, 1)
-    grad = grad_y.flatten(2).unflatten(1, (num_groups, -1))
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias, scale and shift; None where there is none of these."""
+    at = _Normalised(x, weight, bias, scale, shift, num_groups, eps)
+    g = at.of_elements(grad_y)
     if silu:
-        before = normed * scale + bias.view_as(scale)
-        gate = torch.sigmoid(before)
-        grad = grad * gate * (1 + before * (1 - gate))
-    grad_weight = (grad * normed).sum(dim=(0, 3)).flatten()
-    grad_bias = grad.sum(dim=(0, 3)).flatten()
-    grad = grad * scale
-    along = (grad * normed).mean(dim=(2, 3), keepdim=True)
-    grad = inverse * (grad - grad.mean(dim=(2, 3), keepdim=True) - normed * along)
-    return grad.reshape(x.shape), grad_weight, grad_bias
+        gate = torch.sigmoid(at.u)
+        g = g * gate * (1 + at.u * (1 - gate))
+    grad_n = g * at.gain
+    dx = at.projected(grad_n * at.w).reshape(x.shape).to(x.dtype)
+    return (
+        dx.contiguous(memory_format=memory_format_of(x)),
+        _summed_like(weight, grad_n * at.xhat),
+        _summed_like(bias, grad_n),
+        _summed_like(scale, g * at.n),
+        _summed_like(shift, g),
+    )
+
+
+def group_norm_silu_double_backward(
+    grad_dx: Tensor,
+    grad_dweight: Tensor | None,
+    grad_dbias: Tensor | None,
+    grad_dscale: Tensor | None,
+    grad_dshift: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `group_norm_silu_backward`: of grad_y, x, weight, bias, scale and shift.
+
+    Its outputs times their gradients sum up to sum(grad_y act'(u) du), where du is what u changes
+    by when x, weight, bias, scale and shift change by these gradients; that sum is differentiated.
+    """
+    at = _Normalised(x, weight, bias, scale, shift, num_groups, eps)
+    dx, dw = at.of_elements(grad_dx), at.of_channels(grad_dweight, 0.0)
+    dscale = at.of_channels(grad_dscale, 0.0)
+    v = at.projected(dx)  # what xhat changes by
+    dn = at.w * v + dw * at.xhat + at.of_channels(grad_dbias, 0.0)
+    du = dn * at.gain + at.n * dscale + at.of_channels(grad_dshift, 0.0)
+    grad_du = at.of_elements(grad_y)
+    slope, grad_u = torch.ones_like(at.u), torch.zeros_like(at.u)
+    if silu:
+        gate = torch.sigmoid(at.u)
+        slope = gate * (1 + at.u * (1 - gate))
+        grad_u = grad_du * du * gate * (1 - gate) * (2 + at.u * (1 - 2 * gate))
+    grad_du = grad_du * slope
+    grad_dn, grad_n = grad_du * at.gain, grad_u * at.gain + grad_du * dscale
+    grad_v = grad_dn * at.w
+    grad_xhat = grad_n * at.w + grad_dn * dw
+    grad_xhat = grad_xhat - at.rstd * (grad_v * _mean(at.xhat * dx) + dx * _mean(grad_v * at.xhat))
+    grad_x = at.projected(grad_xhat) - at.rstd * at.xhat * _mean(grad_v * v)
+    return (
+        (slope * du).reshape(x.shape).to(grad_y.dtype),
+        grad_x.reshape(x.shape).to(x.dtype),
+        _summed_like(weight, grad_n * at.xhat + grad_dn * v),
+        _summed_like(bias, grad_n),
+        _summed_like(scale, grad_u * at.n + grad_du * dn),
+        _summed_like(shift, grad_u),
+    )
 
 
 def _laid_out_by_rows(x: Tensor) -> Tensor:
@@ -158,7 +309,7 @@ def _laid_out_by_rows(x: Tensor) -> Tensor:
 
 def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In float64 where the first is, else in float32."""
-    dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
+    dtype = wide_dtype(tensors[0].dtype)
     return tuple(x.to(dtype) for x in tensors)
 
 

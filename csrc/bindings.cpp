@@ -64,15 +64,66 @@ void sampling_step(std::uintptr_t x_t, std::uintptr_t model_out, std::uintptr_t 
                            noise_source(seed, image_index, step), threads});
 }
 
-void group_norm_silu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
-                     std::uintptr_t y, std::int64_t batch, std::int64_t channels,
-                     std::int64_t pixels, bool channels_last, std::int64_t groups, float eps,
+template <class S>
+const GroupNormSiluKernels<S>& group_norm_silu_kernels();
+template <>
+const GroupNormSiluKernels<float>& group_norm_silu_kernels() {
+  return kernels().group_norm_silu_float32;
+}
+template <>
+const GroupNormSiluKernels<double>& group_norm_silu_kernels() {
+  return kernels().group_norm_silu_float64;
+}
+template <>
+const GroupNormSiluKernels<Float16>& group_norm_silu_kernels() {
+  return kernels().group_norm_silu_float16;
+}
+template <>
+const GroupNormSiluKernels<BFloat16>& group_norm_silu_kernels() {
+  return kernels().group_norm_silu_bfloat16;
+}
+
+// Addresses of weight, bias, scale and shift; 0 where there is none.
+using Addresses = std::array<std::uintptr_t, 4>;
+
+template <class T>
+Modulation<T> modulation(const Addresses& of) {
+  return {pointer<const T>(of[0]), pointer<const T>(of[1]), pointer<const T>(of[2]),
+          pointer<const T>(of[3])};
+}
+
+// sizes: batch, channels, pixels, groups
+template <class S>
+void group_norm_silu(std::uintptr_t x, const Addresses& parameters, std::uintptr_t y,
+                     std::uintptr_t mean, std::uintptr_t rstd,
+                     const std::array<std::int64_t, 4>& sizes, bool channels_last, double eps,
                      bool silu, int threads) {
   const py::gil_scoped_release released;
-  kernels().group_norm_silu({pointer<const float>(x), pointer<const float>(weight),
-                             pointer<const float>(bias), pointer<float>(y),
-                             {batch, channels, pixels, channels_last}, groups, eps, silu,
-                             threads});
+  group_norm_silu_kernels<S>().forward(
+      {pointer<const S>(x), modulation<WideOf<S>>(parameters), pointer<S>(y),
+       pointer<double>(mean), pointer<double>(rstd),
+       {sizes[0], sizes[1], sizes[2], channels_last}, sizes[3], eps, silu, threads});
+}
+
+template <class S>
+void group_norm_silu_backward(std::uintptr_t grad_y, std::uintptr_t x, const Addresses& parameters,
+                              std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t dx,
+                              const Addresses& gradients,
+                              const std::array<std::int64_t, 4>& sizes, bool channels_last,
+                              bool silu, int threads) {
+  using T = WideOf<S>;
+  const py::gil_scoped_release released;
+  group_norm_silu_kernels<S>().backward(
+      {pointer<const S>(grad_y), pointer<const S>(x), modulation<T>(parameters),
+       pointer<const double>(mean), pointer<const double>(rstd), pointer<S>(dx),
+       pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2]),
+       pointer<T>(gradients[3]), {sizes[0], sizes[1], sizes[2], channels_last}, sizes[3], silu,
+       threads});
+}
+
+void copy_float32(std::uintptr_t from, std::uintptr_t to, std::int64_t count, int threads) {
+  const py::gil_scoped_release released;
+  kernels().copy_float32({pointer<const float>(from), pointer<float>(to), count, threads});
 }
 
 // (address, strides of sample, head and row)
@@ -204,7 +255,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("philox_uint32", &philox_uint32);
   module.def("philox_normal", &philox_normal);
   module.def("sampling_step", &sampling_step);
-  module.def("group_norm_silu", &group_norm_silu);
+  module.def("group_norm_silu_float32", &group_norm_silu<float>);
+  module.def("group_norm_silu_float64", &group_norm_silu<double>);
+  module.def("group_norm_silu_float16", &group_norm_silu<Float16>);
+  module.def("group_norm_silu_bfloat16", &group_norm_silu<BFloat16>);
+  module.def("group_norm_silu_backward_float32", &group_norm_silu_backward<float>);
+  module.def("group_norm_silu_backward_float64", &group_norm_silu_backward<double>);
+  module.def("group_norm_silu_backward_float16", &group_norm_silu_backward<Float16>);
+  module.def("group_norm_silu_backward_bfloat16", &group_norm_silu_backward<BFloat16>);
+  module.def("copy_float32", &copy_float32,
+             "Copies count float32 numbers by stores that pass the cache.");
   module.def("attention_float32", &attention<float>);
   module.def("attention_float64", &attention<double>);
   module.def("attention_backward_float32", &attention_backward<float>);

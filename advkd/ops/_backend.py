@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def _load_extension() -> tuple[ModuleType | None, str | None]:
@@ -84,7 +85,7 @@ def runs_eagerly(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) is Tensor for x in tensors)
+        and all(type(x) in (Tensor, Parameter) for x in tensors)
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )
 

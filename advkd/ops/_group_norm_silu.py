@@ -1,153 +1,353 @@
-"""GroupNorm, then SiLU or nothing."""
+"""GroupNorm, scale and shift, SiLU or nothing: forward, backward, twice differentiable."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from advkd import reference
 from advkd.kernels import unavailable_reason as triton_missing
-from advkd.ops._backend import cpu_unavailable, define, fused_extension, use_fused
+from advkd.ops import _backend
+from advkd.ops._backend import define, fused_extension, runs_eagerly, use_fused
 
+# The dtypes of the C++ kernels, as their names have them.
+_CPU_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-def _group_norm_unavailable(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    """Why no fused GroupNorm-SiLU can take these tensors."""
-    if not x.is_cuda:
-        return cpu_unavailable(x, weight, bias)
-    if x.dtype not in _TRITON_DTYPES:
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
-    return triton_missing()
+# weight, bias, scale, shift
+Modulation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def group_norm_silu(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     num_groups: int,
     eps: float,
     activation: str = "silu",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """GroupNorm (Wu and He 2018), then SiLU or nothing.
+    """y = act((GN(x) weight + bias) (1 + scale) + shift): GroupNorm (Wu and He 2018), FiLM (Perez
+    et al. 2018), and SiLU or nothing.
 
-    Where a gradient is needed this is F.silu(F.group_norm(...)) itself, unless backend="fused"
-    asks for the fused forward (its gradient is then that of the formula, in plain torch).
+    Statistics and arithmetic are in float32, in float64 for float64. Under autocast on CUDA the
+    result is float32, as that of torch's group_norm.
 
     Args:
-        x: (B, C, ...) floating; the fused ops take float32 (CPU), also float16/bfloat16 (CUDA).
-        weight, bias: (C,).
+        x: (B, C, ...) floating, any strides.
+        weight, bias: (C,) floating, or None for 1 and 0.
         num_groups: divides C.
         eps: added to the variance.
         activation: "silu" or "none".
+        scale, shift: (B, C) or (B, C, 1, ...) floating, or None for 0.
 
     Returns:
-        A tensor of x's shape, dtype and memory format.
+        A tensor of x's shape, dtype and memory format (contiguous, channels_last or
+        channels_last_3d).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or names that do not fit the above.
+        ValueError, TypeError: shapes, dtypes, devices or names that do not fit the above;
+            backend="fused" where no kernel serves.
     """
-    _check_group_norm(x, weight, bias, num_groups, eps, activation)
+    _check_arguments(x, num_groups, eps, activation)
+    _check_parameters(x, weight, bias, scale, shift)
+    x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
     silu = activation == "silu"
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or bias.requires_grad
-    )
-    if (needs_grad and backend is None) or not use_fused(
-        "group_norm_silu", backend, _group_norm_unavailable(x, weight, bias)
-    ):
-        return reference.group_norm_silu(x, weight, bias, num_groups, eps, silu)
-    return torch.ops.advkd.group_norm_silu(x, weight, bias, num_groups, eps, silu)
+    if not use_fused("group_norm_silu", backend, _unavailable(x)):
+        return reference.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu)
+    arguments = (x, weight, bias, scale, shift, num_groups, eps, silu)
+    tensors = [t for t in arguments[:5] if t is not None]
+    if not runs_eagerly(*tensors):
+        return torch.ops.advkd.group_norm_silu(*arguments)[0]
+    # Past torch's dispatcher, whose way through Python takes longer than a small map.
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _GroupNormSilu.apply(*arguments)[0]
+    return _group_norm_silu_op(*arguments)[0]
 
 
-def _check_group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, activation: str
-) -> None:
+def _check_arguments(x: Tensor, num_groups: int, eps: float, activation: str) -> None:
     if activation not in ("silu", "none"):
         raise ValueError(f"activation='{activation}' is neither 'silu' nor 'none'.")
     if x.dim() < 2:
         raise ValueError(f"x has the shape {tuple(x.shape)}, but it must be (B, C, ...).")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, but it must be floating.")
-    channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups != 0:
-        raise ValueError(f"num_groups={num_groups} does not divide channels={channels}.")
-    if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must both be ({channels},)."
-        )
-    if not x.device == weight.device == bias.device:
-        raise ValueError(
-            f"x, weight and bias are on {x.device}, {weight.device} and {bias.device}, but must "
-            "be on one device."
-        )
+    if num_groups < 1 or x.shape[1] % num_groups != 0:
+        raise ValueError(f"num_groups={num_groups} does not divide channels={x.shape[1]}.")
     if not eps >= 0:
         raise ValueError(f"eps={eps} is negative or not a number.")
 
 
-def _group_norm_silu_op(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> Tensor:
-    memory_format = reference.memory_format_of(x)
-    x = x.contiguous(memory_format=memory_format)
-    if _group_norm_unavailable(x, weight, bias) is not None:
-        # An exported program that was traced with the fused op runs here too.
-        return reference.group_norm_silu(x, weight, bias, num_groups, eps, silu)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    if x.is_cuda:
-        # Here and not above, because importing Triton takes long and only CUDA needs it.
-        from advkd.kernels.group_norm_silu import group_norm_silu as triton_group_norm_silu
+def _check_parameters(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    batch, channels = x.shape[:2]
+    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if tensor is weight or tensor is bias:
+            if shape != (channels,):
+                raise ValueError(f"{name} has the shape {shape}, but it must be ({channels},).")
+        elif shape[:2] != (batch, channels) or any(size != 1 for size in shape[2:]):
+            raise ValueError(
+                f"{name} has the shape {shape}, but it must be ({batch}, {channels}), with sizes "
+                "of 1 behind at most."
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, but it must be floating.")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"x is on {x.device} and {name} on {tensor.device}, but they must be on one device."
+            )
 
-        return triton_group_norm_silu(x, weight, bias, num_groups, eps, silu)
-    y = torch.empty_like(x)
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast has it for torch's group_norm: in float32 on CUDA, as it is on the CPU."""
+    halved = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if halved and torch.is_autocast_enabled("cuda") else x
+
+
+def _by_channel(x: Tensor | None) -> Tensor | None:
+    """(B, C, 1, ...) as (B, C)."""
+    return x.flatten(1) if x is not None and x.dim() > 2 else x
+
+
+def _unavailable(x: Tensor) -> str | None:
+    """Why no fused GroupNorm-SiLU serves x, as a clause."""
+    if x.is_cpu:
+        if x.dtype not in _CPU_DTYPES:
+            return f"the C++ kernel does not take {x.dtype}"
+        return _backend.extension_missing
+    if not x.is_cuda:
+        return f"no kernel serves tensors on {x.device.type}"
+    if x.dtype not in _TRITON_DTYPES:
+        return f"the Triton kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    return triton_missing()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=reference.memory_format_of(x))
+
+
+def _wide(modulation: Modulation, dtype: torch.dtype) -> list[Tensor | None]:
+    """The parameters as the C++ kernels take them; x has `dtype`."""
+    wide = reference.wide_dtype(dtype)
+    return [None if t is None else t.to(wide).contiguous() for t in modulation]
+
+
+def _addresses(tensors: list[Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+
+def _sizes(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int, int], bool]:
+    """(B, C, pixels, groups), and whether channels are neighbours in memory."""
     batch, channels, *sizes = x.shape
     pixels = math.prod(sizes)
-    fused_extension().group_norm_silu(
-        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), batch, channels, pixels,
-        memory_format == torch.channels_last, num_groups, eps, silu, torch.get_num_threads(),
+    return (batch, channels, pixels, num_groups), pixels == 1 or not x.is_contiguous()
+
+
+def _group_norm_silu_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # An exported program that was traced with the fused op runs without it too.
+    if _unavailable(x) is not None:
+        y = reference.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu)
+        return y, *reference.group_norm_statistics(x, num_groups, eps)
+    x = _dense(x)
+    if x.is_cuda:
+        # Here and not above, because importing Triton takes long and only CUDA needs it.
+        from advkd.kernels.group_norm_silu import forward
+
+        return forward(x, weight, bias, scale, shift, num_groups, eps, silu)
+    y = torch.empty_like(x)
+    mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
+    rstd = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
+    if x.numel() == 0:
+        return y, mean.zero_(), rstd.fill_(eps**-0.5 if eps else math.inf)
+    wide = _wide((weight, bias, scale, shift), x.dtype)
+    sizes, channels_last = _sizes(x, num_groups)
+    kernel = getattr(fused_extension(), f"group_norm_silu_{_CPU_DTYPES[x.dtype]}")
+    kernel(
+        x.data_ptr(), _addresses(wide), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), sizes,
+        channels_last, eps, silu, torch.get_num_threads(),
     )  # fmt: skip
-    return y
+    return y, mean, rstd
 
 
 def _group_norm_silu_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> Tensor:
-    return torch.empty_like(x.contiguous(memory_format=reference.memory_format_of(x)))
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((x.shape[0], num_groups), dtype=reference.statistics_dtype(x))
+    return torch.empty_like(_dense(x)), statistics, torch.empty_like(statistics)
 
 
-def _group_norm_silu_setup(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, int, float, bool],
-    output: Tensor,
-) -> None:
-    x, weight, bias, num_groups, eps, silu = inputs
-    ctx.save_for_backward(x, weight, bias)
-    ctx.options = (num_groups, eps, silu)  # type: ignore[attr-defined]
+def _group_norm_silu_backward_op(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    modulation = (weight, bias, scale, shift)
+    if _unavailable(x) is not None:
+        dx, *gradients = reference.group_norm_silu_backward(
+            grad_y, x, *modulation, num_groups, eps, silu
+        )
+        return _returned(dx, gradients)
+    x = _dense(x)
+    grad_y = grad_y.contiguous(memory_format=reference.memory_format_of(x))
+    if x.is_cuda:
+        from advkd.kernels.group_norm_silu import backward
+
+        dx, *gradients = backward(grad_y, x, *modulation, mean, rstd, num_groups, eps, silu)
+        return _returned(dx, gradients)
+    wide = _wide(modulation, x.dtype)
+    dx = torch.empty_like(x)
+    gradients = [None if t is None else torch.empty_like(t) for t in wide]
+    if x.numel() == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+    else:
+        sizes, channels_last = _sizes(x, num_groups)
+        kernel = getattr(fused_extension(), f"group_norm_silu_backward_{_CPU_DTYPES[x.dtype]}")
+        kernel(
+            grad_y.data_ptr(), x.data_ptr(), _addresses(wide), mean.data_ptr(), rstd.data_ptr(),
+            dx.data_ptr(), _addresses(gradients), sizes, channels_last, silu,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    pairs = zip(gradients, modulation, strict=True)
+    return _returned(dx, [g if g is None or t is None else g.to(t.dtype) for g, t in pairs])
 
 
-def _group_norm_silu_backward(
-    ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor
-) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-    x, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = reference.group_norm_silu_backward(
-        grad_y,
-        x,
-        weight,
-        bias,
-        *ctx.options,  # type: ignore[attr-defined]
-    )
-    return *grads, None, None, None
+def _returned(
+    dx: Tensor, gradients: list[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An op cannot return None: an empty tensor stands for it."""
+    first, second, third, fourth = (dx.new_empty(0) if g is None else g for g in gradients)
+    return dx, first, second, third, fourth
+
+
+def _group_norm_silu_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = (weight, bias, scale, shift)
+    gradients = [t if t is None else t.new_empty(t.shape) for t in like]
+    return _returned(torch.empty_like(_dense(x)), gradients)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """The op with its gradient; in eager code also without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = arguments[:5]
+        if runs_eagerly(*(t for t in tensors if t is not None)):
+            y, mean, rstd = _group_norm_silu_op(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, mean, rstd = torch.ops.advkd.group_norm_silu(*arguments)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, mean, rstd)
+        ctx.options = arguments[5:]
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y, saved = grads[0], ctx.saved_tensors
+        if grad_y is None:
+            return (None,) * 8
+        arguments = (grad_y, *saved, *ctx.options)
+        if torch.is_grad_enabled() or not runs_eagerly(grad_y, saved[0]):
+            gradients = torch.ops.advkd.group_norm_silu_backward(*arguments)
+        else:
+            gradients = _group_norm_silu_backward_op(*arguments)
+        wanted = [
+            gradient if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_input_grad[:5], strict=True)
+        ]
+        return *wanted, None, None, None
+
+
+class _GroupNormSiluBackward(torch.autograd.Function):
+    """The backward op with its own gradient. Those of mean and rstd are in that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*arguments[:6])
+        ctx.options = arguments[8:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.advkd.group_norm_silu_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_y, x, *modulation = ctx.saved_tensors
+        given = [g if t is not None else None for g, t in zip(grads[1:], modulation, strict=True)]
+        arguments: list[Any] = [grads[0], *given, grad_y, x, *modulation, *ctx.options]
+        second = reference.group_norm_silu_double_backward(*arguments)
+        return *second, None, None, None, None, None
 
 
 define(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, "
-    "bool silu) -> Tensor"
+    "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)"
+)
+define(
+    "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, float eps, "
+    "bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 torch.library.impl("advkd::group_norm_silu", "default", _group_norm_silu_op)
+torch.library.impl("advkd::group_norm_silu_backward", "default", _group_norm_silu_backward_op)
 torch.library.register_fake("advkd::group_norm_silu", _group_norm_silu_fake)
-torch.library.register_autograd(
-    "advkd::group_norm_silu", _group_norm_silu_backward, setup_context=_group_norm_silu_setup
-)
+torch.library.register_fake("advkd::group_norm_silu_backward", _group_norm_silu_backward_fake)
+_library = torch.library.Library("advkd", "FRAGMENT")
+_library.impl("group_norm_silu", _GroupNormSilu.apply, "Autograd")
+_library.impl("group_norm_silu_backward", _GroupNormSiluBackward.apply, "Autograd")

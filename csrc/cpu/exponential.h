@@ -1,4 +1,4 @@
-// Exponentials and logarithms of vectors, for softmax.
+// Exponentials and logarithms of vectors, for softmax and SiLU.
 #pragma once
 
 #include <cmath>
@@ -28,6 +28,29 @@ static inline VectorOf<float> exp2_of(VectorOf<float> x) {
 // Gradients are checked in float64, which only has to be right.
 static inline VectorOf<double> exp2_of(VectorOf<double> x) {
   for (int i = 0; i < kLanesOf<double>; ++i) x[i] = ::exp2(x[i]);
+  return x;
+}
+
+// e^x within 2 ulp; 0 below -87.7, infinite from 88.4 on; NaN stays NaN.
+static inline VectorOf<float> exp_of(VectorOf<float> x) {
+  // e^x = 2^n e^f, |f| <= log(2) / 2. The bounds give the factor 2^n the bits of 0 and infinity.
+  const VectorOf<float> low = VectorOf<float>{} - 88.0f, high = VectorOf<float>{} + 89.0f;
+  x = low > x ? low : x;
+  x = high < x ? high : x;
+  const VectorOf<float> shifted = x * 1.44269504f + 12582912.0f;
+  const VectorOf<float> n = shifted - 12582912.0f;
+  const VectorOf<float> f = x - n * 0.693359375f - n * -2.121944400e-04f;
+  VectorOf<float> p = f * 1.395047642e-03f + 8.368882351e-03f;
+  p = p * f + 4.166620597e-02f;
+  p = p * f + 1.666651815e-01f;
+  p = p * f + 0.5f;
+  p = p * f * f + f + 1.0f;
+  typedef std::uint32_t Bits __attribute__((vector_size(sizeof x)));
+  return p * (VectorOf<float>)(((Bits)shifted + 127u) << 23);
+}
+
+static inline VectorOf<double> exp_of(VectorOf<double> x) {
+  for (int i = 0; i < kLanesOf<double>; ++i) x[i] = ::exp(x[i]);
   return x;
 }
 

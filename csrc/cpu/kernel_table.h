@@ -48,13 +48,65 @@ struct SamplingStepArgs {
   int threads;
 };
 
+// Elements that are only stored, never computed with.
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+template <class S>
+struct WideType {
+  using type = float;
+};
+template <>
+struct WideType<double> {
+  using type = double;
+};
+
+// What elements of type S are computed with.
+template <class S>
+using WideOf = typename WideType<S>::type;
+
+// y = act((xhat weight + bias) (1 + scale) + shift); null where there is none.
+template <class T>
+struct Modulation {
+  const T *weight, *bias;  // (C,)
+  const T *scale, *shift;  // (B, C)
+};
+
+template <class S>
 struct GroupNormSiluArgs {
-  const float *x, *weight, *bias;  // weight, bias: (C,)
-  float* y;
+  const S* x;
+  Modulation<WideOf<S>> modulation;
+  S* y;
+  double *mean, *rstd;  // (B, G)
   ImageShape shape;
   std::int64_t groups;
-  float eps;
+  double eps;
   bool silu;
+  int threads;
+};
+
+template <class S>
+struct GroupNormSiluBackwardArgs {
+  const S *grad_y, *x;
+  Modulation<WideOf<S>> modulation;
+  const double *mean, *rstd;
+  S* dx;
+  WideOf<S> *dweight, *dbias;  // (C,); null where the parameter is
+  WideOf<S> *dscale, *dshift;  // (B, C)
+  ImageShape shape;
+  std::int64_t groups;
+  bool silu;
+  int threads;
+};
+
+struct CopyArgs {
+  const float* from;
+  float* to;
+  std::int64_t count;
   int threads;
 };
 
@@ -101,12 +153,22 @@ struct AttentionBackwardArgs {
   int threads;
 };
 
+template <class S>
+struct GroupNormSiluKernels {
+  void (*forward)(const GroupNormSiluArgs<S>&);
+  void (*backward)(const GroupNormSiluBackwardArgs<S>&);
+};
+
 struct KernelTable {
   const char* isa;
   void (*philox_uint32)(const PhiloxUint32Args&);
   void (*philox_normal)(const PhiloxNormalArgs&);
   void (*sampling_step)(const SamplingStepArgs&);
-  void (*group_norm_silu)(const GroupNormSiluArgs&);
+  GroupNormSiluKernels<float> group_norm_silu_float32;
+  GroupNormSiluKernels<double> group_norm_silu_float64;
+  GroupNormSiluKernels<Float16> group_norm_silu_float16;
+  GroupNormSiluKernels<BFloat16> group_norm_silu_bfloat16;
+  void (*copy_float32)(const CopyArgs&);
   void (*group_norm_affine)(const GroupNormAffineArgs&);
   void (*attention_float32)(const AttentionArgs<float>&);
   void (*attention_float64)(const AttentionArgs<double>&);

@@ -10,7 +10,7 @@ namespace advkd::ADVKD_ISA {
 void philox_uint32(const PhiloxUint32Args& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void sampling_step(const SamplingStepArgs& args);
-void group_norm_silu(const GroupNormSiluArgs& args);
+void copy_float32(const CopyArgs& args);
 void group_norm_affine(const GroupNormAffineArgs& args);
 void pack_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
                       const ConvolutionWeights& weights, float* packed);
@@ -18,6 +18,11 @@ void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan
 void convolution_winograd2(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd4(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_gradient(const ConvolutionGradientArgs& args, const ConvolutionGradientPlan& plan);
+
+template <class S>
+void group_norm_silu(const GroupNormSiluArgs<S>& args);
+template <class S>
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs<S>& args);
 
 template <class T>
 void attention(const AttentionArgs<T>& args);

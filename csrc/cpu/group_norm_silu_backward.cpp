@@ -1,0 +1,362 @@
+// GroupNorm-SiLU, backward. With d = x - mean, g = dL/du (u is what the activation gets), a the
+// factor between xhat and u, and means over a group's N elements:
+//
+//   dx = rstd (g a - mean(g a) - xhat mean(g a xhat)),   xhat = d rstd,
+//
+// and every other gradient follows from sum(g) and sum(g d) of each channel of each image. They are
+// summed in blocks and merged in a fixed order, in float64.
+#include "cpu/group_norm_silu.h"
+#include "cpu/kernels.h"
+
+namespace advkd::ADVKD_ISA {
+namespace {
+
+// Where dx comes from: g is either what the gradient of y already is (no activation), or was left
+// in dx by the first phase, or is computed once more, which costs less than memory.
+enum class Source { kGradY, kStored, kRecomputed };
+
+// One value for each column or channel. u = d factor + shift; dx = g gain + d slope + offset.
+enum Map { kMean, kFactor, kShift, kGain, kSlope, kOffset, kMaps };
+
+template <class T>
+struct Maps {
+  const T* at;
+  std::int64_t size;
+
+  const T* operator[](Map map) const { return at + map * size; }
+};
+
+// g from the gradient of y.
+template <class T, bool kSilu>
+struct Slope {
+  const VectorOf<T> factor, shift;
+
+  Slope(const Maps<T>& maps, std::int64_t column)
+      : factor(load_vector(maps[kFactor] + column)), shift(load_vector(maps[kShift] + column)) {}
+
+  VectorOf<T> times(const VectorOf<T>& grad, const VectorOf<T>& d) const {
+    return kSilu ? grad * silu_slope<T>(d * factor + shift) : grad;
+  }
+};
+
+// Adds up g and g d, and may leave g in dx.
+template <class S, bool kSilu, bool kStore>
+struct AddGradients {
+  using T = WideOf<S>;
+  const S *grad_y, *x;
+  S* dx;
+  std::int64_t period;
+  Maps<T> maps;
+  T *sums, *products;
+
+  template <int kRows>
+  void rows(std::int64_t at, std::int64_t column) const {
+    const VectorOf<T> mean = load_vector(maps[kMean] + column);
+    const Slope<T, kSilu> slope(maps, column);
+    VectorOf<T> sum = load_vector(sums + column), product = load_vector(products + column);
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t place = at + r * period;
+      prefetch(x + place);
+      const VectorOf<T> d = load_wide(x + place) - mean;
+      prefetch(grad_y + place);
+      const VectorOf<T> g = slope.times(load_wide(grad_y + place), d);
+      if constexpr (kStore) store_narrow<false>(dx + place, g);
+      sum += g;
+      product += g * d;
+    }
+    store_vector(sums + column, sum);
+    store_vector(products + column, product);
+  }
+
+  void some(std::int64_t at, std::int64_t column, std::int64_t n) const {
+    const VectorOf<T> d = load_wide(x + at, n) - load_vector(maps[kMean] + column);
+    const VectorOf<T> all = Slope<T, kSilu>(maps, column).times(load_wide(grad_y + at, n), d);
+    const VectorOf<T> g = first_lanes<T>(all, n);
+    if constexpr (kStore) store_narrow(dx + at, g, n);
+    store_vector(sums + column, load_vector(sums + column) + g);
+    store_vector(products + column,
+                 load_vector(products + column) + first_lanes<T>(g * d, n));
+  }
+};
+
+template <class S, Source kSource, bool kStream>
+struct WriteGradient {
+  using T = WideOf<S>;
+  const S *grad_y, *x;
+  S* dx;
+  std::int64_t period;
+  Maps<T> maps;
+
+  template <int kRows>
+  void rows(std::int64_t at, std::int64_t column) const {
+    const Column map(*this, column);
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t place = at + r * period;
+      prefetch(x + place);
+      prefetch(from() + place);
+      store_narrow<kStream>(dx + place,
+                            map.applied(load_wide(from() + place), load_wide(x + place)));
+    }
+  }
+
+  void some(std::int64_t at, std::int64_t column, std::int64_t n) const {
+    const Column map(*this, column);
+    store_narrow(dx + at, map.applied(load_wide(from() + at, n), load_wide(x + at, n)), n);
+  }
+
+ private:
+  struct Column {
+    const VectorOf<T> mean, gain, slope, offset;
+    const Slope<T, kSource == Source::kRecomputed> activation;
+
+    Column(const WriteGradient& of, std::int64_t column)
+        : mean(load_vector(of.maps[kMean] + column)),
+          gain(load_vector(of.maps[kGain] + column)),
+          slope(load_vector(of.maps[kSlope] + column)),
+          offset(load_vector(of.maps[kOffset] + column)),
+          activation(of.maps, column) {}
+
+    VectorOf<T> applied(const VectorOf<T>& grad, const VectorOf<T>& v) const {
+      const VectorOf<T> d = v - mean;
+      return activation.times(grad, d) * gain + (d * slope + offset);
+    }
+  };
+
+  const S* from() const { return kSource == Source::kStored ? dx : grad_y; }
+};
+
+// Sums over one channel of one image.
+struct Sums {
+  double g, products;  // of g, and of g times the deviation from the true mean
+};
+
+template <class S>
+class Backward {
+  using T = WideOf<S>;
+
+ public:
+  explicit Backward(const GroupNormSiluBackwardArgs<S>& args)
+      : args_(args),
+        cut_(args.shape, args.groups),
+        columns_(cut_),
+        partial_(cut_.units * cut_.blocks * cut_.block_channels * 2),
+        totals_(args.shape.batch * cut_.channels),
+        maps_(args.shape.batch * kMaps * map_size()),
+        source_(source(args, cut_)),
+        streams_(source_ != Source::kStored &&
+                 args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
+                 streams_to(args.dx, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
+                 streams_to(args.dx, cut_.unit_elements())) {}
+
+  void run() const {
+    parallel_for(cut_.units, args_.threads, [&](std::int64_t unit) { prepare(unit); });
+    run_phases(*this, cut_, args_.threads);
+    reduce_parameters();
+  }
+
+  void measure(std::int64_t unit, std::int64_t index) const {
+    if (!args_.silu) {
+      add_up<false, false>(unit, index);
+    } else if (source_ == Source::kStored) {
+      add_up<true, true>(unit, index);
+    } else {
+      add_up<true, false>(unit, index);
+    }
+  }
+
+  void settle(std::int64_t unit) const {
+    for (std::int64_t i = 0; i < cut_.unit_groups; ++i) {
+      settle_group(unit, cut_.image_of(unit), cut_.group_of(unit) + i);
+    }
+    spread(cut_.image_of(unit), kGain, kMaps);
+  }
+
+  void finish(std::int64_t unit, std::int64_t index) const {
+    if (source_ == Source::kGradY) {
+      streams_ ? write<Source::kGradY, true>(unit, index)
+               : write<Source::kGradY, false>(unit, index);
+    } else if (source_ == Source::kRecomputed) {
+      streams_ ? write<Source::kRecomputed, true>(unit, index)
+               : write<Source::kRecomputed, false>(unit, index);
+    } else {
+      write<Source::kStored, false>(unit, index);
+    }
+    if (streams_) end_streaming();
+  }
+
+ private:
+  static Source source(const GroupNormSiluBackwardArgs<S>& args, const Cut& cut) {
+    if (!args.silu) return Source::kGradY;
+    // A half type would round g.
+    const bool holds = sizeof(S) == sizeof(T) && cut.unit_elements() <= kResidentElements;
+    return holds ? Source::kStored : Source::kRecomputed;
+  }
+
+  // What the first phase needs to know of every channel.
+  void prepare(std::int64_t unit) const {
+    const std::int64_t image = cut_.image_of(unit), first = cut_.group_of(unit);
+    for (std::int64_t group = first; group < first + cut_.unit_groups; ++group) {
+      const std::int64_t at = image * cut_.groups + group;
+      for (std::int64_t i = 0; i < cut_.group_channels; ++i) {
+        const std::int64_t c = group * cut_.group_channels + i;
+        const ChannelMap<T> map = channel_map(args_.modulation, image, cut_.channels, c,
+                                              args_.mean[at], args_.rstd[at]);
+        map_of(image, kMean)[c] = map.mean;
+        map_of(image, kFactor)[c] = map.factor;
+        map_of(image, kShift)[c] = map.shift;
+      }
+    }
+    spread(image, kMean, kGain);
+  }
+
+  template <bool kSilu, bool kStore>
+  void add_up(std::int64_t unit, std::int64_t index) const {
+    const Block block = cut_.block(unit, index);
+    const S *const grad_y = args_.grad_y + block.start, *const x = args_.x + block.start;
+    S* const dx = args_.dx + block.start;
+    const std::int64_t period = columns_.period, padded = columns_.padded();
+    const Buffer<T> memory(2 * padded);
+    T *const sums = memory.data(), *const products = sums + padded;
+    double* out = partial_of(unit, index);
+    fill(out, 2 * cut_.block_channels, 0.0);
+    each_panel(block, [&](std::int64_t at, std::int64_t length, const Maps<T>& maps) {
+      fill(sums, 2 * padded, T(0));
+      each_column<T>(
+          length, period,
+          AddGradients<S, kSilu, kStore>{grad_y + at, x + at, dx + at, period, maps, sums,
+                                         products});
+      columns_.fold(sums, out);
+      columns_.fold(products, out + cut_.block_channels);
+      ++out;  // the next panel is the next channel
+    });
+  }
+
+  template <Source kSource, bool kStream>
+  void write(std::int64_t unit, std::int64_t index) const {
+    const Block block = cut_.block(unit, index);
+    const S *const grad_y = args_.grad_y + block.start, *const x = args_.x + block.start;
+    S* const dx = args_.dx + block.start;
+    const std::int64_t period = columns_.period;
+    each_panel(block, [&](std::int64_t at, std::int64_t length, const Maps<T>& maps) {
+      each_column<T>(
+          length, period,
+          WriteGradient<S, kSource, kStream>{grad_y + at, x + at, dx + at, period, maps});
+    });
+  }
+
+  // The parts of a block that have the same columns: all of it (NHWC), or a channel (NCHW).
+  template <class Visit>
+  void each_panel(const Block& block, const Visit& visit) const {
+    const std::int64_t image = block.start / args_.shape.elements();
+    if (cut_.last) {
+      visit(std::int64_t{0}, block.length, Maps<T>{map_of(image, kMean), map_size()});
+      return;
+    }
+    T columns[kMaps * kShortestPeriod];
+    for (std::int64_t i = 0; i < block.channels; ++i) {
+      for (int map = 0; map < kMaps; ++map) {
+        fill(columns + map * kShortestPeriod, kShortestPeriod,
+             map_of(image, static_cast<Map>(map))[block.channel + i]);
+      }
+      visit(i * block.run, block.run, Maps<T>{columns, kShortestPeriod});
+    }
+  }
+
+  // The sums of a unit's channel number i, over its blocks in order.
+  Sums merged(std::int64_t unit, std::int64_t i) const {
+    Sums all = {0.0, 0.0};
+    for (std::int64_t segment = 0; segment < cut_.segments; ++segment) {
+      const std::int64_t block = i / cut_.block_channels * cut_.segments + segment;
+      const double* const at = partial_of(unit, block) + i % cut_.block_channels;
+      all.g += at[0];
+      all.products += at[cut_.block_channels];
+    }
+    return all;
+  }
+
+  void settle_group(std::int64_t unit, std::int64_t image, std::int64_t group) const {
+    const double mean = args_.mean[image * cut_.groups + group];
+    const double rstd = args_.rstd[image * cut_.groups + group];
+    const double rest = mean - static_cast<double>(static_cast<T>(mean));
+    const std::int64_t first = group * cut_.group_channels, last = first + cut_.group_channels;
+    double along_one = 0.0, along_x = 0.0;
+    for (std::int64_t c = first; c < last; ++c) {
+      const std::int64_t at = image * cut_.channels + c;
+      Sums sums = merged(unit, c - cut_.group_of(unit) * cut_.group_channels);
+      sums.products -= rest * sums.g;
+      totals_.data()[at] = sums;
+      const double weight = weight_of(args_.modulation, c);
+      const double factor = weight * gain_of(args_.modulation, at);
+      along_one += factor * sums.g;
+      along_x += factor * sums.products;
+      map_of(image, kGain)[c] = static_cast<T>(rstd * factor);
+      if (args_.dscale) {
+        args_.dscale[at] = static_cast<T>(weight * rstd * sums.products +
+                                          bias_of(args_.modulation, c) * sums.g);
+      }
+      if (args_.dshift) args_.dshift[at] = static_cast<T>(sums.g);
+    }
+    const double elements = static_cast<double>(cut_.group_channels * cut_.pixels);
+    const double slope = -rstd * rstd * rstd * along_x / elements;
+    const double offset = -rstd * along_one / elements - slope * rest;
+    fill(map_of(image, kSlope) + first, cut_.group_channels, static_cast<T>(slope));
+    fill(map_of(image, kOffset) + first, cut_.group_channels, static_cast<T>(offset));
+  }
+
+  // The gradients of weight and bias, summed over the images in order.
+  void reduce_parameters() const {
+    for (std::int64_t c = 0; c < cut_.channels; ++c) {
+      double dweight = 0.0, dbias = 0.0;
+      for (std::int64_t image = 0; image < args_.shape.batch; ++image) {
+        const std::int64_t at = image * cut_.channels + c;
+        const double gain = gain_of(args_.modulation, at);
+        const double rstd = args_.rstd[image * cut_.groups + c / cut_.group_channels];
+        dweight += gain * rstd * totals_.data()[at].products;
+        dbias += gain * totals_.data()[at].g;
+      }
+      if (args_.dweight) args_.dweight[c] = static_cast<T>(dweight);
+      if (args_.dbias) args_.dbias[c] = static_cast<T>(dbias);
+    }
+  }
+
+  double* partial_of(std::int64_t unit, std::int64_t block) const {
+    return partial_.data() + (unit * cut_.blocks + block) * cut_.block_channels * 2;
+  }
+
+  std::int64_t map_size() const { return cut_.last ? columns_.padded() : cut_.channels; }
+
+  T* map_of(std::int64_t image, Map map) const {
+    return maps_.data() + (image * kMaps + map) * map_size();
+  }
+
+  void spread(std::int64_t image, Map from, Map to) const {
+    if (!cut_.last) return;
+    for (int map = from; map < to; ++map) {
+      T* const at = map_of(image, static_cast<Map>(map));
+      columns_.spread(at, at);
+    }
+  }
+
+  const GroupNormSiluBackwardArgs<S>& args_;
+  const Cut cut_;
+  const Columns<T> columns_;
+  const Buffer<double> partial_;  // sums of each block's channels
+  const Buffer<Sums> totals_;     // of each image's channels
+  const Buffer<T> maps_;          // of each image's columns (NHWC) or channels
+  const Source source_;
+  const bool streams_;
+};
+
+}  // namespace
+
+template <class S>
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs<S>& args) {
+  if (args.shape.batch * args.shape.elements() > 0) Backward<S>(args).run();
+}
+
+template void group_norm_silu_backward(const GroupNormSiluBackwardArgs<float>& args);
+template void group_norm_silu_backward(const GroupNormSiluBackwardArgs<double>& args);
+template void group_norm_silu_backward(const GroupNormSiluBackwardArgs<Float16>& args);
+template void group_norm_silu_backward(const GroupNormSiluBackwardArgs<BFloat16>& args);
+
+}  // namespace advkd::ADVKD_ISA
