@@ -916,10 +916,3 @@ def variants() -> list[Build]:
             builds.append(_build(variant, "float16", 8))
             builds.append(_build(variant, "bfloat16", 4 if wide_run else 1))
     return builds
-
-
-def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> Tensor:
-    """`forward` without FiLM; y alone."""
-    return forward(x, weight, bias, None, None, num_groups, eps, silu)[0]
