@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from advkd.models.layers import (
     Attention,
+    Conv3x3,
     Downsample,
     GroupNormSiLU,
     ResnetBlock,
@@ -330,8 +331,9 @@ class _Lowering:
         weight: Tensor | None = None,
         **options: Any,
     ) -> Part:
-        """An nn.Conv2d; `bias` and `weight` replace its own, `pad` its padding."""
-        conv = self.known(module, nn.Conv2d)
+        """An nn.Conv2d or Conv3x3; `bias` and `weight` replace its own, `pad` its padding."""
+        kind = Conv3x3 if isinstance(module, Conv3x3) else nn.Conv2d
+        conv: nn.Conv2d = self.known(module, kind)
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         square = (conv.kernel_size, conv.stride, conv.padding) == (
             (kernel, kernel),

@@ -379,3 +379,18 @@ def attention_double_backward(
     )
     grad_grad_out, grad_q, grad_k, grad_v = (x.to(dtype) for x in grads)
     return grad_grad_out, grad_q, grad_k, grad_v
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+    """The convolution that keeps the size or, `turned`, the one that is its input's gradient."""
+    if turned:
+        return F.conv_transpose2d(x, weight, bias, padding=1)
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def conv3x3_weights(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of weight (C_out, C, 3, 3) and bias (C_out,) of such a convolution."""
+    weight = x.new_empty((grad_y.shape[1], x.shape[1], 3, 3))
+    steps = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+    _, grad_weight, _ = torch.ops.aten.convolution_backward(grad_y, x, weight, None, *steps)
+    return grad_weight, grad_y.sum(dim=(0, 2, 3))

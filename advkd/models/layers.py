@@ -1,7 +1,8 @@
 """The blocks that teacher, student and discriminator are built from.
 
 Attribute names follow diffusers where the teacher uses them, so that its tensors load by name.
-Every GroupNorm+SiLU of the package goes through `GroupNormSiLU`.
+Every GroupNorm+SiLU of the package goes through `GroupNormSiLU`, and every 3x3 convolution between
+wide layers through `Conv3x3`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ class GroupNormSiLU(nn.GroupNorm):
         return ops.group_norm_silu(
             x, self.weight, self.bias, self.num_groups, self.eps, self.activation
         )
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution that keeps the size: (B, C, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias)
 
 
 def timestep_embedding(
@@ -77,11 +88,11 @@ class ResnetBlock(nn.Module):
     ):
         super().__init__()
         self.norm1 = GroupNormSiLU(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels) if temb_channels else None
         self.norm2 = GroupNormSiLU(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
@@ -152,7 +163,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

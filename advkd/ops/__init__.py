@@ -13,6 +13,7 @@ from advkd.kernels import unavailable_reason as triton_missing
 from advkd.ops import _backend
 from advkd.ops._attention import attention
 from advkd.ops._backend import BACKENDS, extension, use_backend
+from advkd.ops._conv3x3 import conv3x3
 from advkd.ops._group_norm_silu import group_norm_silu
 from advkd.ops._noise import LABEL_STEP, X_T_STEP, philox_labels, philox_normal, philox_uint32
 from advkd.ops._sampling_step import sampling_step
@@ -22,6 +23,7 @@ __all__ = [
     "LABEL_STEP",
     "X_T_STEP",
     "attention",
+    "conv3x3",
     "describe",
     "extension",
     "group_norm_silu",
@@ -47,6 +49,7 @@ def describe() -> list[tuple[str, str, str]]:
             "sampling_step",
             "group_norm_silu",
             "attention",
+            "conv3x3",
         )
     ]
     no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
