@@ -36,6 +36,21 @@ class AttentionShape:
         return f"{self.network} {self.batch}x{self.heads}x{self.tokens}x{self.head_dim}"
 
 
+@dataclass(frozen=True)
+class ConvolutionShape:
+    """x (batch, channels, size, size) of a 3x3 convolution to `out` channels; it keeps the size."""
+
+    network: str
+    batch: int
+    channels: int
+    size: int
+    out: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network} {self.batch}x{self.channels}x{self.size}x{self.size} to {self.out}"
+
+
 # Where channels are twice a block's width or the sum of two, a skip has been concatenated.
 GROUP_NORM_SILU = (
     NormShape("teacher", 32, 16, 28, 8),
@@ -68,4 +83,17 @@ ATTENTION = (
     AttentionShape("14x14", 32, 1, 196, 64),
     AttentionShape("32x32", 4, 1, 1024, 64),
     AttentionShape("64x64", 1, 1, 4096, 64),
+)
+
+CONV3X3 = (
+    ConvolutionShape("teacher", 32, 16, 28, 16),
+    ConvolutionShape("teacher", 32, 128, 7, 64),
+    ConvolutionShape("student", 32, 96, 14, 48),
+    ConvolutionShape("student", 32, 32, 28, 16),
+    ConvolutionShape("discriminator", 64, 48, 14, 48),
+    ConvolutionShape("discriminator", 64, 96, 7, 96),
+    ConvolutionShape("cifar10-32", 16, 128, 32, 128),
+    ConvolutionShape("cifar10-32", 16, 512, 16, 256),
+    ConvolutionShape("cifar10-32", 16, 256, 4, 256),
+    ConvolutionShape("cifar10-32", 1, 256, 16, 256),
 )
