@@ -270,6 +270,8 @@ def generate(
         raise ValueError(f"num={num} is negative or batch={batch} below 1")
     if exit_at is not None and isinstance(model, UNet):
         raise ValueError(f"exit_at={exit_at}: only a student can leave early, not a teacher")
+    if threads < 0:
+        raise ValueError(f"threads={threads} is negative")
     numbers = torch.arange(first, first + num)
     y = _labels(model, seed, numbers, y)
     device = next(model.parameters()).device

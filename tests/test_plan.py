@@ -383,6 +383,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         engine.run(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match="unconditional"):
         engine.run(torch.zeros(1, 1, 8, 8), 1, torch.tensor([0]))
+    for threads in (-1, 1 << 13):
+        with pytest.raises(ValueError, match=f"threads={threads}"):
+            engine.run(torch.zeros(1, 1, 8, 8), 1, threads=threads)
 
 
 # Corrupt plans.
@@ -432,7 +435,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_corrupt_plan_is_an_exception(data: st.DataObject) -> None:
     whole = data.draw(st.sampled_from(victims())).plan

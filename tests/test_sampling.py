@@ -379,6 +379,8 @@ def test_generate_leaves_early() -> None:
 def test_what_generate_cannot_do_is_an_error() -> None:
     with pytest.raises(ValueError, match="num=-1"):
         generate(small_student(), -1, 0)
+    with pytest.raises(ValueError, match="threads=-1"):
+        generate(small_student(), 1, 0, threads=-1)
     with pytest.raises(ValueError, match="batch=0"):
         generate(small_student(), 1, 0, batch=0)
     with pytest.raises(ValueError, match="exit_at"):

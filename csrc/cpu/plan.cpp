@@ -64,6 +64,7 @@ constexpr std::int64_t kLargestSide = 1 << 14;
 constexpr std::int64_t kLargestChannels = 1 << 20;
 constexpr std::int64_t kLargestBatch = 1 << 20;
 constexpr std::int64_t kLargestRow = 1 << 30;
+constexpr int kMostThreads = 1 << 12;
 constexpr std::int64_t kAlignment = 16;  // floats of a cache line
 // Memory of as much in all waits for the next pass; more goes back to the system.
 constexpr std::int64_t kKeptFloats = 64 << 20;
@@ -609,6 +610,13 @@ void check_flow(const PlanData& plan, const std::vector<std::unique_ptr<PlanStep
   }
 }
 
+void check_threads(int threads) {
+  if (threads < 1 || threads > kMostThreads) {
+    throw std::invalid_argument("threads=" + std::to_string(threads) + " is not between 1 and " +
+                                std::to_string(kMostThreads));
+  }
+}
+
 double thread_seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -632,6 +640,7 @@ Plan::Plan(const PlanData& data) : data_(data) {
 Plan::~Plan() = default;
 
 std::int64_t Plan::bytes(std::int64_t batch, int threads) const {
+  check_threads(threads);
   std::int64_t workspace = 0;
   for (const auto& step : steps_) workspace = std::max(workspace, step->workspace(batch, threads));
   const auto size = static_cast<std::int64_t>(sizeof(float));
@@ -665,6 +674,7 @@ void Plan::give_back(std::unique_ptr<Memory> memory) const {
 }
 
 void Plan::check(const PlanPass& pass) const {
+  check_threads(pass.threads);
   if (pass.batch < 0 || pass.batch > data_.batch) {
     throw std::invalid_argument("a pass of " + std::to_string(pass.batch) + " images, but the " +
                                 "plan is for at most " + std::to_string(data_.batch));
@@ -720,6 +730,8 @@ void Plan::run_parts(
     const {
   // Fewer images than this on each thread would read the weights too often.
   constexpr std::int64_t kFewImages = 4;
+  check_threads(threads);
+  if (images < 0) throw std::invalid_argument("the number of images is negative");
   std::int64_t parts = (images + data_.batch - 1) / data_.batch;
   const bool apart = threads > 1 && images >= kFewImages * threads;
   if (apart) parts = (parts + threads - 1) / threads * threads;
