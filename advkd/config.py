@@ -241,7 +241,7 @@ def config_for(size: int, channels: int) -> Config:
         student=student,
         discriminator=discriminator,
         distill=DistillConfig(
-            lr_d=1e-3, lambda_rec=3.0, r1_gamma=0.1, adversary="fresh", adversary_after=0.5
+            lr_d=1e-3, lambda_rec=3.0, r1_gamma=0.1, adversary="fresh", adversary_after=0.35
         ),
     )
 
