@@ -456,7 +456,7 @@ _FLOAT_FORWARD = (
     Variant("forward", False, 32, 32, 16, 16, False, 4, 2),
     Variant("forward", False, 32, 32, 32, 32, False, 4, 2),
     Variant("forward", False, 32, 32, 64, 64, False, 4, 2),
-    Variant("forward", False, 32, 32, 128, 128, False, 8, 2),
+    Variant("forward", False, 32, 16, 128, 128, False, 8, 2),
     Variant("forward", False, 32, 32, 32, 256, True, 8, 2),
 )
 _FLOAT_DKDV = (
