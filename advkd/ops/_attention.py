@@ -115,10 +115,6 @@ def _empty_rows(like: Tensor) -> Tensor:
     return torch.empty((B, N, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _attention_op(
     q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +146,7 @@ def _attention_op(
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    return _empty_rows(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+    return _empty_rows(q), q.new_empty(q.shape[:3], dtype=reference.wide_dtype(q.dtype))
 
 
 def _attention_backward_op(
