@@ -262,8 +262,9 @@ def generate(
 
     A student makes each in one pass (`exit_at` leaves early), a teacher by `sampler` in `steps`
     steps. `y` (num,) int64 are labels for a class-conditional model; without them they are drawn
-    from the seed. `batch` images are drawn at once, on `threads` threads (0: as many as torch
-    has), which the engine shares out within a batch and the plain loop among batches. `callback` is told (passes done, passes in all). Raises
+    from the seed. `batch` images are drawn at once, on `threads` threads (0: as many as torch has),
+    which the engine shares out within a batch and the plain loop among batches. `callback` is told
+    (passes done, passes in all). Raises
     ValueError for what the model cannot do.
     """
     if num < 0 or batch < 1:
