@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,20 +61,46 @@ def group_norm_silu(
         ValueError, TypeError: shapes, dtypes, devices or names that do not fit the above;
             backend="fused" where no kernel serves.
     """
-    _check_arguments(x, num_groups, eps, activation)
-    _check_parameters(x, weight, bias, scale, shift)
-    x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
     silu = activation == "silu"
+    simple = scale is None and shift is None and silu and _fit(x, weight, bias, num_groups, eps)
+    if not simple:
+        _check_arguments(x, num_groups, eps, activation)
+        _check_parameters(x, weight, bias, scale, shift)
+        x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
     if not use_fused("group_norm_silu", backend, _unavailable(x)):
         return reference.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu)
-    arguments = (x, weight, bias, scale, shift, num_groups, eps, silu)
-    tensors = [t for t in arguments[:5] if t is not None]
+    modulation = (weight, bias, scale, shift)
+    tensors = [x, *(t for t in modulation if t is not None)]
     if not runs_eagerly(*tensors):
-        return torch.ops.advkd.group_norm_silu(*arguments)[0]
+        return torch.ops.advkd.group_norm_silu(x, *modulation, num_groups, eps, silu)[0]
     # Past torch's dispatcher, whose way through Python takes longer than a small map.
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _GroupNormSilu.apply(*arguments)[0]
-    return _group_norm_silu_op(*arguments)[0]
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not x.is_cpu or x.numel() == 0:
+        run = _GroupNormSilu.apply if tracked else _group_norm_silu_op
+        return run(x, *modulation, num_groups, eps, silu)[0]
+    if tracked:
+        return _CpuGroupNormSilu.apply(x, *modulation, num_groups, eps, silu)
+    return _cpu_forward(_dense(x), modulation, num_groups, eps, silu)[0]
+
+
+def _fit(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> bool:
+    """Whether the commonest arguments have no errors: asked at once, since the questions one by
+    one take as long as a small map does."""
+    return (
+        weight is not None
+        and bias is not None
+        and x.is_cpu
+        and weight.is_cpu
+        and bias.is_cpu
+        and x.dtype is weight.dtype is bias.dtype is torch.float32
+        and x.dim() >= 2
+        and x.shape[1:2] == weight.shape == bias.shape
+        and num_groups >= 1
+        and x.shape[1] % num_groups == 0
+        and eps >= 0
+    )
 
 
 def _check_arguments(x: Tensor, num_groups: int, eps: float, activation: str) -> None:
@@ -145,21 +172,77 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=reference.memory_format_of(x))
 
 
-def _wide(modulation: Modulation, dtype: torch.dtype) -> list[Tensor | None]:
+def _wide(modulation: Modulation, dtype: torch.dtype) -> Modulation:
     """The parameters as the C++ kernels take them; x has `dtype`."""
     wide = reference.wide_dtype(dtype)
-    return [None if t is None else t.to(wide).contiguous() for t in modulation]
+    first, second, third, fourth = (
+        t if t is None or (t.dtype is wide and t.is_contiguous()) else t.to(wide).contiguous()
+        for t in modulation
+    )
+    return first, second, third, fourth
 
 
-def _addresses(tensors: list[Tensor | None]) -> tuple[int, ...]:
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+def _addresses(tensors: Modulation) -> tuple[int, ...]:
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
 def _sizes(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int, int], bool]:
-    """(B, C, pixels, groups), and whether channels are neighbours in memory."""
-    batch, channels, *sizes = x.shape
-    pixels = math.prod(sizes)
+    """(B, C, pixels, groups) of an x with elements, and whether channels are neighbours in
+    memory."""
+    batch, channels = x.shape[:2]
+    pixels = x.numel() // (batch * channels)
     return (batch, channels, pixels, num_groups), pixels == 1 or not x.is_contiguous()
+
+
+def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    return getattr(fused_extension(), name + _CPU_DTYPES[dtype])
+
+
+def _cpu_forward(
+    x: Tensor, modulation: Modulation, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y of a dense x with elements, and the mean and 1/deviation (2, B, num_groups)."""
+    y = torch.empty_like(x)
+    sizes, channels_last = _sizes(x, num_groups)
+    statistics = torch.empty((2, sizes[0], num_groups), dtype=torch.float64)
+    mean = statistics.data_ptr()
+    wide = _wide(modulation, x.dtype)
+    _kernel("group_norm_silu_", x.dtype)(
+        x.data_ptr(), _addresses(wide), y.data_ptr(), mean, mean + 8 * sizes[0] * num_groups,
+        sizes, channels_last, eps, silu, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, statistics
+
+
+def _cpu_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    modulation: Modulation,
+    statistics: tuple[int, int],
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Modulation]:
+    """The gradients of a dense x with elements, and of the parameters (None for None); `statistics`
+    are the addresses of the mean and of 1/deviation."""
+    grad_y = grad_y.contiguous(memory_format=reference.memory_format_of(x))
+    wide = _wide(modulation, x.dtype)
+    dx = torch.empty_like(x)
+    first, second, third, fourth = (t if t is None else torch.empty_like(t) for t in wide)
+    gradients = (first, second, third, fourth)
+    sizes, channels_last = _sizes(x, num_groups)
+    _kernel("group_norm_silu_backward_", x.dtype)(
+        grad_y.data_ptr(), x.data_ptr(), _addresses(wide), *statistics, dx.data_ptr(),
+        _addresses(gradients), sizes, channels_last, silu, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, gradients
+
+
+def _as_parameters(gradients: Modulation, parameters: Modulation) -> list[Tensor | None]:
+    """Gradients in their parameters' dtypes."""
+    return [
+        g if g is None or t is None or g.dtype is t.dtype else g.to(t.dtype)
+        for g, t in zip(gradients, parameters, strict=True)
+    ]
 
 
 def _group_norm_silu_op(
@@ -182,18 +265,11 @@ def _group_norm_silu_op(
         from advkd.kernels.group_norm_silu import forward
 
         return forward(x, weight, bias, scale, shift, num_groups, eps, silu)
-    y = torch.empty_like(x)
-    mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
-    rstd = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
     if x.numel() == 0:
-        return y, mean.zero_(), rstd.fill_(eps**-0.5 if eps else math.inf)
-    wide = _wide((weight, bias, scale, shift), x.dtype)
-    sizes, channels_last = _sizes(x, num_groups)
-    kernel = getattr(fused_extension(), f"group_norm_silu_{_CPU_DTYPES[x.dtype]}")
-    kernel(
-        x.data_ptr(), _addresses(wide), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), sizes,
-        channels_last, eps, silu, torch.get_num_threads(),
-    )  # fmt: skip
+        mean = torch.zeros((x.shape[0], num_groups), dtype=torch.float64)
+        return torch.empty_like(x), mean, torch.full_like(mean, eps**-0.5 if eps else math.inf)
+    y, statistics = _cpu_forward(x, (weight, bias, scale, shift), num_groups, eps, silu)
+    mean, rstd = (t.clone() for t in statistics)  # what an op returns is no view
     return y, mean, rstd
 
 
@@ -231,29 +307,19 @@ def _group_norm_silu_backward_op(
         )
         return _returned(dx, gradients)
     x = _dense(x)
-    grad_y = grad_y.contiguous(memory_format=reference.memory_format_of(x))
     if x.is_cuda:
         from advkd.kernels.group_norm_silu import backward
 
-        dx, *gradients = backward(grad_y, x, *modulation, mean, rstd, num_groups, eps, silu)
-        return _returned(dx, gradients)
-    wide = _wide(modulation, x.dtype)
-    dx = torch.empty_like(x)
-    gradients = [None if t is None else torch.empty_like(t) for t in wide]
+        grad_y = grad_y.contiguous(memory_format=reference.memory_format_of(x))
+        dx, *of_modulation = backward(grad_y, x, *modulation, mean, rstd, num_groups, eps, silu)
+        return _returned(dx, of_modulation)
     if x.numel() == 0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.zero_()
-    else:
-        sizes, channels_last = _sizes(x, num_groups)
-        kernel = getattr(fused_extension(), f"group_norm_silu_backward_{_CPU_DTYPES[x.dtype]}")
-        kernel(
-            grad_y.data_ptr(), x.data_ptr(), _addresses(wide), mean.data_ptr(), rstd.data_ptr(),
-            dx.data_ptr(), _addresses(gradients), sizes, channels_last, silu,
-            torch.get_num_threads(),
-        )  # fmt: skip
-    pairs = zip(gradients, modulation, strict=True)
-    return _returned(dx, [g if g is None or t is None else g.to(t.dtype) for g, t in pairs])
+        zeros = [t if t is None else torch.zeros_like(t) for t in modulation]
+        return _returned(torch.empty_like(x), zeros)
+    statistics = (mean.contiguous(), rstd.contiguous())
+    addresses = (statistics[0].data_ptr(), statistics[1].data_ptr())
+    dx, rest = _cpu_backward(grad_y, x, modulation, addresses, num_groups, silu)
+    return _returned(dx, _as_parameters(rest, modulation))
 
 
 def _returned(
@@ -313,6 +379,37 @@ class _GroupNormSilu(torch.autograd.Function):
             gradient if needed else None
             for gradient, needed in zip(gradients, ctx.needs_input_grad[:5], strict=True)
         ]
+        return *wanted, None, None, None
+
+
+class _CpuGroupNormSilu(torch.autograd.Function):
+    """The C++ kernels with their gradient, for plain tensors with elements."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, *modulation = arguments[:5]
+        y, statistics = _cpu_forward(_dense(x), tuple(modulation), *arguments[5:])
+        ctx.save_for_backward(x, *modulation, statistics)
+        ctx.options = arguments[5:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale, shift, statistics = ctx.saved_tensors
+        modulation = (weight, bias, scale, shift)
+        num_groups, _, silu = ctx.options
+        gradients: Any
+        if torch.is_grad_enabled() or not runs_eagerly(grad_y, x):
+            gradients = torch.ops.advkd.group_norm_silu_backward(
+                grad_y, x, *modulation, *statistics, *ctx.options
+            )
+        else:
+            mean = statistics.data_ptr()
+            addresses = (mean, mean + 4 * statistics.numel())
+            dx, rest = _cpu_backward(grad_y, _dense(x), modulation, addresses, num_groups, silu)
+            gradients = (dx, *_as_parameters(rest, modulation))
+        needed = ctx.needs_input_grad[:5]
+        wanted = [g if n else None for g, n in zip(gradients, needed, strict=True)]
         return *wanted, None, None, None
 
 

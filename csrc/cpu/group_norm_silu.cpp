@@ -19,6 +19,7 @@ struct Moments {
 template <class S>
 struct AddValues {
   using T = WideOf<S>;
+  static constexpr int kMostRows = 8;
   const S* x;
   std::int64_t period;
   T* sums;
@@ -39,6 +40,7 @@ struct AddValues {
 template <class S>
 struct AddDeviations {
   using T = WideOf<S>;
+  static constexpr int kMostRows = 8;
   const S* x;
   std::int64_t period;
   const T* origin;
@@ -71,6 +73,7 @@ struct AddDeviations {
 template <class S, bool kSilu, bool kStream>
 struct Normalise {
   using T = WideOf<S>;
+  static constexpr int kMostRows = 2;
   const S* x;
   S* y;
   std::int64_t period;
@@ -169,14 +172,9 @@ class Forward {
       args_.mean[image * cut_.groups + group] = all.mean;
       args_.rstd[image * cut_.groups + group] = rstd;
       T* const maps = map_of(image);
-      const std::int64_t first = group * cut_.group_channels;
-      for (std::int64_t c = first; c < first + cut_.group_channels; ++c) {
-        const ChannelMap<T> map =
-            channel_map(args_.modulation, image, cut_.channels, c, all.mean, rstd);
-        maps[c] = map.mean;
-        maps[map_size() + c] = map.factor;
-        maps[2 * map_size() + c] = map.shift;
-      }
+      channel_maps(args_.modulation, image, cut_.channels, group * cut_.group_channels,
+                   cut_.group_channels, all.mean, rstd,
+                   {maps, maps + map_size(), maps + 2 * map_size()});
     }
     if (!cut_.last) return;
     for (int k = 0; k < 3; ++k) {
@@ -256,7 +254,7 @@ class Forward {
   const Cut cut_;
   const Columns<T> columns_;
   const Buffer<Moments> moments_;  // of each block's groups
-  const Buffer<T> maps_;           // ChannelMap of each image's columns (NHWC) or channels
+  const Buffer<T> maps_;           // ChannelMaps of each image's columns (NHWC) or channels
   const bool streams_;
 };
 

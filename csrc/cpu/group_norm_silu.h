@@ -159,11 +159,11 @@ struct Columns {
 };
 
 // Calls body.rows<n>(at, column) for n vectors at, at + period, ..., which share what is loaded for
-// their columns, and body.some(at, column, n) where only n lanes are left. More than two rows at
-// once would be too many streams for the processor's prefetching.
+// their columns, and body.some(at, column, n) where only n lanes are left. n is at most
+// Body::kMostRows: sums are loaded and stored less often the more rows there are.
 template <class T, class Body>
 inline void each_column(std::int64_t length, std::int64_t period, const Body& body) {
-  constexpr int lanes = kLanesOf<T>, kRows = 2;
+  constexpr int lanes = kLanesOf<T>, kRows = Body::kMostRows;
   std::int64_t at = 0;
   for (; at + kRows * period <= length; at += kRows * period) {
     for (std::int64_t c = 0; c < period; c += lanes) body.template rows<kRows>(at + c, c);
@@ -191,23 +191,57 @@ inline VectorOf<T> first_lanes(const VectorOf<T>& v, std::int64_t n) {
   return load_first(part, n);
 }
 
+// 1 / d for d in [1, 2^127), within 2 ulp; NaN stays NaN.
+template <class V>
+inline V reciprocal(const V& d) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64 && sizeof(d[0]) == 4) {  // by Newton's step: divisions are slow
+    const V r = (V)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)d);
+    return r * (2.0f - d * r);
+  }
+#endif
+  return 1 / d;
+}
+
+// 1 / (1 + e^-u), for float32 within 8 ulp where |u| <= 87, and as at that bound beyond it; NaN
+// stays NaN. Less general than exp_of, and therefore faster.
+static inline VectorOf<float> gate_of(VectorOf<float> u) {
+  const VectorOf<float> low = VectorOf<float>{} - 87.0f, high = VectorOf<float>{} + 87.0f;
+  u = low > u ? low : u;
+  u = high < u ? high : u;
+  // e^-u = 2^n e^f, |f| <= log(2) / 2; 1.5 * 2^23 leaves n in the low bits.
+  const VectorOf<float> shifted = u * -1.44269504f + 12582912.0f;
+  const VectorOf<float> n = shifted - 12582912.0f;
+  const VectorOf<float> f = n * 2.121944400e-04f - (n * 0.693359375f + u);
+  VectorOf<float> p = f * 8.290308528e-03f + 4.189796746e-02f;
+  p = p * f + 1.666763723e-01f;
+  p = p * f + 4.999915063e-01f;
+  p = p * f + 9.999997020e-01f;
+  p = p * f + 1.0f;
+  typedef std::uint32_t Bits __attribute__((vector_size(sizeof u)));
+  // n + 127 in the place of the exponent is 2^n.
+  return reciprocal(p * (VectorOf<float>)(((Bits)shifted + 127u) << 23) + 1.0f);
+}
+
+static inline VectorOf<double> gate_of(VectorOf<double> u) { return 1.0 / (exp_of(-u) + 1.0); }
+
 template <class T>
 inline VectorOf<T> silu(const VectorOf<T>& u) {
-  return u / (exp_of(-u) + T(1));
+  return u * gate_of(u);
 }
 
 // The derivative of SiLU.
 template <class T>
 inline VectorOf<T> silu_slope(const VectorOf<T>& u) {
-  const VectorOf<T> gate = T(1) / (exp_of(-u) + T(1));
+  const VectorOf<T> gate = gate_of(u);
   return gate * (u * (T(1) - gate) + T(1));
 }
 
-// One channel of one image: u = (x - mean) factor + shift, which is what the activation gets, with
+// For channels of one image: u = (x - mean) factor + shift, which is what the activation gets, with
 // `mean` as the arithmetic's type holds it and the rest of the true mean in the shift.
 template <class T>
-struct ChannelMap {
-  T mean, factor, shift;
+struct ChannelMaps {
+  T *mean, *factor, *shift;
 };
 
 template <class T>
@@ -226,16 +260,29 @@ inline double gain_of(const Modulation<T>& m, std::int64_t at) {
   return m.scale ? 1.0 + static_cast<double>(m.scale[at]) : 1.0;
 }
 
+// Sets the maps of `count` channels from `first` on, which share their statistics.
 template <class T>
-ChannelMap<T> channel_map(const Modulation<T>& m, std::int64_t image, std::int64_t channels,
-                          std::int64_t c, double mean, double rstd) {
-  const std::int64_t at = image * channels + c;
+void channel_maps(const Modulation<T>& m, std::int64_t image, std::int64_t channels,
+                  std::int64_t first, std::int64_t count, double mean, double rstd,
+                  const ChannelMaps<T>& maps) {
   const T held = static_cast<T>(mean);
-  const double scale = rstd * weight_of(m, c), gain = gain_of(m, at);
-  const double shift = m.shift ? static_cast<double>(m.shift[at]) : 0.0;
   const double rest = mean - static_cast<double>(held);
-  return {held, static_cast<T>(scale * gain),
-          static_cast<T>((bias_of(m, c) - rest * scale) * gain + shift)};
+  fill(maps.mean + first, count, held);
+  if (m.weight && m.bias && !m.scale && !m.shift) {  // the commonest case, without questions
+    for (std::int64_t c = first; c < first + count; ++c) {
+      const double scale = rstd * static_cast<double>(m.weight[c]);
+      maps.factor[c] = static_cast<T>(scale);
+      maps.shift[c] = static_cast<T>(static_cast<double>(m.bias[c]) - rest * scale);
+    }
+    return;
+  }
+  for (std::int64_t c = first; c < first + count; ++c) {
+    const std::int64_t at = image * channels + c;
+    const double scale = rstd * weight_of(m, c), gain = gain_of(m, at);
+    const double shift = m.shift ? static_cast<double>(m.shift[at]) : 0.0;
+    maps.factor[c] = static_cast<T>(scale * gain);
+    maps.shift[c] = static_cast<T>((bias_of(m, c) - rest * scale) * gain + shift);
+  }
 }
 
 }  // namespace advkd::ADVKD_ISA

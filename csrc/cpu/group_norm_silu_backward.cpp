@@ -43,6 +43,7 @@ struct Slope {
 template <class S, bool kSilu, bool kStore>
 struct AddGradients {
   using T = WideOf<S>;
+  static constexpr int kMostRows = 2;
   const S *grad_y, *x;
   S* dx;
   std::int64_t period;
@@ -82,6 +83,7 @@ struct AddGradients {
 template <class S, Source kSource, bool kStream>
 struct WriteGradient {
   using T = WideOf<S>;
+  static constexpr int kMostRows = 2;
   const S *grad_y, *x;
   S* dx;
   std::int64_t period;
@@ -197,14 +199,9 @@ class Backward {
     const std::int64_t image = cut_.image_of(unit), first = cut_.group_of(unit);
     for (std::int64_t group = first; group < first + cut_.unit_groups; ++group) {
       const std::int64_t at = image * cut_.groups + group;
-      for (std::int64_t i = 0; i < cut_.group_channels; ++i) {
-        const std::int64_t c = group * cut_.group_channels + i;
-        const ChannelMap<T> map = channel_map(args_.modulation, image, cut_.channels, c,
-                                              args_.mean[at], args_.rstd[at]);
-        map_of(image, kMean)[c] = map.mean;
-        map_of(image, kFactor)[c] = map.factor;
-        map_of(image, kShift)[c] = map.shift;
-      }
+      channel_maps(args_.modulation, image, cut_.channels, group * cut_.group_channels,
+                   cut_.group_channels, args_.mean[at], args_.rstd[at],
+                   {map_of(image, kMean), map_of(image, kFactor), map_of(image, kShift)});
     }
     spread(image, kMean, kGain);
   }
