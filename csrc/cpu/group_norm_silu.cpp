@@ -120,67 +120,61 @@ class Forward {
         columns_(cut_),
         moments_(cut_.units * cut_.blocks * cut_.unit_groups),
         maps_(args.shape.batch * 3 * map_size()),
+        group_of_(cut_.unit_channels),
         streams_(args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
                  streams_to(args.y, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
-                 streams_to(args.y, cut_.unit_elements())) {}
+                 streams_to(args.y, cut_.unit_elements())) {
+    set_group_of(cut_, group_of_.data());
+  }
 
   void run() const { run_phases(*this, cut_, args_.threads); }
 
   void measure(std::int64_t unit, std::int64_t index) const {
     const Block block = cut_.block(unit, index);
     const S* const x = args_.x + block.start;
-    const std::int64_t padded = columns_.padded(), channels = columns_.channels;
-    const Buffer<T> columns(3 * padded + channels);
-    T *const origin = columns.data(), *const sums = origin + padded, *const squares = sums + padded;
-    T* const origins = squares + padded;
-    const Buffer<double> memory(2 * channels);
-    double *const totals = memory.data(), *const square_totals = totals + channels;
+    const std::int64_t padded = columns_.padded(), groups = columns_.groups;
+    T *const origin = scratch<T>(3 * padded), *const sums = origin + padded;
+    T* const squares = sums + padded;
+    double* const of_channels = scratch<double>(columns_.channels + 2 * groups);
+    double *const totals = of_channels + columns_.channels, *const square_totals = totals + groups;
 
-    const std::int64_t few = parts(block.length / channels, 8) * channels;
-    fill(sums, 2 * padded, T(0));
-    fill(totals, 2 * channels, 0.0);
-    each_column<T>(few, columns_.period, AddValues<S>{x, columns_.period, sums});
-    columns_.fold(sums, totals);
-    for (std::int64_t c = 0; c < channels; c += group_columns()) {
-      const double mean = sum_of(totals + c) / static_cast<double>(few / cut_.unit_groups);
-      fill(origins + c, group_columns(), static_cast<T>(mean));
-    }
-    columns_.spread(origins, origin);
-
+    const std::int64_t few = parts(block.length / columns_.channels, 8) * columns_.channels;
     fill(sums, padded, T(0));
-    fill(totals, channels, 0.0);
+    each_column<T>(few, columns_.period, AddValues<S>{x, columns_.period, sums});
+    columns_.fold_groups(sums, of_channels, totals);
+    Moments* const out = moments_.data() + (unit * cut_.blocks + index) * groups;
+    set_origins(totals, static_cast<double>(groups) / static_cast<double>(few), out, origin);
+
+    fill(sums, 2 * padded, T(0));
     each_column<T>(block.length, columns_.period,
                    AddDeviations<S>{x, columns_.period, origin, sums, squares});
-    columns_.fold(sums, totals);
-    columns_.fold(squares, square_totals);
-    const double count = group_elements(unit, index);
-    Moments* out = moments_.data() + (unit * cut_.blocks + index) * cut_.unit_groups;
-    for (std::int64_t c = 0; c < channels; c += group_columns()) {
-      const double deviations = sum_of(totals + c);
-      *out++ = {static_cast<double>(origins[c]) + deviations / count,
-                sum_of(square_totals + c) - deviations * deviations / count};
+    columns_.fold_groups(sums, of_channels, totals);
+    columns_.fold_groups(squares, of_channels, square_totals);
+    const double share = static_cast<double>(groups) / static_cast<double>(block.length);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const double apart = totals[g] * share;
+      out[g] = {out[g].mean + apart, square_totals[g] - totals[g] * apart};
     }
   }
 
   void settle(std::int64_t unit) const {
-    const std::int64_t image = cut_.image_of(unit);
+    const std::int64_t image = cut_.image_of(unit), groups = cut_.unit_groups;
     const double elements = static_cast<double>(cut_.group_channels * cut_.pixels);
-    for (std::int64_t i = 0; i < cut_.unit_groups; ++i) {
-      const std::int64_t group = cut_.group_of(unit) + i;
-      const Moments all = merged(unit, i);
+    T* const memory = scratch<T>(3 * groups);
+    const GroupValues<T> values = {memory, memory + groups, memory + 2 * groups};
+    const std::int64_t at = image * cut_.groups + cut_.group_of(unit);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const Moments all = merged(unit, g);
       const double rstd = 1.0 / std::sqrt(all.squares / elements + args_.eps);
-      args_.mean[image * cut_.groups + group] = all.mean;
-      args_.rstd[image * cut_.groups + group] = rstd;
-      T* const maps = map_of(image);
-      channel_maps(args_.modulation, image, cut_.channels, group * cut_.group_channels,
-                   cut_.group_channels, all.mean, rstd,
-                   {maps, maps + map_size(), maps + 2 * map_size()});
+      values.set(g, all.mean, rstd);
+      args_.mean[at + g] = all.mean;
+      args_.rstd[at + g] = rstd;
     }
+    T* const maps = map_of(image);
+    const ChannelMaps<T> of_image = {maps, maps + map_size(), maps + 2 * map_size()};
+    set_channel_maps(args_.modulation, cut_, unit, group_of_.data(), values, of_image);
     if (!cut_.last) return;
-    for (int k = 0; k < 3; ++k) {
-      T* const map = map_of(image) + k * map_size();
-      columns_.spread(map, map);
-    }
+    for (int k = 0; k < 3; ++k) columns_.repeat(maps + k * map_size());
   }
 
   void finish(std::int64_t unit, std::int64_t index) const {
@@ -217,17 +211,19 @@ class Forward {
     }
   }
 
-  // In NCHW a block lies in one group, and all columns are as one channel of it.
-  std::int64_t group_columns() const { return cut_.last ? cut_.group_channels : 1; }
+  // The mean of a block's first elements, by group, as T holds it: to every column, and to out.
+  void set_origins(const double* sums, double share, Moments* out, T* origin) const {
+    const std::int64_t size = columns_.channels / columns_.groups;
+    for (std::int64_t g = 0; g < columns_.groups; ++g) {
+      const T mean = static_cast<T>(sums[g] * share);
+      out[g].mean = static_cast<double>(mean);
+      fill(origin + g * size, size, mean);
+    }
+    columns_.repeat(origin);
+  }
 
   double group_elements(std::int64_t unit, std::int64_t block) const {
     return static_cast<double>(cut_.block(unit, block).length / cut_.unit_groups);
-  }
-
-  double sum_of(const double* per_channel) const {
-    double sum = 0.0;
-    for (std::int64_t i = 0; i < group_columns(); ++i) sum += per_channel[i];
-    return sum;
   }
 
   // The blocks of one group, in order.
@@ -255,6 +251,7 @@ class Forward {
   const Columns<T> columns_;
   const Buffer<Moments> moments_;  // of each block's groups
   const Buffer<T> maps_;           // ChannelMaps of each image's columns (NHWC) or channels
+  const Buffer<std::int32_t> group_of_;
   const bool streams_;
 };
 

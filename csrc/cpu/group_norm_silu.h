@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <new>
 
 #include "cpu/exponential.h"
@@ -39,9 +40,44 @@ class Buffer {
   T* const data_;
 };
 
+// Uninitialised memory of the calling thread, kept for its next tasks: small maps are done sooner
+// than memory is had. What was there before is lost.
+template <class T>
+T* scratch(std::int64_t size) {
+  thread_local std::unique_ptr<Buffer<T>> kept;
+  thread_local std::int64_t kept_size = 0;
+  if (kept_size < size) {
+    kept = nullptr;
+    kept_size = 0;
+    kept = std::make_unique<Buffer<T>>(size);
+    kept_size = size;
+  }
+  return kept->data();
+}
+
 template <class T>
 inline void fill(T* to, std::int64_t n, T value) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+template <class T>
+inline void multiply(T* __restrict to, const T* __restrict by, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) to[i] *= by[i];
+}
+
+template <class T>
+inline void add(T* __restrict to, const T* __restrict what, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) to[i] += what[i];
+}
+
+// The sums of `size` neighbours each.
+static inline void sum_groups(const double* from, std::int64_t groups, std::int64_t size,
+                              double* to) {
+  for (std::int64_t g = 0; g < groups; ++g) {
+    double sum = 0.0;
+    for (std::int64_t i = 0; i < size; ++i) sum += from[g * size + i];
+    to[g] = sum;
+  }
 }
 
 // A part of a unit: consecutive elements in memory. In NHWC, whole pixels. In NCHW, whole channels,
@@ -95,6 +131,13 @@ struct Cut {
   }
 };
 
+// The group of each channel of a unit, counted within the unit.
+static inline void set_group_of(const Cut& cut, std::int32_t* group_of) {
+  for (std::int64_t g = 0; g < cut.unit_groups; ++g) {
+    fill(group_of + g * cut.group_channels, cut.group_channels, static_cast<std::int32_t>(g));
+  }
+}
+
 // Runs a kernel's phases: each block is measured, then the unit's results are settled, then each
 // block is finished, last ones first, as those are still in the cache.
 template <class Kernel>
@@ -127,34 +170,50 @@ void run_phases(const Kernel& kernel, const Cut& cut, int threads) {
 // belongs to one channel: in NHWC pixels are put side by side until vectors divide them. In NCHW
 // all columns are of one channel. `width` columns are in use.
 template <class T>
-struct Columns {
+class Columns {
+ public:
   static constexpr int kLanes = kLanesOf<T>;
-  std::int64_t channels, period, width;
+  const std::int64_t channels, groups;  // that have columns of their own
+  const std::int64_t period, width;
 
-  explicit Columns(const Cut& cut) : channels(cut.last ? cut.channels : 1), period(channels) {
-    while (period % kLanes != 0) period *= 2;
-    while (period < kShortestPeriod) period *= 2;
-    width = least(period, channels * cut.pixels);
-    if (!cut.last) width = period;
-  }
+  explicit Columns(const Cut& cut)
+      : channels(cut.last ? cut.channels : 1),
+        groups(cut.last ? cut.groups : 1),
+        period(period_of(channels)),
+        width(cut.last ? least(period, channels * cut.pixels) : period) {}
 
   std::int64_t padded() const { return parts(width, kLanes) * kLanes; }
 
-  // One value for each channel, to every column of it; `per_channel` may be the first of them.
-  void spread(const T* per_channel, T* columns) const {
-    for (std::int64_t k = 0; k < width; k += channels) {
-      for (std::int64_t c = 0; c < channels; ++c) columns[k + c] = per_channel[c];
+  // The values of the channels, which are in their place, to all columns.
+  void repeat(T* columns) const {
+    for (std::int64_t k = channels; k < width; k += channels) {
+      for (std::int64_t c = 0; c < channels; ++c) columns[k + c] = columns[c];
     }
     fill(columns + width, padded() - width, T(0));
   }
 
-  // The sum of each channel's columns, added.
-  void fold(const T* columns, double* per_channel) const {
-    for (std::int64_t k = 0; k < width; k += channels) {
+  // The sum of each channel's columns.
+  void fold(const T* columns, double* of_channels) const {
+    for (std::int64_t c = 0; c < channels; ++c) of_channels[c] = static_cast<double>(columns[c]);
+    for (std::int64_t k = channels; k < width; k += channels) {
       for (std::int64_t c = 0; c < channels; ++c) {
-        per_channel[c] += static_cast<double>(columns[k + c]);
+        of_channels[c] += static_cast<double>(columns[k + c]);
       }
     }
+  }
+
+  // The sum of each group's columns; of_channels is memory for the sums of the channels.
+  void fold_groups(const T* columns, double* of_channels, double* of_groups) const {
+    fold(columns, of_channels);
+    sum_groups(of_channels, groups, channels / groups, of_groups);
+  }
+
+ private:
+  static std::int64_t period_of(std::int64_t channels) {
+    std::int64_t period = channels;
+    while (period % kLanes != 0) period *= 2;
+    while (period < kShortestPeriod) period *= 2;
+    return period;
   }
 };
 
@@ -191,98 +250,63 @@ inline VectorOf<T> first_lanes(const VectorOf<T>& v, std::int64_t n) {
   return load_first(part, n);
 }
 
-// 1 / d for d in [1, 2^127), within 2 ulp; NaN stays NaN.
-template <class V>
-inline V reciprocal(const V& d) {
-#ifdef __AVX512F__
-  if constexpr (sizeof(V) == 64 && sizeof(d[0]) == 4) {  // by Newton's step: divisions are slow
-    const V r = (V)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)d);
-    return r * (2.0f - d * r);
-  }
-#endif
-  return 1 / d;
-}
-
-// 1 / (1 + e^-u), for float32 within 8 ulp where |u| <= 87, and as at that bound beyond it; NaN
-// stays NaN. Less general than exp_of, and therefore faster.
-static inline VectorOf<float> gate_of(VectorOf<float> u) {
-  const VectorOf<float> low = VectorOf<float>{} - 87.0f, high = VectorOf<float>{} + 87.0f;
-  u = low > u ? low : u;
-  u = high < u ? high : u;
-  // e^-u = 2^n e^f, |f| <= log(2) / 2; 1.5 * 2^23 leaves n in the low bits.
-  const VectorOf<float> shifted = u * -1.44269504f + 12582912.0f;
-  const VectorOf<float> n = shifted - 12582912.0f;
-  const VectorOf<float> f = n * 2.121944400e-04f - (n * 0.693359375f + u);
-  VectorOf<float> p = f * 8.290308528e-03f + 4.189796746e-02f;
-  p = p * f + 1.666763723e-01f;
-  p = p * f + 4.999915063e-01f;
-  p = p * f + 9.999997020e-01f;
-  p = p * f + 1.0f;
-  typedef std::uint32_t Bits __attribute__((vector_size(sizeof u)));
-  // n + 127 in the place of the exponent is 2^n.
-  return reciprocal(p * (VectorOf<float>)(((Bits)shifted + 127u) << 23) + 1.0f);
-}
-
-static inline VectorOf<double> gate_of(VectorOf<double> u) { return 1.0 / (exp_of(-u) + 1.0); }
-
 template <class T>
 inline VectorOf<T> silu(const VectorOf<T>& u) {
-  return u * gate_of(u);
+  return u / (exp_of(-u) + T(1));
 }
 
 // The derivative of SiLU.
 template <class T>
 inline VectorOf<T> silu_slope(const VectorOf<T>& u) {
-  const VectorOf<T> gate = gate_of(u);
+  const VectorOf<T> gate = T(1) / (exp_of(-u) + T(1));
   return gate * (u * (T(1) - gate) + T(1));
 }
 
+// What the channels of a group share: its mean, as T holds it and what is left of it, and 1/deviation.
+template <class T>
+struct GroupValues {
+  T *mean, *rest, *rstd;
+
+  void set(std::int64_t group, double mean_of, double rstd_of) const {
+    mean[group] = static_cast<T>(mean_of);
+    rest[group] = static_cast<T>(mean_of - static_cast<double>(mean[group]));
+    rstd[group] = static_cast<T>(rstd_of);
+  }
+};
+
 // For channels of one image: u = (x - mean) factor + shift, which is what the activation gets, with
-// `mean` as the arithmetic's type holds it and the rest of the true mean in the shift.
+// the rest of the mean in the shift.
 template <class T>
 struct ChannelMaps {
   T *mean, *factor, *shift;
 };
 
+// Sets the maps of the channels of one unit, `first` being the first of them; group_of tells which
+// of `values` is a channel's. Loops over all channels, as groups are too small to be vectors.
 template <class T>
-inline double weight_of(const Modulation<T>& m, std::int64_t c) {
-  return m.weight ? static_cast<double>(m.weight[c]) : 1.0;
-}
-
-template <class T>
-inline double bias_of(const Modulation<T>& m, std::int64_t c) {
-  return m.bias ? static_cast<double>(m.bias[c]) : 0.0;
-}
-
-// 1 + scale of channel number `at` of all images' channels.
-template <class T>
-inline double gain_of(const Modulation<T>& m, std::int64_t at) {
-  return m.scale ? 1.0 + static_cast<double>(m.scale[at]) : 1.0;
-}
-
-// Sets the maps of `count` channels from `first` on, which share their statistics.
-template <class T>
-void channel_maps(const Modulation<T>& m, std::int64_t image, std::int64_t channels,
-                  std::int64_t first, std::int64_t count, double mean, double rstd,
-                  const ChannelMaps<T>& maps) {
-  const T held = static_cast<T>(mean);
-  const double rest = mean - static_cast<double>(held);
-  fill(maps.mean + first, count, held);
-  if (m.weight && m.bias && !m.scale && !m.shift) {  // the commonest case, without questions
-    for (std::int64_t c = first; c < first + count; ++c) {
-      const double scale = rstd * static_cast<double>(m.weight[c]);
-      maps.factor[c] = static_cast<T>(scale);
-      maps.shift[c] = static_cast<T>(static_cast<double>(m.bias[c]) - rest * scale);
+void set_channel_maps(const Modulation<T>& m, const Cut& cut, std::int64_t unit,
+                      const std::int32_t* group_of, const GroupValues<T>& values,
+                      const ChannelMaps<T>& maps) {
+  const std::int64_t count = cut.unit_channels, first = cut.group_of(unit) * cut.group_channels;
+  const std::int64_t at = cut.image_of(unit) * cut.channels + first;
+  T *const mean = maps.mean + first, *const factor = maps.factor + first;
+  T* const shift = maps.shift + first;
+  for (std::int64_t c = 0; c < count; ++c) {
+    mean[c] = values.mean[group_of[c]];
+    factor[c] = values.rstd[group_of[c]];
+    shift[c] = -values.rest[group_of[c]];
+  }
+  if (m.weight) multiply(factor, m.weight + first, count);
+  multiply(shift, factor, count);
+  if (m.bias) add(shift, m.bias + first, count);
+  if (m.scale) {
+    const T* const scale = m.scale + at;
+    for (std::int64_t c = 0; c < count; ++c) {
+      factor[c] *= T(1) + scale[c];
+      shift[c] *= T(1) + scale[c];
     }
-    return;
   }
-  for (std::int64_t c = first; c < first + count; ++c) {
-    const std::int64_t at = image * channels + c;
-    const double scale = rstd * weight_of(m, c), gain = gain_of(m, at);
-    const double shift = m.shift ? static_cast<double>(m.shift[at]) : 0.0;
-    maps.factor[c] = static_cast<T>(scale * gain);
-    maps.shift[c] = static_cast<T>((bias_of(m, c) - rest * scale) * gain + shift);
-  }
+  if (m.shift) add(shift, m.shift + at, count);
 }
 
 }  // namespace advkd::ADVKD_ISA

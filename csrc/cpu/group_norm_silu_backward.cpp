@@ -15,8 +15,8 @@ namespace {
 // in dx by the first phase, or is computed once more, which costs less than memory.
 enum class Source { kGradY, kStored, kRecomputed };
 
-// One value for each column or channel. u = d factor + shift; dx = g gain + d slope + offset.
-enum Map { kMean, kFactor, kShift, kGain, kSlope, kOffset, kMaps };
+// One value for each column or channel. u = d factor + shift; dx = g factor + d slope + offset.
+enum Map { kMean, kFactor, kShift, kSlope, kOffset, kMaps };
 
 template <class T>
 struct Maps {
@@ -108,28 +108,23 @@ struct WriteGradient {
 
  private:
   struct Column {
-    const VectorOf<T> mean, gain, slope, offset;
+    const VectorOf<T> mean, factor, slope, offset;
     const Slope<T, kSource == Source::kRecomputed> activation;
 
     Column(const WriteGradient& of, std::int64_t column)
         : mean(load_vector(of.maps[kMean] + column)),
-          gain(load_vector(of.maps[kGain] + column)),
+          factor(load_vector(of.maps[kFactor] + column)),
           slope(load_vector(of.maps[kSlope] + column)),
           offset(load_vector(of.maps[kOffset] + column)),
           activation(of.maps, column) {}
 
     VectorOf<T> applied(const VectorOf<T>& grad, const VectorOf<T>& v) const {
       const VectorOf<T> d = v - mean;
-      return activation.times(grad, d) * gain + (d * slope + offset);
+      return activation.times(grad, d) * factor + (d * slope + offset);
     }
   };
 
   const S* from() const { return kSource == Source::kStored ? dx : grad_y; }
-};
-
-// Sums over one channel of one image.
-struct Sums {
-  double g, products;  // of g, and of g times the deviation from the true mean
 };
 
 template <class S>
@@ -142,13 +137,17 @@ class Backward {
         cut_(args.shape, args.groups),
         columns_(cut_),
         partial_(cut_.units * cut_.blocks * cut_.block_channels * 2),
-        totals_(args.shape.batch * cut_.channels),
+        for_weight_(args.shape.batch * cut_.channels),
+        for_bias_(args.shape.batch * cut_.channels),
         maps_(args.shape.batch * kMaps * map_size()),
+        group_of_(cut_.unit_channels),
         source_(source(args, cut_)),
         streams_(source_ != Source::kStored &&
                  args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
                  streams_to(args.dx, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
-                 streams_to(args.dx, cut_.unit_elements())) {}
+                 streams_to(args.dx, cut_.unit_elements())) {
+    set_group_of(cut_, group_of_.data());
+  }
 
   void run() const {
     parallel_for(cut_.units, args_.threads, [&](std::int64_t unit) { prepare(unit); });
@@ -167,10 +166,17 @@ class Backward {
   }
 
   void settle(std::int64_t unit) const {
-    for (std::int64_t i = 0; i < cut_.unit_groups; ++i) {
-      settle_group(unit, cut_.image_of(unit), cut_.group_of(unit) + i);
+    const std::int64_t count = cut_.unit_channels;
+    double *const sums = scratch<double>(2 * count + 2 * cut_.unit_groups);
+    double* const products = sums + count;
+    merge(unit, sums, products);
+    const std::int32_t* const group_of = group_of_.data();
+    const double* const mean = args_.mean + first_group(unit);
+    for (std::int64_t c = 0; c < count; ++c) {
+      products[c] -= rest_of(mean[group_of[c]]) * sums[c];
     }
-    spread(cut_.image_of(unit), kGain, kMaps);
+    keep_for_parameters(unit, sums, products);
+    set_slopes(unit, sums, products);
   }
 
   void finish(std::int64_t unit, std::int64_t index) const {
@@ -196,14 +202,15 @@ class Backward {
 
   // What the first phase needs to know of every channel.
   void prepare(std::int64_t unit) const {
-    const std::int64_t image = cut_.image_of(unit), first = cut_.group_of(unit);
-    for (std::int64_t group = first; group < first + cut_.unit_groups; ++group) {
-      const std::int64_t at = image * cut_.groups + group;
-      channel_maps(args_.modulation, image, cut_.channels, group * cut_.group_channels,
-                   cut_.group_channels, args_.mean[at], args_.rstd[at],
-                   {map_of(image, kMean), map_of(image, kFactor), map_of(image, kShift)});
+    const std::int64_t image = cut_.image_of(unit), groups = cut_.unit_groups;
+    T* const memory = scratch<T>(3 * groups);
+    const GroupValues<T> values = {memory, memory + groups, memory + 2 * groups};
+    for (std::int64_t g = 0; g < groups; ++g) {
+      values.set(g, args_.mean[first_group(unit) + g], args_.rstd[first_group(unit) + g]);
     }
-    spread(image, kMean, kGain);
+    set_channel_maps(args_.modulation, cut_, unit, group_of_.data(), values,
+                     {map_of(image, kMean), map_of(image, kFactor), map_of(image, kShift)});
+    repeat(image, kMean, kSlope);
   }
 
   template <bool kSilu, bool kStore>
@@ -212,10 +219,8 @@ class Backward {
     const S *const grad_y = args_.grad_y + block.start, *const x = args_.x + block.start;
     S* const dx = args_.dx + block.start;
     const std::int64_t period = columns_.period, padded = columns_.padded();
-    const Buffer<T> memory(2 * padded);
-    T *const sums = memory.data(), *const products = sums + padded;
+    T *const sums = scratch<T>(2 * padded), *const products = sums + padded;
     double* out = partial_of(unit, index);
-    fill(out, 2 * cut_.block_channels, 0.0);
     each_panel(block, [&](std::int64_t at, std::int64_t length, const Maps<T>& maps) {
       fill(sums, 2 * padded, T(0));
       each_column<T>(
@@ -259,61 +264,89 @@ class Backward {
     }
   }
 
-  // The sums of a unit's channel number i, over its blocks in order.
-  Sums merged(std::int64_t unit, std::int64_t i) const {
-    Sums all = {0.0, 0.0};
-    for (std::int64_t segment = 0; segment < cut_.segments; ++segment) {
-      const std::int64_t block = i / cut_.block_channels * cut_.segments + segment;
-      const double* const at = partial_of(unit, block) + i % cut_.block_channels;
-      all.g += at[0];
-      all.products += at[cut_.block_channels];
+  // The sums of a unit's channels, over its blocks in order.
+  void merge(std::int64_t unit, double* sums, double* products) const {
+    const std::int64_t count = cut_.unit_channels, width = cut_.block_channels;
+    fill(sums, 2 * count, 0.0);
+    for (std::int64_t c = 0; c < count; c += width) {
+      const std::int64_t n = least(width, count - c);
+      for (std::int64_t segment = 0; segment < cut_.segments; ++segment) {
+        const double* const from = partial_of(unit, c / width * cut_.segments + segment);
+        add(sums + c, from, n);
+        add(products + c, from + width, n);
+      }
     }
-    return all;
   }
 
-  void settle_group(std::int64_t unit, std::int64_t image, std::int64_t group) const {
-    const double mean = args_.mean[image * cut_.groups + group];
-    const double rstd = args_.rstd[image * cut_.groups + group];
-    const double rest = mean - static_cast<double>(static_cast<T>(mean));
-    const std::int64_t first = group * cut_.group_channels, last = first + cut_.group_channels;
-    double along_one = 0.0, along_x = 0.0;
-    for (std::int64_t c = first; c < last; ++c) {
-      const std::int64_t at = image * cut_.channels + c;
-      Sums sums = merged(unit, c - cut_.group_of(unit) * cut_.group_channels);
-      sums.products -= rest * sums.g;
-      totals_.data()[at] = sums;
-      const double weight = weight_of(args_.modulation, c);
-      const double factor = weight * gain_of(args_.modulation, at);
-      along_one += factor * sums.g;
-      along_x += factor * sums.products;
-      map_of(image, kGain)[c] = static_cast<T>(rstd * factor);
-      if (args_.dscale) {
-        args_.dscale[at] = static_cast<T>(weight * rstd * sums.products +
-                                          bias_of(args_.modulation, c) * sums.g);
-      }
-      if (args_.dshift) args_.dshift[at] = static_cast<T>(sums.g);
+  // What the mean is off as the arithmetic's type holds it.
+  static double rest_of(double mean) { return mean - static_cast<double>(static_cast<T>(mean)); }
+
+  // With a channel's sums of g and of g d: the gradients of its scale and shift, and its image's
+  // part in those of weight and bias.
+  void keep_for_parameters(std::int64_t unit, const double* sums, const double* products) const {
+    const std::int64_t first = cut_.group_of(unit) * cut_.group_channels;
+    const std::int64_t at = cut_.image_of(unit) * cut_.channels + first;
+    const Modulation<T>& m = args_.modulation;
+    const double* const rstd = args_.rstd + first_group(unit);
+    for (std::int64_t c = 0; c < cut_.unit_channels; ++c) {
+      const double gain = m.scale ? 1.0 + static_cast<double>(m.scale[at + c]) : 1.0;
+      const double along_x_hat = rstd[group_of_.data()[c]] * products[c];
+      for_weight_.data()[at + c] = gain * along_x_hat;
+      for_bias_.data()[at + c] = gain * sums[c];
+      if (args_.dshift) args_.dshift[at + c] = static_cast<T>(sums[c]);
+      if (!args_.dscale) continue;
+      const double weight = m.weight ? static_cast<double>(m.weight[first + c]) : 1.0;
+      const double bias = m.bias ? static_cast<double>(m.bias[first + c]) : 0.0;
+      args_.dscale[at + c] = static_cast<T>(weight * along_x_hat + bias * sums[c]);
     }
+  }
+
+  // The last maps, from a channel's sums of g and of g d, which are lost.
+  void set_slopes(std::int64_t unit, double* sums, double* products) const {
+    const std::int64_t image = cut_.image_of(unit), count = cut_.unit_channels;
+    const std::int64_t first = cut_.group_of(unit) * cut_.group_channels, groups = cut_.unit_groups;
+    const T* const factor = map_of(image, kFactor) + first;
+    for (std::int64_t c = 0; c < count; ++c) {
+      sums[c] *= static_cast<double>(factor[c]);
+      products[c] *= static_cast<double>(factor[c]);
+    }
+    double *const along_one = products + count, *const along_x = along_one + groups;
+    sum_groups(sums, groups, cut_.group_channels, along_one);
+    sum_groups(products, groups, cut_.group_channels, along_x);
+    T *const slopes = scratch<T>(2 * groups), *const offsets = slopes + groups;
     const double elements = static_cast<double>(cut_.group_channels * cut_.pixels);
-    const double slope = -rstd * rstd * rstd * along_x / elements;
-    const double offset = -rstd * along_one / elements - slope * rest;
-    fill(map_of(image, kSlope) + first, cut_.group_channels, static_cast<T>(slope));
-    fill(map_of(image, kOffset) + first, cut_.group_channels, static_cast<T>(offset));
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const double rstd = args_.rstd[first_group(unit) + g];
+      const double slope = -rstd * rstd * along_x[g] / elements;
+      const double rest = rest_of(args_.mean[first_group(unit) + g]);
+      slopes[g] = static_cast<T>(slope);
+      offsets[g] = static_cast<T>(-along_one[g] / elements - slope * rest);
+    }
+    T *const slope = map_of(image, kSlope) + first, *const offset = map_of(image, kOffset) + first;
+    for (std::int64_t c = 0; c < count; ++c) {
+      slope[c] = slopes[group_of_.data()[c]];
+      offset[c] = offsets[group_of_.data()[c]];
+    }
+    repeat(image, kSlope, kMaps);
   }
 
   // The gradients of weight and bias, summed over the images in order.
   void reduce_parameters() const {
-    for (std::int64_t c = 0; c < cut_.channels; ++c) {
-      double dweight = 0.0, dbias = 0.0;
-      for (std::int64_t image = 0; image < args_.shape.batch; ++image) {
-        const std::int64_t at = image * cut_.channels + c;
-        const double gain = gain_of(args_.modulation, at);
-        const double rstd = args_.rstd[image * cut_.groups + c / cut_.group_channels];
-        dweight += gain * rstd * totals_.data()[at].products;
-        dbias += gain * totals_.data()[at].g;
-      }
-      if (args_.dweight) args_.dweight[c] = static_cast<T>(dweight);
-      if (args_.dbias) args_.dbias[c] = static_cast<T>(dbias);
+    reduce(for_weight_.data(), args_.dweight);
+    reduce(for_bias_.data(), args_.dbias);
+  }
+
+  void reduce(double* of_images, T* to) const {
+    if (!to) return;
+    const std::int64_t channels = cut_.channels;
+    for (std::int64_t image = 1; image < args_.shape.batch; ++image) {
+      add(of_images, of_images + image * channels, channels);
     }
+    for (std::int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(of_images[c]);
+  }
+
+  std::int64_t first_group(std::int64_t unit) const {
+    return cut_.image_of(unit) * cut_.groups + cut_.group_of(unit);
   }
 
   double* partial_of(std::int64_t unit, std::int64_t block) const {
@@ -326,20 +359,18 @@ class Backward {
     return maps_.data() + (image * kMaps + map) * map_size();
   }
 
-  void spread(std::int64_t image, Map from, Map to) const {
+  void repeat(std::int64_t image, Map from, Map to) const {
     if (!cut_.last) return;
-    for (int map = from; map < to; ++map) {
-      T* const at = map_of(image, static_cast<Map>(map));
-      columns_.spread(at, at);
-    }
+    for (int map = from; map < to; ++map) columns_.repeat(map_of(image, static_cast<Map>(map)));
   }
 
   const GroupNormSiluBackwardArgs<S>& args_;
   const Cut cut_;
   const Columns<T> columns_;
   const Buffer<double> partial_;  // sums of each block's channels
-  const Buffer<Sums> totals_;     // of each image's channels
+  const Buffer<double> for_weight_, for_bias_;  // what each image's channels give
   const Buffer<T> maps_;          // of each image's columns (NHWC) or channels
+  const Buffer<std::int32_t> group_of_;
   const Source source_;
   const bool streams_;
 };
