@@ -83,42 +83,40 @@ const GroupNormSiluKernels<BFloat16>& group_norm_silu_kernels() {
   return kernels().group_norm_silu_bfloat16;
 }
 
-// Addresses of weight, bias, scale and shift; 0 where there is none.
-using Addresses = std::array<std::uintptr_t, 4>;
-
-template <class T>
-Modulation<T> modulation(const Addresses& of) {
-  return {pointer<const T>(of[0]), pointer<const T>(of[1]), pointer<const T>(of[2]),
-          pointer<const T>(of[3])};
-}
-
-// sizes: batch, channels, pixels, groups
+// Addresses are 0 where there is no such tensor. Plain numbers, since sequences take long to convert.
 template <class S>
-void group_norm_silu(std::uintptr_t x, const Addresses& parameters, std::uintptr_t y,
-                     std::uintptr_t mean, std::uintptr_t rstd,
-                     const std::array<std::int64_t, 4>& sizes, bool channels_last, double eps,
-                     bool silu, int threads) {
+void group_norm_silu(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
+                     std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t y,
+                     std::uintptr_t mean, std::uintptr_t rstd, std::int64_t batch,
+                     std::int64_t channels, std::int64_t pixels, std::int64_t groups,
+                     bool channels_last, double eps, bool silu, int threads) {
+  using T = WideOf<S>;
   const py::gil_scoped_release released;
   group_norm_silu_kernels<S>().forward(
-      {pointer<const S>(x), modulation<WideOf<S>>(parameters), pointer<S>(y),
-       pointer<double>(mean), pointer<double>(rstd),
-       {sizes[0], sizes[1], sizes[2], channels_last}, sizes[3], eps, silu, threads});
+      {pointer<const S>(x),
+       {pointer<const T>(weight), pointer<const T>(bias), pointer<const T>(scale),
+        pointer<const T>(shift)},
+       pointer<S>(y), pointer<double>(mean), pointer<double>(rstd),
+       {batch, channels, pixels, channels_last}, groups, eps, silu, threads});
 }
 
 template <class S>
-void group_norm_silu_backward(std::uintptr_t grad_y, std::uintptr_t x, const Addresses& parameters,
+void group_norm_silu_backward(std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t weight,
+                              std::uintptr_t bias, std::uintptr_t scale, std::uintptr_t shift,
                               std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t dx,
-                              const Addresses& gradients,
-                              const std::array<std::int64_t, 4>& sizes, bool channels_last,
+                              std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dscale,
+                              std::uintptr_t dshift, std::int64_t batch, std::int64_t channels,
+                              std::int64_t pixels, std::int64_t groups, bool channels_last,
                               bool silu, int threads) {
   using T = WideOf<S>;
   const py::gil_scoped_release released;
   group_norm_silu_kernels<S>().backward(
-      {pointer<const S>(grad_y), pointer<const S>(x), modulation<T>(parameters),
+      {pointer<const S>(grad_y), pointer<const S>(x),
+       {pointer<const T>(weight), pointer<const T>(bias), pointer<const T>(scale),
+        pointer<const T>(shift)},
        pointer<const double>(mean), pointer<const double>(rstd), pointer<S>(dx),
-       pointer<T>(gradients[0]), pointer<T>(gradients[1]), pointer<T>(gradients[2]),
-       pointer<T>(gradients[3]), {sizes[0], sizes[1], sizes[2], channels_last}, sizes[3], silu,
-       threads});
+       pointer<T>(dweight), pointer<T>(dbias), pointer<T>(dscale), pointer<T>(dshift),
+       {batch, channels, pixels, channels_last}, groups, silu, threads});
 }
 
 void copy_float32(std::uintptr_t from, std::uintptr_t to, std::int64_t count, int threads) {

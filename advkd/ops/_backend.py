@@ -80,12 +80,14 @@ def runs_eagerly(*tensors: Tensor) -> bool:
     Then an op may call its kernel itself; torch's dispatcher, which leads through Python several
     times, takes longer than a small kernel.
     """
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return False
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) in (Tensor, Parameter) for x in tensors)
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )
 

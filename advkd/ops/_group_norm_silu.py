@@ -12,7 +12,7 @@ from torch import Tensor
 from advkd import reference
 from advkd.kernels import unavailable_reason as triton_missing
 from advkd.ops import _backend
-from advkd.ops._backend import define, fused_extension, runs_eagerly, use_fused
+from advkd.ops._backend import define, runs_eagerly, use_fused
 
 # The dtypes of the C++ kernels, as their names have them.
 _CPU_DTYPES = {
@@ -62,11 +62,13 @@ def group_norm_silu(
             backend="fused" where no kernel serves.
     """
     silu = activation == "silu"
-    simple = scale is None and shift is None and silu and _fit(x, weight, bias, num_groups, eps)
-    if not simple:
-        _check_arguments(x, num_groups, eps, activation)
-        _check_parameters(x, weight, bias, scale, shift)
-        x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
+    if weight is not None and bias is not None and scale is None and shift is None and silu:
+        if _fit(x, weight, bias, num_groups, eps) and use_fused("group_norm_silu", backend, None):
+            if runs_eagerly(x, weight, bias):
+                return _eagerly(x, weight, bias, num_groups, eps)
+    _check_arguments(x, num_groups, eps, activation)
+    _check_parameters(x, weight, bias, scale, shift)
+    x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
     if not use_fused("group_norm_silu", backend, _unavailable(x)):
         return reference.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu)
     modulation = (weight, bias, scale, shift)
@@ -80,27 +82,36 @@ def group_norm_silu(
         return run(x, *modulation, num_groups, eps, silu)[0]
     if tracked:
         return _CpuGroupNormSilu.apply(x, *modulation, num_groups, eps, silu)
-    return _cpu_forward(_dense(x), modulation, num_groups, eps, silu)[0]
+    return _cpu_forward(_dense(x), modulation, num_groups, eps, silu, False)[0]
 
 
-def _fit(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
-) -> bool:
-    """Whether the commonest arguments have no errors: asked at once, since the questions one by
-    one take as long as a small map does."""
+def _fit(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> bool:
+    """Whether the commonest arguments are right and the C++ kernel takes them: asked at once, since
+    the questions one by one take as long as a small map does."""
+    shape = x.shape
     return (
-        weight is not None
-        and bias is not None
+        x.dtype is weight.dtype is bias.dtype is torch.float32
         and x.is_cpu
         and weight.is_cpu
         and bias.is_cpu
-        and x.dtype is weight.dtype is bias.dtype is torch.float32
-        and x.dim() >= 2
-        and x.shape[1:2] == weight.shape == bias.shape
+        and len(shape) >= 2
+        and weight.shape == bias.shape == (shape[1],)
         and num_groups >= 1
-        and x.shape[1] % num_groups == 0
+        and shape[1] % num_groups == 0
         and eps >= 0
+        and x.numel() > 0
+        and _backend.extension is not None
     )
+
+
+def _eagerly(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    """What `_fit` found right, past torch's dispatcher."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or bias.requires_grad
+    ):
+        return _CpuGroupNormSilu.apply(x, weight, bias, None, None, num_groups, eps, True)
+    modulation = (weight, bias, None, None)
+    return _cpu_forward(_dense(x), modulation, num_groups, eps, True, False)[0]
 
 
 def _check_arguments(x: Tensor, num_groups: int, eps: float, activation: str) -> None:
@@ -169,47 +180,56 @@ def _unavailable(x: Tensor) -> str | None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=reference.memory_format_of(x))
+    return x if x.is_contiguous() else x.contiguous(memory_format=reference.memory_format_of(x))
 
 
 def _wide(modulation: Modulation, dtype: torch.dtype) -> Modulation:
     """The parameters as the C++ kernels take them; x has `dtype`."""
     wide = reference.wide_dtype(dtype)
-    first, second, third, fourth = (
+    first, second, third, fourth = [
         t if t is None or (t.dtype is wide and t.is_contiguous()) else t.to(wide).contiguous()
         for t in modulation
-    )
+    ]
     return first, second, third, fourth
 
 
-def _addresses(tensors: Modulation) -> tuple[int, ...]:
-    return tuple([0 if t is None else t.data_ptr() for t in tensors])
+def _addresses(tensors: Modulation) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _sizes(x: Tensor, num_groups: int) -> tuple[tuple[int, int, int, int], bool]:
-    """(B, C, pixels, groups) of an x with elements, and whether channels are neighbours in
-    memory."""
+def _sizes(x: Tensor, num_groups: int) -> tuple[int, int, int, int, bool]:
+    """(B, C, pixels, groups, whether channels are neighbours in memory) of a dense x with
+    elements."""
     batch, channels = x.shape[:2]
     pixels = x.numel() // (batch * channels)
-    return (batch, channels, pixels, num_groups), pixels == 1 or not x.is_contiguous()
+    return batch, channels, pixels, num_groups, pixels == 1 or not x.is_contiguous()
 
 
-def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    return getattr(fused_extension(), name + _CPU_DTYPES[dtype])
+def _kernels(name: str) -> dict[torch.dtype, Callable[..., None]]:
+    extension = _backend.extension
+    if extension is None:
+        return {}
+    return {dtype: getattr(extension, name + of) for dtype, of in _CPU_DTYPES.items()}
+
+
+_FORWARD, _BACKWARD = _kernels("group_norm_silu_"), _kernels("group_norm_silu_backward_")
 
 
 def _cpu_forward(
-    x: Tensor, modulation: Modulation, num_groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor]:
-    """y of a dense x with elements, and the mean and 1/deviation (2, B, num_groups)."""
+    x: Tensor, modulation: Modulation, num_groups: int, eps: float, silu: bool, keeps: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y of a dense x with elements, and if it `keeps` them mean and 1/deviation (2, B, num_groups)."""
     y = torch.empty_like(x)
-    sizes, channels_last = _sizes(x, num_groups)
-    statistics = torch.empty((2, sizes[0], num_groups), dtype=torch.float64)
-    mean = statistics.data_ptr()
-    wide = _wide(modulation, x.dtype)
-    _kernel("group_norm_silu_", x.dtype)(
-        x.data_ptr(), _addresses(wide), y.data_ptr(), mean, mean + 8 * sizes[0] * num_groups,
-        sizes, channels_last, eps, silu, torch.get_num_threads(),
+    sizes = _sizes(x, num_groups)
+    mean = rstd = 0
+    statistics = None
+    if keeps:
+        statistics = torch.empty((2, sizes[0], num_groups), dtype=torch.float64)
+        mean = statistics.data_ptr()
+        rstd = mean + 8 * sizes[0] * num_groups
+    _FORWARD[x.dtype](
+        x.data_ptr(), *_addresses(_wide(modulation, x.dtype)), y.data_ptr(), mean, rstd, *sizes,
+        eps, silu, torch.get_num_threads(),
     )  # fmt: skip
     return y, statistics
 
@@ -229,10 +249,9 @@ def _cpu_backward(
     dx = torch.empty_like(x)
     first, second, third, fourth = (t if t is None else torch.empty_like(t) for t in wide)
     gradients = (first, second, third, fourth)
-    sizes, channels_last = _sizes(x, num_groups)
-    _kernel("group_norm_silu_backward_", x.dtype)(
-        grad_y.data_ptr(), x.data_ptr(), _addresses(wide), *statistics, dx.data_ptr(),
-        _addresses(gradients), sizes, channels_last, silu, torch.get_num_threads(),
+    _BACKWARD[x.dtype](
+        grad_y.data_ptr(), x.data_ptr(), *_addresses(wide), *statistics, dx.data_ptr(),
+        *_addresses(gradients), *_sizes(x, num_groups), silu, torch.get_num_threads(),
     )  # fmt: skip
     return dx, gradients
 
@@ -268,7 +287,8 @@ def _group_norm_silu_op(
     if x.numel() == 0:
         mean = torch.zeros((x.shape[0], num_groups), dtype=torch.float64)
         return torch.empty_like(x), mean, torch.full_like(mean, eps**-0.5 if eps else math.inf)
-    y, statistics = _cpu_forward(x, (weight, bias, scale, shift), num_groups, eps, silu)
+    y, statistics = _cpu_forward(x, (weight, bias, scale, shift), num_groups, eps, silu, True)
+    assert statistics is not None
     mean, rstd = (t.clone() for t in statistics)  # what an op returns is no view
     return y, mean, rstd
 
@@ -388,7 +408,7 @@ class _CpuGroupNormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, *modulation = arguments[:5]
-        y, statistics = _cpu_forward(_dense(x), tuple(modulation), *arguments[5:])
+        y, statistics = _cpu_forward(_dense(x), tuple(modulation), *arguments[5:], True)
         ctx.save_for_backward(x, *modulation, statistics)
         ctx.options = arguments[5:]
         return y

@@ -167,6 +167,7 @@ class Forward {
       const Moments all = merged(unit, g);
       const double rstd = 1.0 / std::sqrt(all.squares / elements + args_.eps);
       values.set(g, all.mean, rstd);
+      if (!args_.mean) continue;
       args_.mean[at + g] = all.mean;
       args_.rstd[at + g] = rstd;
     }

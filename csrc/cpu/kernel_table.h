@@ -81,7 +81,7 @@ struct GroupNormSiluArgs {
   const S* x;
   Modulation<WideOf<S>> modulation;
   S* y;
-  double *mean, *rstd;  // (B, G)
+  double *mean, *rstd;  // (B, G); null where nobody wants them
   ImageShape shape;
   std::int64_t groups;
   double eps;
