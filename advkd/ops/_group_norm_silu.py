@@ -227,9 +227,10 @@ def _cpu_forward(
         statistics = torch.empty((2, sizes[0], num_groups), dtype=torch.float64)
         mean = statistics.data_ptr()
         rstd = mean + 8 * sizes[0] * num_groups
+    wide = _wide(modulation, x.dtype)
     _FORWARD[x.dtype](
-        x.data_ptr(), *_addresses(_wide(modulation, x.dtype)), y.data_ptr(), mean, rstd, *sizes,
-        eps, silu, torch.get_num_threads(),
+        x.data_ptr(), *_addresses(wide), y.data_ptr(), mean, rstd, *sizes, eps, silu,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, statistics
 
