@@ -225,6 +225,12 @@ def _summed_like(t: Tensor | None, gradient: Tensor) -> Tensor | None:
     return (of_channels.sum(dim=0) if t.dim() == 1 else of_channels).to(t.dtype)
 
 
+def _silu_slopes(u: Tensor) -> tuple[Tensor, Tensor]:
+    """SiLU's first and second derivative at u."""
+    gate = torch.sigmoid(u)
+    return gate * (1 + u * (1 - gate)), gate * (1 - gate) * (2 + u * (1 - 2 * gate))
+
+
 def group_norm_silu_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -240,8 +246,7 @@ def group_norm_silu_backward(
     at = _Normalised(x, weight, bias, scale, shift, num_groups, eps)
     g = at.of_elements(grad_y)
     if silu:
-        gate = torch.sigmoid(at.u)
-        g = g * gate * (1 + at.u * (1 - gate))
+        g = g * _silu_slopes(at.u)[0]
     grad_n = g * at.gain
     dx = at.projected(grad_n * at.w).reshape(x.shape).to(x.dtype)
     return (
@@ -283,9 +288,8 @@ def group_norm_silu_double_backward(
     grad_du = at.of_elements(grad_y)
     slope, grad_u = torch.ones_like(at.u), torch.zeros_like(at.u)
     if silu:
-        gate = torch.sigmoid(at.u)
-        slope = gate * (1 + at.u * (1 - gate))
-        grad_u = grad_du * du * gate * (1 - gate) * (2 + at.u * (1 - 2 * gate))
+        slope, curvature = _silu_slopes(at.u)
+        grad_u = grad_du * du * curvature
     grad_du = grad_du * slope
     grad_dn, grad_n = grad_du * at.gain, grad_u * at.gain + grad_du * dscale
     grad_v = grad_dn * at.w

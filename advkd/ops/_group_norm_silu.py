@@ -62,10 +62,14 @@ def group_norm_silu(
             backend="fused" where no kernel serves.
     """
     silu = activation == "silu"
-    if weight is not None and bias is not None and scale is None and shift is None and silu:
-        if _fit(x, weight, bias, num_groups, eps) and use_fused("group_norm_silu", backend, None):
-            if runs_eagerly(x, weight, bias):
-                return _eagerly(x, weight, bias, num_groups, eps)
+    if (
+        silu
+        and (weight is not None and bias is not None and scale is None and shift is None)
+        and _fit(x, weight, bias, num_groups, eps)
+        and use_fused("group_norm_silu", backend, None)
+        and runs_eagerly(x, weight, bias)
+    ):
+        return _eagerly(x, weight, bias, num_groups, eps)
     _check_arguments(x, num_groups, eps, activation)
     _check_parameters(x, weight, bias, scale, shift)
     x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
@@ -106,9 +110,7 @@ def _fit(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -
 
 def _eagerly(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
     """What `_fit` found right, past torch's dispatcher."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or bias.requires_grad
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _CpuGroupNormSilu.apply(x, weight, bias, None, None, num_groups, eps, True)
     modulation = (weight, bias, None, None)
     return _cpu_forward(_dense(x), modulation, num_groups, eps, True, False)[0]
@@ -218,7 +220,7 @@ _FORWARD, _BACKWARD = _kernels("group_norm_silu_"), _kernels("group_norm_silu_ba
 def _cpu_forward(
     x: Tensor, modulation: Modulation, num_groups: int, eps: float, silu: bool, keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y of a dense x with elements, and if it `keeps` them mean and 1/deviation (2, B, num_groups)."""
+    """y of a dense x with elements; mean and 1/deviation (2, B, num_groups) if it `keeps` them."""
     y = torch.empty_like(x)
     sizes = _sizes(x, num_groups)
     mean = rstd = 0
@@ -408,14 +410,16 @@ class _CpuGroupNormSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, *modulation = arguments[:5]
-        y, statistics = _cpu_forward(_dense(x), tuple(modulation), *arguments[5:], True)
+        x, weight, bias, scale, shift, num_groups, eps, silu = arguments
+        modulation = (weight, bias, scale, shift)
+        y, statistics = _cpu_forward(_dense(x), modulation, num_groups, eps, silu, True)
         ctx.save_for_backward(x, *modulation, statistics)
-        ctx.options = arguments[5:]
+        ctx.options = num_groups, eps, silu
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and the parameters that need one; differentiable if that is wanted."""
         x, weight, bias, scale, shift, statistics = ctx.saved_tensors
         modulation = (weight, bias, scale, shift)
         num_groups, _, silu = ctx.options
