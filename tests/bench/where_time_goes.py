@@ -38,8 +38,8 @@ KINDS = {
     "attention": r"^attention$|advkd::attention|_Attention$",
     "GroupNorm-SiLU, backward": r"GroupNorm.*Backward|SiluBackward|group_norm_silu_backward",
     "GroupNorm-SiLU": r"^group_norm_silu$|advkd::group_norm_silu|aten::group_norm|aten::silu",
-    "convolution, backward": r"onvolution_?[bB]ackward",
-    "convolution": r"aten::conv2d|aten::convolution",
+    "convolution, backward": r"onvolution_?[bB]ackward|Conv3x3.*Backward|conv3x3_weights",
+    "convolution": r"aten::conv2d|aten::convolution|^conv3x3$|advkd::conv3x3|_Conv3x3$",
     "linear": r"aten::linear|aten::addmm|AddmmBackward|aten::mm$|MmBackward",
     "sums": r"aten::add_?$|aten::sum$|AccumulateGrad",
     "concatenation, resizing": r"aten::cat|CatBackward|psample|vg_?[pP]ool",
@@ -61,7 +61,7 @@ class CallingThread(Executor):
 @contextmanager
 def named_ops() -> Iterator[None]:
     """Marks calls of the ops, which in eager code are no events of their own."""
-    plain = {name: getattr(ops, name) for name in ("attention", "group_norm_silu")}
+    plain = {name: getattr(ops, name) for name in ("attention", "conv3x3", "group_norm_silu")}
 
     def marked(name: str) -> Callable[..., Any]:
         @functools.wraps(plain[name])
