@@ -78,13 +78,14 @@ struct Normalise {
   S* y;
   std::int64_t period;
   const T *mean, *factor, *shift;
+  std::int64_t ahead;
 
   template <int kRows>
   void rows(std::int64_t at, std::int64_t column) const {
     const Column map(*this, column);
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t place = at + r * period;
-      prefetch(x + place);
+      __builtin_prefetch(x + place + ahead, 0, 2);
       store_narrow<kStream>(y + place, map.applied(load_wide(x + place)));
     }
   }
@@ -123,7 +124,9 @@ class Forward {
         group_of_(cut_.unit_channels),
         streams_(args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
                  streams_to(args.y, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
-                 streams_to(args.y, cut_.unit_elements())) {
+                 streams_to(args.y, cut_.unit_elements())),
+        ahead_(cut_.resident() ? cut_.unit_elements() * args.threads
+                               : kAheadBytes / static_cast<std::int64_t>(sizeof(S))) {
     set_group_of(cut_, group_of_.data());
   }
 
@@ -196,7 +199,7 @@ class Forward {
     if (cut_.last) {
       each_column<T>(
           block.length, period,
-          Normalise<S, kSilu, kStream>{x, y, period, maps, maps + size, maps + 2 * size});
+          Normalise<S, kSilu, kStream>{x, y, period, maps, maps + size, maps + 2 * size, ahead_});
       return;
     }
     T mean[kShortestPeriod], factor[kShortestPeriod], shift[kShortestPeriod];
@@ -208,7 +211,7 @@ class Forward {
       const std::int64_t at = i * block.run;
       each_column<T>(
           block.run, period,
-          Normalise<S, kSilu, kStream>{x + at, y + at, period, mean, factor, shift});
+          Normalise<S, kSilu, kStream>{x + at, y + at, period, mean, factor, shift, ahead_});
     }
   }
 
@@ -254,6 +257,9 @@ class Forward {
   const Buffer<T> maps_;           // ChannelMaps of each image's columns (NHWC) or channels
   const Buffer<std::int32_t> group_of_;
   const bool streams_;
+  // How far the second phase looks ahead. What it reads of a resident unit is in the cache, and what
+  // this thread reads next is likely the unit after those that the others have.
+  const std::int64_t ahead_;
 };
 
 }  // namespace

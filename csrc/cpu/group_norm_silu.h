@@ -16,6 +16,7 @@ namespace advkd::ADVKD_ISA {
 constexpr std::int64_t kBlockElements = 1 << 14;     // 64 KiB of float32
 constexpr std::int64_t kResidentElements = 1 << 17;  // 512 KiB: stays in the second-level cache
 constexpr std::int64_t kStreamedBytes = 1 << 23;     // outputs from here on pass the cache
+constexpr std::int64_t kAheadBytes = 1 << 13;
 constexpr std::int64_t kShortestPeriod = 64;
 
 static inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -117,6 +118,7 @@ struct Cut {
   }
 
   std::int64_t unit_elements() const { return unit_channels * pixels; }
+  bool resident() const { return unit_elements() <= kResidentElements; }
   std::int64_t image_of(std::int64_t unit) const { return last ? unit : unit / groups; }
   std::int64_t group_of(std::int64_t unit) const { return last ? 0 : unit % groups; }
 
@@ -142,7 +144,7 @@ static inline void set_group_of(const Cut& cut, std::int32_t* group_of) {
 // block is finished, last ones first, as those are still in the cache.
 template <class Kernel>
 void run_phases(const Kernel& kernel, const Cut& cut, int threads) {
-  const bool resident = cut.unit_elements() <= kResidentElements;
+  const bool resident = cut.resident();
   if (resident && (threads == 1 || cut.units >= 2 * threads)) {
     parallel_for(cut.units, threads, [&](std::int64_t unit) {
       for (std::int64_t b = 0; b < cut.blocks; ++b) kernel.measure(unit, b);
@@ -235,11 +237,11 @@ inline void each_column(std::int64_t length, std::int64_t period, const Body& bo
   }
 }
 
-// What will be read soon, 8 KiB on; the processor itself looks ahead too little for a kernel that
-// computes as much as it reads.
+// What will be read soon, to the first-level cache; the processor itself looks ahead too little for
+// a kernel that computes as much as it reads.
 template <class S>
 inline void prefetch(const S* at) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + (1 << 13), 0, 3);
+  __builtin_prefetch(at + kAheadBytes / static_cast<std::int64_t>(sizeof(S)), 0, 3);
 }
 
 // The first n lanes of v, the others 0.
