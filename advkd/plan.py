@@ -298,7 +298,7 @@ class _Lowering:
 
         def pack(out: Tensor) -> None:
             dense = weight.detach().contiguous()
-            extension.convolution_pack(*shape, algorithm, dense.data_ptr(), out.data_ptr())
+            extension.convolution_pack(*shape, dense.data_ptr(), out.data_ptr())
 
         reads = {"x": x}
         numbers = {}

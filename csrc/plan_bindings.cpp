@@ -106,18 +106,17 @@ py::tuple convolution_plan(const std::array<std::int64_t, 5>& sizes, int kernel,
   const ConvolutionShape shape = shape_of(sizes, kernel, stride, pad_before, pad_after, upsample);
   if (!supported(shape)) throw std::invalid_argument("no kernel serves such a convolution");
   const ConvolutionAlgorithm algorithm = choose_algorithm(shape, threads);
-  return py::make_tuple(static_cast<int>(algorithm), packed_size(shape, algorithm));
+  return py::make_tuple(static_cast<int>(algorithm), packed_size(shape));
 }
 
 // weight: (out, in, kernel, kernel), contiguous
 void convolution_pack(const std::array<std::int64_t, 5>& sizes, int kernel, int stride,
-                      int pad_before, int pad_after, bool upsample, int algorithm,
-                      std::uintptr_t weight, std::uintptr_t packed) {
+                      int pad_before, int pad_after, bool upsample, std::uintptr_t weight,
+                      std::uintptr_t packed) {
   const py::gil_scoped_release released;
   const ConvolutionShape shape = shape_of(sizes, kernel, stride, pad_before, pad_after, upsample);
   const std::int64_t area = static_cast<std::int64_t>(kernel) * kernel;
-  pack_weights(shape, static_cast<ConvolutionAlgorithm>(algorithm),
-               {pointer<const float>(weight), shape.in_channels * area, area, kernel, 1},
+  pack_weights(shape, {pointer<const float>(weight), shape.in_channels * area, area, kernel, 1},
                pointer<float>(packed));
 }
 

@@ -238,7 +238,7 @@ class ConvolutionStep final : public PlanStep {
       x_scale_ = reads(fields.vector("x_scale", shape_.in_channels));
       x_shift_ = reads(fields.vector("x_shift", shape_.in_channels));
     }
-    packed_ = fields.weights("packed", packed_size(shape_, algorithm_));
+    packed_ = fields.weights("packed", packed_size(shape_));
     take_bias(fields);
     has_residual_ = fields.has("residual");
     if (has_residual_) residual_ = reads(fields.slice("residual", shape_.out_channels, pixels));

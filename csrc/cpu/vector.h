@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace advkd::ADVKD_ISA {
@@ -39,11 +43,22 @@ static inline void store_some(float* to, Vector v, std::int64_t n) {
 
 static inline Vector filled(float value) { return Vector{} + value; }
 
-// v / (1 + exp(-v)), within 3 ulp; NaN stays NaN.
+// 1 / v within 2 ulp, for 2^-126 <= v <= 2^126; NaN stays NaN. A division takes a vector unit longer
+// than all else in SiLU.
+static inline Vector reciprocal(Vector v) {
+#if defined(__AVX512F__)
+  const Vector estimate = (Vector)_mm512_rcp14_ps((__m512)v);
+  return estimate + estimate * (1.0f - v * estimate);
+#else
+  return 1.0f / v;
+#endif
+}
+
+// v / (1 + exp(-v)), within 4 ulp; NaN stays NaN.
 static inline Vector silu(Vector v) {
   // exp(-v) = 2^n exp(f), |f| <= log(2) / 2; the bounds keep 2^n finite.
   Vector t = -v;
-  const Vector low = filled(-87.0f), high = filled(88.0f);
+  const Vector low = filled(-87.0f), high = filled(87.0f);
   t = t < low ? low : t;
   t = t > high ? high : t;
   const Vector rounding = filled(12582912.0f);  // 1.5 * 2^23 leaves the integer in the low bits
@@ -58,7 +73,7 @@ static inline Vector silu(Vector v) {
   p = p * f * f + f + 1.0f;
   typedef std::uint32_t Bits __attribute__((vector_size(kWidth * sizeof(float))));
   const Vector power = (Vector)(((Bits)shifted + 127u) << 23);
-  return v / (p * power + 1.0f);
+  return v * reciprocal(p * power + 1.0f);
 }
 
 }  // namespace advkd::ADVKD_ISA

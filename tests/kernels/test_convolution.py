@@ -69,11 +69,10 @@ class Problem:
         """The plan, and the weights, which it does not keep alive."""
         assert ops.extension is not None
         (B, H, W, C, D), (kernel, stride, before, after, upsample) = self.sizes, self.geometry
-        points = (kernel**2, 16, 36)[algorithm]
-        weights = torch.full((D + -(-D // 16) * 16 * C * points,), float("nan"))
+        weights = torch.full((D + -(-D // 16) * 16 * C * kernel**2,), float("nan"))
         weights[:D] = self.bias
         ops.extension.convolution_pack(
-            self.sizes, *self.geometry, algorithm, self.weight.data_ptr(), weights[D:].data_ptr()
+            self.sizes, *self.geometry, self.weight.data_ptr(), weights[D:].data_ptr()
         )
         step = {
             "height": H, "width": W, "in_channels": C, "out_channels": D, "kernel": kernel,

@@ -326,7 +326,7 @@ def test_group_norm(isa: str, channels: int, groups: int, pixels: int, mean: flo
     packed[: 2 * channels] = weights[: 2 * channels]
     identity = torch.eye(channels).contiguous()
     at = packed[2 * channels :]
-    ops.extension.convolution_pack(*sizes, 0, identity.data_ptr(), at.data_ptr())
+    ops.extension.convolution_pack(*sizes, identity.data_ptr(), at.data_ptr())
     whole = -(-channels // 16) * 16
 
     def part(name: str, buffer: int) -> dict[str, int]:
