@@ -88,6 +88,8 @@ void size_products(ConvolutionPlan& plan, const ConvolutionShape& s,
 
 // Transformed weights that are fewer stay in a core's second-level cache beside a block's input.
 constexpr std::int64_t kFewWeights = 160 << 10;
+// What a group's should not exceed, to stay in a cache of 2 MiB.
+constexpr std::int64_t kGroupSize = 300 << 10;
 // Prepared inputs of a wave: so many that transforming the weights for each wave costs little.
 constexpr std::int64_t kWaveSize = 2 << 20;
 
@@ -95,6 +97,10 @@ void plan_waves(ConvolutionPlan& plan, int threads) {
   const bool shared = threads > 1 && plan.blocks < 4 * threads;
   const bool heavy = plan.panels * plan.transformed_panel > kFewWeights;
   plan.group = std::min<std::int64_t>(plan.panels, shared && plan.panels <= 8 ? 2 : kMostGroup);
+  if (heavy) {
+    const std::int64_t most = std::max<std::int64_t>(1, kGroupSize / plan.transformed_panel);
+    plan.group = std::min(plan.group, most);
+  }
   plan.groups = divided_up(plan.panels, plan.group);
   plan.wave = 0;
   if (shared || heavy) {
@@ -104,10 +110,11 @@ void plan_waves(ConvolutionPlan& plan, int threads) {
   plan.parts = threads == 1 ? 1 : divided_up(2 * threads, plan.groups);
 }
 
-// The model of what a convolution costs, in cycles of a core that starts one product of 16 lanes in
-// each. The constants are measured on Zen 4 with AVX-512; on others the ratios are about the same.
-constexpr double kProductsPerCycle = 0.75;
-constexpr double kBytesPerCycle = 8;  // of weights that come from memory
+// The model of what a convolution costs, in cycles of a core that starts two products of 16 lanes in
+// each. The constants are measured on Emerald Rapids; on others the ratios are about the same.
+constexpr double kProductsPerCycle = 1.5;
+constexpr double kBytesPerCycle = 12;  // of weights that come from memory
+constexpr double kFewestRows = 3;      // of a product; fewer wait for their own additions
 
 double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int threads) {
   const double n = outputs_of(algorithm), in = static_cast<double>(s.in_channels);
@@ -115,14 +122,16 @@ double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int 
                        std::ceil(s.out_width() / n);
   const double panels = static_cast<double>(divided_up(s.out_channels, kPanel));
   const double blocks = static_cast<double>(divided_up(s.in_channels, kPanel));
-  // Of a unit: products, then what 16 of its channels take to prepare and to write.
-  const double products = points_of(s, algorithm) * panels * (in / kProductsPerCycle + 2);
+  const double products = std::max(units, kFewestRows) * points_of(s, algorithm) * panels *
+                          (in / kProductsPerCycle + 2);
+  // What 16 channels of a unit take to prepare and to write, and 16 weights to transform.
   const double per_block[] = {8.0 * s.kernel, 80, 220}, per_panel[] = {8, 50, 130};
+  const double per_weights[] = {0, 80, 180};
   const int index = static_cast<int>(algorithm);
-  const double arithmetic = units * (products + per_block[index] * blocks + per_panel[index] * panels);
-  const double transformation[] = {0, 35, 70};  // of a panel's weights for one channel
+  const double arithmetic = products + per_weights[index] * panels * in +
+                            units * (per_block[index] * blocks + per_panel[index] * panels);
   const double bytes = static_cast<double>(packed_size(s)) * sizeof(float);
-  return (arithmetic + transformation[index] * panels * in) / threads + bytes / kBytesPerCycle;
+  return arithmetic / threads + bytes / kBytesPerCycle;
 }
 
 double packing_cycles_of(const ConvolutionShape& s) {
@@ -131,7 +140,7 @@ double packing_cycles_of(const ConvolutionShape& s) {
 
 // Direct, with its vectors filled as far as the channels fill them.
 double torch_cycles_of(const ConvolutionShape& s) {
-  constexpr double kTorchProductsPerCycle = 0.6;
+  constexpr double kTorchProductsPerCycle = 1.2;
   const double pixels = static_cast<double>(s.batch * s.out_height() * s.out_width());
   const double channels = static_cast<double>(s.in_channels * divided_up(s.out_channels, kPanel));
   return pixels * s.kernel * s.kernel * channels / kTorchProductsPerCycle;
@@ -179,6 +188,8 @@ ConvolutionGradientPlan plan_gradient(const ConvolutionShape& s) {
   cut_into_blocks(blocks, s.batch,
                   std::clamp(kGradientSize / size / 8 * 8, kFewestUnits, kMostGradientUnits));
   size_inputs(blocks, s, ConvolutionAlgorithm::winograd4);
+  blocks.group = std::min(blocks.panels, kMostGroup);
+  blocks.groups = divided_up(blocks.panels, blocks.group);
   plan.right_step = blocks.images * blocks.rows * blocks.columns * blocks.panels * kPanel + kGap;
   plan.right_size = kPoints * plan.right_step;
   plan.sum_size = kPoints * blocks.panels * kPanel * s.in_channels;
