@@ -108,24 +108,13 @@ class RowReader {
     }
     for (std::int64_t c = first; c < end; ++c) {
       const float* const pixel = from + ((column + c) >> image_.doubling) * image_.stride;
-      if (lanes_ < kPanel) {
-        float part[kPanel] = {};
-        for (std::int64_t i = 0; i < lanes_; ++i) part[i] = pixel[i];
-        convert<kAffine, kSilu>(part, scale, shift, to + c * kPanel);
-      } else {
-        convert<kAffine, kSilu>(pixel, scale, shift, to + c * kPanel);
-      }
-    }
-  }
-
-  template <bool kAffine, bool kSilu>
-  static void convert(const float* from, const Vector* scale, const Vector* shift, float* to) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      Vector value = load(from + v * kWidth);
-      if constexpr (kAffine) value = value * scale[v] + shift[v];
-      if constexpr (kSilu) value = silu(value);
-      store(to + v * kWidth, value);
+      for (int v = 0; v < kPanelVectors; ++v) {
+        Vector value = some(pixel + v * kWidth, lanes_ - v * kWidth);
+        if constexpr (kAffine) value = value * scale[v] + shift[v];
+        if constexpr (kSilu) value = silu(value);
+        store(to + c * kPanel + v * kWidth, value);
+      }
     }
   }
 
@@ -143,31 +132,36 @@ class OutputWriter {
  public:
   OutputWriter() = default;
   OutputWriter(const ConvolutionArgs& args, std::int64_t image, std::int64_t channel)
-      : args_(&args), channel_(channel), lanes_(least(kWidth, args.shape.out_channels - channel)) {
-    if (args.bias != nullptr && lanes_ > 0) {
-      const float* const from = args.bias + image * args.bias_stride + channel;
-      bias_ = lanes_ == kWidth ? load(from) : load_some(from, lanes_);
-    }
+      : y_(args.y + channel),
+        y_stride_(args.y_stride),
+        residual_(args.residual == nullptr ? nullptr : args.residual + channel),
+        residual_stride_(args.residual_stride),
+        lanes_(least(kWidth, args.shape.out_channels - channel)),
+        scale_(args.scale) {
+    if (args.bias == nullptr) return;
+    const float* const from = args.bias + image * args.bias_stride + channel;
+    bias_ = lanes_ == kWidth ? load(from) : load_some(from, lanes_);
   }
 
   void write(std::int64_t pixel, Vector sum) const {
-    float* const to = args_->y + pixel * args_->y_stride + channel_;
-    const float* const residual = args_->residual + pixel * args_->residual_stride + channel_;
-    if (lanes_ == kWidth) {
-      sum += bias_;
-      if (args_->residual != nullptr) sum += load(residual);
-      return store(to, sum * args_->scale);
-    }
+    float* const to = y_ + pixel * y_stride_;
+    const float* const residual = residual_ + pixel * residual_stride_;
     sum += bias_;
-    for (std::int64_t i = 0; i < lanes_; ++i) {
-      const float value = args_->residual != nullptr ? sum[i] + residual[i] : sum[i];
-      to[i] = value * args_->scale;
+    if (lanes_ == kWidth) {
+      if (residual_ != nullptr) sum += load(residual);
+      return store(to, sum * scale_);
     }
+    if (residual_ != nullptr) sum += load_some(residual, lanes_);
+    store_some(to, sum * scale_, lanes_);
   }
 
  private:
-  const ConvolutionArgs* args_;
-  std::int64_t channel_, lanes_;
+  float* y_;
+  std::int64_t y_stride_;
+  const float* residual_;
+  std::int64_t residual_stride_;
+  std::int64_t lanes_;
+  float scale_;
   Vector bias_ = {};
 };
 

@@ -32,13 +32,21 @@ static inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
 // The first n < kWidth lanes from memory, the others 0.
 static inline Vector load_some(const float* from, std::int64_t n) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+#else
   Vector v = {};
   std::memcpy(&v, from, static_cast<std::size_t>(n) * sizeof(float));
   return v;
+#endif
 }
 
 static inline void store_some(float* to, Vector v, std::int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#else
   std::memcpy(to, &v, static_cast<std::size_t>(n) * sizeof(float));
+#endif
 }
 
 static inline Vector filled(float value) { return Vector{} + value; }

@@ -67,6 +67,7 @@ class WinogradConvolution {
       for (std::int64_t r = 0; r < block.rows; ++r) {
         for (std::int64_t t = 0; t < block.columns; ++t, from += columns) {
           for (int v = 0; v < writers.count(); ++v) {
+            const OutputWriter writer = writers[v];
             Vector out[kOut][kOut];
             transform_square<kIn, kOut>(
                 [&](int y, int x) {
@@ -74,7 +75,7 @@ class WinogradConvolution {
                 },
                 [](const auto& m, auto& sums) { Winograd<kOut>::output(m, sums); },
                 [&](int y, int x, Vector value) { out[y][x] = value; });
-            write_tile(writers[v], block.image + n, (block.row + r) * kOut,
+            write_tile(writer, block.image + n, (block.row + r) * kOut,
                        (block.column + t) * kOut, out);
           }
         }
