@@ -728,11 +728,15 @@ void Plan::run_parts(
     std::int64_t images, int threads,
     const std::function<void(std::int64_t first, std::int64_t count, int threads)>& run_part)
     const {
-  // Fewer images than this on each thread would read the weights too often.
+  // Fewer images than this in a part would read the weights too often.
   constexpr std::int64_t kFewImages = 4;
+  // Floats of an arena that a core's caches serve well.
+  constexpr std::int64_t kCachedFloats = 1 << 20;
   check_threads(threads);
   if (images < 0) throw std::invalid_argument("the number of images is negative");
-  std::int64_t parts = (images + data_.batch - 1) / data_.batch;
+  const std::int64_t cached = kCachedFloats / std::max<std::int64_t>(1, data_.arena);
+  const std::int64_t most = cached < kFewImages ? data_.batch : std::min(data_.batch, cached);
+  std::int64_t parts = (images + most - 1) / most;
   const bool apart = threads > 1 && images >= kFewImages * threads;
   if (apart) parts = (parts + threads - 1) / threads * threads;
   const std::int64_t size = parts == 0 ? 0 : (images + parts - 1) / parts;
