@@ -168,6 +168,18 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(sizes: Any, algorithm: 
     assert torch.equal(problem.run(algorithm, 1, last), whole[last])
 
 
+def test_many_weights_are_transformed_for_one_wave_of_blocks_after_the_other(isa: str) -> None:
+    Problem((33, 16, 16, 128, 80)).check(WINOGRAD4)
+
+
+def test_waves_do_not_change_bits() -> None:
+    problem = Problem((33, 16, 16, 128, 80))
+    whole = problem.run(WINOGRAD4)
+    for threads in (2, 3):
+        assert torch.equal(problem.run(WINOGRAD4, threads), whole)
+    assert torch.equal(problem.run(WINOGRAD4, 1, slice(30, 32)), whole[30:32])
+
+
 def chosen(sizes: Any, geometry: Any = (3, 1, 1, 1, False), threads: int = 1) -> int:
     assert ops.extension is not None
     algorithm: int = ops.extension.convolution_plan(sizes, *geometry, threads)[0]
