@@ -1,4 +1,4 @@
-// A network as plain data: operations on buffers of one arena, and packed weights. advkd/plan.py
+// A network as plain data: operations on buffers of one arena, and packed weights. advkd/plan/
 // writes it; here it is checked, so that a corrupt plan is an exception, and carried out.
 #pragma once
 
