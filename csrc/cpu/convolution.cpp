@@ -22,9 +22,9 @@ int points_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   return side * side;
 }
 
-// Floats that a task's prepared input should not exceed, to leave room in a second-level cache of
+// Floats that a block's prepared input should not exceed, to leave room in a second-level cache of
 // 1 MiB for products and weights; and units, from which on more do not help to reuse weights.
-constexpr std::int64_t kLeftSize = 128 << 10;
+constexpr std::int64_t kDirectLeftSize = 48 << 10, kLeftSize = 96 << 10;
 constexpr std::int64_t kFewestUnits = 16, kMostUnits = 64;
 
 constexpr std::int64_t kGradientSize = 192 << 10;
@@ -34,7 +34,8 @@ std::int64_t most_units(const ConvolutionShape& s, ConvolutionAlgorithm algorith
   const bool direct = algorithm == ConvolutionAlgorithm::direct;
   const std::int64_t size =
       divided_up(s.in_channels, kPanel) * kPanel * (direct ? s.kernel * 2 : points_of(s, algorithm));
-  return std::clamp(kLeftSize / size / 8 * 8, kFewestUnits, direct ? 4 * kMostUnits : kMostUnits);
+  return direct ? std::clamp(kDirectLeftSize / size / 8 * 8, kFewestUnits, 4 * kMostUnits)
+                : std::clamp(kLeftSize / size / 8 * 8, kFewestUnits, kMostUnits);
 }
 
 // Cuts `length` into parts as equal as can be, none longer than `most`.
@@ -135,7 +136,8 @@ double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int 
 }
 
 double packing_cycles_of(const ConvolutionShape& s) {
-  return 1.0 * static_cast<double>(packed_size(s));
+  constexpr double kCyclesPerWeight = 1;
+  return kCyclesPerWeight * static_cast<double>(packed_size(s));
 }
 
 // Direct, with its vectors filled as far as the channels fill them.
