@@ -13,7 +13,7 @@ from advkd.models.layers import timestep_embedding
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.ops import extension
-from advkd.plan._data import ALGORITHMS, INPUT, OUTPUT, Part, Plan
+from advkd.plan._data import ALGORITHMS, INPUT, OUTPUT, Op, Part, Plan
 from advkd.plan._lowering import LoweringError
 from advkd.plan._networks import lower_student, lower_unet, time_plan
 
@@ -160,12 +160,11 @@ def describe(engine: Engine, images: int, timed: bool = False) -> Iterator[str]:
         f"{'MFLOP':>9}{'weights, KiB':>14}" + (f"{'us':>10}{'GFLOP/s':>9}" if timed else "")
     )
     for i, op in enumerate(plan.ops):
-        algorithm = ALGORITHMS[op.numbers["algorithm"]] if op.kind == "convolution" else ""
         read = _shape(op.reads[0]) if op.reads else ""
         flops = op.flops * images
         yield (
-            f"{op.kind:<15}{op.module:<42}{read:>15}{_shape(op.writes[0]):>15}  {algorithm:<10}"
-            f"{op.flops / 1e6:>9.2f}{op.weights / 256:>14.1f}"
+            f"{op.kind:<15}{op.module:<42}{read:>15}{_shape(op.writes[0]):>15}  "
+            f"{_algorithm(op):<10}{op.flops / 1e6:>9.2f}{op.weights / 256:>14.1f}"
             + (f"{seconds[i] * 1e6:>10.1f}{flops / seconds[i] / 1e9:>9.1f}" if timed else "")
         )
     flops = sum(op.flops for op in plan.ops)
@@ -178,9 +177,27 @@ def describe(engine: Engine, images: int, timed: bool = False) -> Iterator[str]:
     if timed:
         total = sum(seconds)
         yield f"{total * 1e3:.3f} ms a pass, {flops * images / total / 1e9:.1f} GFLOP/s; of which"
-        for kind in dict.fromkeys(op.kind for op in plan.ops):
-            part = sum(s for s, op in zip(seconds, plan.ops, strict=True) if op.kind == kind)
-            yield f"  {kind:<15}{part / total:>6.1%}"
+        yield from _shares(plan.ops, images, seconds)
+
+
+def _shares(ops: Sequence[Op], images: int, seconds: Sequence[float]) -> Iterator[str]:
+    """The share of a pass of each kind of operation, convolutions by their algorithm and kernel."""
+
+    def kind(op: Op) -> str:
+        kernel = op.numbers.get("kernel")
+        square = "" if kernel is None else f" {kernel}x{kernel}, {_algorithm(op)}"
+        return op.kind + square
+
+    total = sum(seconds)
+    for name in dict.fromkeys(map(kind, ops)):
+        of_kind = [i for i, op in enumerate(ops) if kind(op) == name]
+        part = sum(seconds[i] for i in of_kind)
+        flops = images * sum(ops[i].flops for i in of_kind)
+        yield f"  {name:<30}{part / total:>6.1%}{flops / part / 1e9:>9.1f} GFLOP/s"
+
+
+def _algorithm(op: Op) -> str:
+    return ALGORITHMS[op.numbers["algorithm"]] if op.kind == "convolution" else ""
 
 
 def _shape(part: Part) -> str:
