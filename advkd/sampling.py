@@ -8,7 +8,6 @@ image does not depend on the batch it is drawn in.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,9 +17,8 @@ from advkd import ops
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops._backend import cpu_unavailable, fused_extension, use_fused
 from advkd.parallel import Workers
-from advkd.plan import Engine, LoweringError, lower
+from advkd.plan import Engine, engine_for
 
 SAMPLERS = ("ddim", "ddpm")
 TARGETS = ("denoised", "state")
@@ -29,59 +27,6 @@ TARGETS = ("denoised", "state")
 JUDGE_SEED = 1 << 63
 
 Callback = Callable[[int, int], None]  # (steps done, steps in all); may raise to stop
-
-
-# Images of a pass for which the engine of few images, and that of many, is made.
-_FEW, _MANY = 1, 16
-_KEPT_ENGINES = 2  # of one network, the newest
-_Key = tuple[int, int, int | None]  # side, batch, exit_at
-_State = tuple[list[object], int]
-_engines: weakref.WeakKeyDictionary[UNet | Student, dict[_Key, tuple[_State, Engine]]]
-_engines = weakref.WeakKeyDictionary()
-_engines_lock = threading.Lock()
-
-
-def engine_for(
-    model: UNet | Student, side: int, images: int, exit_at: int | None = None
-) -> Engine | None:
-    """The engine that draws so many images of side x side pixels; None where torch draws them.
-
-    Engines are kept with their network as long as its weights and settings are the same, which is
-    seen by their content. Up to three images have an engine of their own, made for one at a time.
-    """
-    unavailable = cpu_unavailable(*model.parameters(), *model.buffers())
-    if not use_fused("the sampling loop", None, unavailable):
-        return None
-    key = (side, _FEW if images <= 3 * _FEW else _MANY, exit_at)
-    with _engines_lock:
-        kept = _engines.setdefault(model, {})
-        state = _state_of(model)
-        found = kept.pop(key, None)
-        if found is None or found[0] != state:
-            try:
-                found = (state, lower(model, (side, side), batch=key[1], exit_at=exit_at))
-            except LoweringError:
-                return None
-        kept[key] = found
-        while len(kept) > _KEPT_ENGINES:
-            kept.pop(next(iter(kept)))
-        return found[1]
-
-
-def _state_of(model: UNet | Student) -> _State:
-    """What an engine is made from: every module's settings, and the content of its tensors."""
-    settings: list[object] = []
-    tensors = []
-    for module in model.modules():
-        plain = (v for v in vars(module).values() if isinstance(v, int | float | str | tuple))
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        settings.append((type(module), hooks, *plain))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                settings.append(tensor.shape)
-                tensors.append(tensor if tensor.is_contiguous() else tensor.detach().contiguous())
-    words = [(tensor.data_ptr(), tensor.numel()) for tensor in tensors]
-    return settings, fused_extension().fingerprint(words)
 
 
 def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:

@@ -199,10 +199,10 @@ void conv3x3(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weights,
   ConvolutionWeights from = {pointer<const float>(weights), weight_strides[0], weight_strides[1],
                              weight_strides[2], weight_strides[3]};
   if (turned) from = from.turned(shape.kernel);
-  const std::int64_t packed_floats = (packed_size(shape, algorithm) + 15) / 16 * 16;
+  const std::int64_t packed_floats = (packed_size(shape) + 15) / 16 * 16;
   float* const packed =
       thread_memory(packed_floats + workspace_size(shape, algorithm, threads));
-  pack_weights(shape, algorithm, from, packed);
+  pack_weights(shape, from, packed);
   ConvolutionArgs args = {};
   args.shape = shape;
   args.algorithm = algorithm;

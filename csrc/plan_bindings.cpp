@@ -106,43 +106,67 @@ py::tuple convolution_plan(const std::array<std::int64_t, 5>& sizes, int kernel,
   const ConvolutionShape shape = shape_of(sizes, kernel, stride, pad_before, pad_after, upsample);
   if (!supported(shape)) throw std::invalid_argument("no kernel serves such a convolution");
   const ConvolutionAlgorithm algorithm = choose_algorithm(shape, threads);
-  return py::make_tuple(static_cast<int>(algorithm), packed_size(shape, algorithm));
+  return py::make_tuple(static_cast<int>(algorithm), packed_size(shape));
 }
 
 // weight: (out, in, kernel, kernel), contiguous
 void convolution_pack(const std::array<std::int64_t, 5>& sizes, int kernel, int stride,
-                      int pad_before, int pad_after, bool upsample, int algorithm,
-                      std::uintptr_t weight, std::uintptr_t packed) {
+                      int pad_before, int pad_after, bool upsample, std::uintptr_t weight,
+                      std::uintptr_t packed) {
   const py::gil_scoped_release released;
   const ConvolutionShape shape = shape_of(sizes, kernel, stride, pad_before, pad_after, upsample);
   const std::int64_t area = static_cast<std::int64_t>(kernel) * kernel;
-  pack_weights(shape, static_cast<ConvolutionAlgorithm>(algorithm),
-               {pointer<const float>(weight), shape.in_channels * area, area, kernel, 1},
+  pack_weights(shape, {pointer<const float>(weight), shape.in_channels * area, area, kernel, 1},
                pointer<float>(packed));
 }
 
-// A number that tells contents apart: every eight bytes count by an odd factor of their place, so
-// that a change of one number in them cannot go unseen.
+// Two sums of a run of words (Fletcher 1982), lane by lane: the first is changed by a change of any
+// word, the second also where words change places.
+class Fletcher {
+ public:
+  void add(const char* at, std::int64_t bytes) {
+    std::int64_t i = 0;
+    for (; i + kBlock <= bytes; i += kBlock) {
+      std::uint64_t words[kLanes];
+      std::memcpy(words, at + i, kBlock);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        first_[lane] += words[lane];
+        second_[lane] += first_[lane];
+      }
+    }
+    std::uint64_t rest[kLanes] = {};
+    std::memcpy(rest, at + i, static_cast<std::size_t>(bytes - i));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      first_[lane] += rest[lane];
+      second_[lane] += first_[lane];
+    }
+  }
+
+  std::uint64_t result() const {
+    std::uint64_t all = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (const std::uint64_t sum : {first_[lane], second_[lane]}) {
+        all = (all ^ sum) * 0xD6E8FEB86659FD93u;
+        all ^= all >> 32;
+      }
+    }
+    return all;
+  }
+
+ private:
+  static constexpr int kLanes = 8;
+  static constexpr std::int64_t kBlock = 8 * kLanes;
+  std::uint64_t first_[kLanes] = {}, second_[kLanes] = {};
+};
+
+// A number that tells contents apart; it stays the same only by a chance of 2^-64.
 std::uint64_t fingerprint(const std::vector<std::pair<std::uintptr_t, std::int64_t>>& parts) {
   const py::gil_scoped_release released;
-  std::uint64_t all = 0x9E3779B97F4A7C15u;
+  Fletcher sums;
   for (const auto& [address, floats] : parts) {
-    const char* const at = pointer<const char>(address);
-    const std::int64_t pairs = floats / 2;
-    std::uint64_t sum = 0, word = 0;
-    for (std::int64_t i = 0; i < pairs; ++i) {
-      std::memcpy(&word, at + 8 * i, 8);
-      sum += word * (2 * static_cast<std::uint64_t>(i) + 0x9E3779B97F4A7C15u);
-    }
-    if (floats % 2 != 0) {
-      word = 0;
-      std::memcpy(&word, at + 8 * pairs, 4);
-      sum += word * (2 * static_cast<std::uint64_t>(pairs) + 0x9E3779B97F4A7C15u);
-    }
-    all = (all ^ sum) * 0xD6E8FEB86659FD93u;
-    all ^= all >> 32;
+    sums.add(pointer<const char>(address), floats * static_cast<std::int64_t>(sizeof(float)));
   }
-  return all;
+  return sums.result();
 }
 
 }  // namespace

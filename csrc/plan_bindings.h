@@ -1,4 +1,4 @@
-// The part of the module advkd._C that advkd/plan.py and advkd/sampling.py use.
+// The part of the module advkd._C that advkd/plan/ and advkd/sampling.py use.
 #pragma once
 
 #include <pybind11/pybind11.h>

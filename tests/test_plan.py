@@ -310,7 +310,7 @@ def test_buffers_that_live_together_lie_apart(wanted: list[tuple[int, int, int]]
         )
         for step in range(21)
     ]  # fmt: skip
-    arena = plan._lay_out(buffers, operations)
+    arena = plan._data.lay_out(buffers, operations)
     for i, a in enumerate(buffers[2:]):
         assert a.offset % 16 == 0
         assert a.offset + a.floats <= arena
@@ -529,7 +529,7 @@ def test_what_is_wrong_is_said(words: str, spoil: Callable[[plan.Plan], object])
 
 def test_buffers_that_overlap_are_refused() -> None:
     whole = lower(teacher(), (8, 8), batch=2).plan
-    lives = plan._lives(whole.buffers, whole.ops)
+    lives = plan._data.lives_of(whole.buffers, whole.ops)
     i, j = next(
         (i, j)
         for i in range(2, len(lives))

@@ -22,9 +22,9 @@ int points_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   return side * side;
 }
 
-// Floats that a task's prepared input should not exceed, to leave room in a second-level cache of
+// Floats that a block's prepared input should not exceed, to leave room in a second-level cache of
 // 1 MiB for products and weights; and units, from which on more do not help to reuse weights.
-constexpr std::int64_t kLeftSize = 128 << 10;
+constexpr std::int64_t kDirectLeftSize = 48 << 10, kLeftSize = 96 << 10;
 constexpr std::int64_t kFewestUnits = 16, kMostUnits = 64;
 
 constexpr std::int64_t kGradientSize = 192 << 10;
@@ -34,7 +34,8 @@ std::int64_t most_units(const ConvolutionShape& s, ConvolutionAlgorithm algorith
   const bool direct = algorithm == ConvolutionAlgorithm::direct;
   const std::int64_t size =
       divided_up(s.in_channels, kPanel) * kPanel * (direct ? s.kernel * 2 : points_of(s, algorithm));
-  return std::clamp(kLeftSize / size / 8 * 8, kFewestUnits, direct ? 4 * kMostUnits : kMostUnits);
+  return direct ? std::clamp(kDirectLeftSize / size / 8 * 8, kFewestUnits, 4 * kMostUnits)
+                : std::clamp(kLeftSize / size / 8 * 8, kFewestUnits, kMostUnits);
 }
 
 // Cuts `length` into parts as equal as can be, none longer than `most`.
@@ -61,29 +62,60 @@ void cut_into_blocks(ConvolutionPlan& plan, std::int64_t batch, std::int64_t mos
 // Points lie a cache line further apart than they need, or all would share one set of the cache.
 constexpr std::int64_t kGap = 16;
 
-void size_memory(ConvolutionPlan& plan, const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
-  const std::int64_t units = plan.images * plan.rows * plan.columns;
+void size_inputs(ConvolutionPlan& plan, const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   const std::int64_t channels = plan.channel_blocks * kPanel;
   if (algorithm == ConvolutionAlgorithm::direct) {
     const std::int64_t rows = plan.rows - 1 + divided_up(s.kernel, s.stride);
-    plan.left_step = plan.product_step = 0;
-    plan.product_size = plan.rows * plan.columns * plan.group * kPanel;
+    plan.left_step = 0;
     plan.left_size = plan.images * channels * s.kernel * rows * s.stride * plan.columns;
     plan.scratch_size = ((plan.columns - 1) * s.stride + s.kernel) * kPanel;
     return;
   }
-  const std::int64_t n = outputs_of(algorithm), points = (n + 2) * (n + 2);
-  plan.left_step = units * channels + kGap;
-  plan.left_size = points * plan.left_step;
-  plan.product_step = units * plan.group * kPanel + kGap;
-  plan.product_size = points * plan.product_step;
+  const std::int64_t n = outputs_of(algorithm);
+  plan.left_step = plan.images * plan.rows * plan.columns * channels + kGap;
+  plan.left_size = points_of(s, algorithm) * plan.left_step;
   plan.scratch_size = (plan.rows * n + 2) * (plan.columns * n + 2) * kPanel;
 }
 
-// The model of what a convolution costs, in cycles of a core that starts one product of 16 lanes in
-// each. The constants are measured on Zen 4 with AVX-512; on others the ratios are about the same.
-constexpr double kProductsPerCycle = 0.75;
-constexpr double kBytesPerCycle = 8;  // of weights that come from memory
+void size_products(ConvolutionPlan& plan, const ConvolutionShape& s,
+                   ConvolutionAlgorithm algorithm) {
+  const std::int64_t columns = plan.group * kPanel;
+  plan.product_step = 0;
+  plan.product_size = plan.rows * plan.columns * columns;
+  if (algorithm == ConvolutionAlgorithm::direct) return;
+  plan.product_step = plan.images * plan.product_size + kGap;
+  plan.product_size = points_of(s, algorithm) * plan.product_step;
+}
+
+// Transformed weights that are fewer stay in a core's second-level cache beside a block's input.
+constexpr std::int64_t kFewWeights = 160 << 10;
+// What a group's should not exceed, to stay in a cache of 2 MiB.
+constexpr std::int64_t kGroupSize = 300 << 10;
+// Prepared inputs of a wave: so many that transforming the weights for each wave costs little.
+constexpr std::int64_t kWaveSize = 2 << 20;
+
+void plan_waves(ConvolutionPlan& plan, int threads) {
+  const bool shared = threads > 1 && plan.blocks < 4 * threads;
+  const bool heavy = plan.panels * plan.transformed_panel > kFewWeights;
+  plan.group = std::min<std::int64_t>(plan.panels, shared && plan.panels <= 8 ? 2 : kMostGroup);
+  if (heavy) {
+    const std::int64_t most = std::max<std::int64_t>(1, kGroupSize / plan.transformed_panel);
+    plan.group = std::min(plan.group, most);
+  }
+  plan.groups = divided_up(plan.panels, plan.group);
+  plan.wave = 0;
+  if (shared || heavy) {
+    const std::int64_t most = std::max<std::int64_t>(1, kWaveSize / plan.left_size);
+    plan.wave = plan.blocks == 0 || shared ? plan.blocks : equal_part(plan.blocks, most);
+  }
+  plan.parts = threads == 1 ? 1 : divided_up(2 * threads, plan.groups);
+}
+
+// The model of what a convolution costs, in cycles of a core that starts two products of 16 lanes in
+// each. The constants are measured on Emerald Rapids; on others the ratios are about the same.
+constexpr double kProductsPerCycle = 1.5;
+constexpr double kBytesPerCycle = 12;  // of weights that come from memory
+constexpr double kFewestRows = 3;      // of a product; fewer wait for their own additions
 
 double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int threads) {
   const double n = outputs_of(algorithm), in = static_cast<double>(s.in_channels);
@@ -91,22 +123,26 @@ double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int 
                        std::ceil(s.out_width() / n);
   const double panels = static_cast<double>(divided_up(s.out_channels, kPanel));
   const double blocks = static_cast<double>(divided_up(s.in_channels, kPanel));
-  // Of a unit: products, then what 16 of its channels take to prepare and to write.
-  const double products = points_of(s, algorithm) * panels * (in / kProductsPerCycle + 2);
+  const double products = std::max(units, kFewestRows) * points_of(s, algorithm) * panels *
+                          (in / kProductsPerCycle + 2);
+  // What 16 channels of a unit take to prepare and to write, and 16 weights to transform.
   const double per_block[] = {8.0 * s.kernel, 80, 220}, per_panel[] = {8, 50, 130};
+  const double per_weights[] = {0, 80, 180};
   const int index = static_cast<int>(algorithm);
-  const double arithmetic = units * (products + per_block[index] * blocks + per_panel[index] * panels);
-  const double bytes = static_cast<double>(packed_size(s, algorithm)) * sizeof(float);
+  const double arithmetic = products + per_weights[index] * panels * in +
+                            units * (per_block[index] * blocks + per_panel[index] * panels);
+  const double bytes = static_cast<double>(packed_size(s)) * sizeof(float);
   return arithmetic / threads + bytes / kBytesPerCycle;
 }
 
-double packing_cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
-  return 0.6 * static_cast<double>(packed_size(s, algorithm));
+double packing_cycles_of(const ConvolutionShape& s) {
+  constexpr double kCyclesPerWeight = 1;
+  return kCyclesPerWeight * static_cast<double>(packed_size(s));
 }
 
 // Direct, with its vectors filled as far as the channels fill them.
 double torch_cycles_of(const ConvolutionShape& s) {
-  constexpr double kTorchProductsPerCycle = 0.6;
+  constexpr double kTorchProductsPerCycle = 1.2;
   const double pixels = static_cast<double>(s.batch * s.out_height() * s.out_width());
   const double channels = static_cast<double>(s.in_channels * divided_up(s.out_channels, kPanel));
   return pixels * s.kernel * s.kernel * channels / kTorchProductsPerCycle;
@@ -135,11 +171,14 @@ ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgor
   plan.unit_columns = divided_up(plan.out_width, outputs_of(algorithm));
   plan.channel_blocks = divided_up(s.in_channels, kPanel);
   plan.panels = divided_up(s.out_channels, kPanel);
+  plan.packed_panel = s.in_channels * s.kernel * s.kernel * kPanel;
+  const bool direct = algorithm == ConvolutionAlgorithm::direct;
+  plan.transformed_step = direct ? 0 : s.in_channels * kPanel + kGap;
+  plan.transformed_panel = points_of(s, algorithm) * plan.transformed_step;
   cut_into_blocks(plan, s.batch, most_units(s, algorithm));
-  plan.shared = threads > 1 && plan.blocks < 4 * threads;
-  plan.group = std::min<std::int64_t>(plan.panels, plan.shared && plan.panels <= 8 ? 2 : 3);
-  plan.groups = divided_up(plan.panels, plan.group);
-  size_memory(plan, s, algorithm);
+  size_inputs(plan, s, algorithm);
+  plan_waves(plan, threads);
+  size_products(plan, s, algorithm);
   return plan;
 }
 
@@ -150,7 +189,9 @@ ConvolutionGradientPlan plan_gradient(const ConvolutionShape& s) {
   const std::int64_t size = kPoints * kPanel * (blocks.channel_blocks + blocks.panels);
   cut_into_blocks(blocks, s.batch,
                   std::clamp(kGradientSize / size / 8 * 8, kFewestUnits, kMostGradientUnits));
-  size_memory(blocks, s, ConvolutionAlgorithm::winograd4);
+  size_inputs(blocks, s, ConvolutionAlgorithm::winograd4);
+  blocks.group = std::min(blocks.panels, kMostGroup);
+  blocks.groups = divided_up(blocks.panels, blocks.group);
   plan.right_step = blocks.images * blocks.rows * blocks.columns * blocks.panels * kPanel + kGap;
   plan.right_size = kPoints * plan.right_step;
   plan.sum_size = kPoints * blocks.panels * kPanel * s.in_channels;
@@ -176,24 +217,21 @@ ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& s, int threads) {
 
 double speedup_in_training(const ConvolutionShape& s) {
   const ConvolutionAlgorithm algorithm = choose_algorithm(s, 1);
-  return torch_cycles_of(s) / (cycles_of(s, algorithm, 1) + packing_cycles_of(s, algorithm));
+  return torch_cycles_of(s) / (cycles_of(s, algorithm, 1) + packing_cycles_of(s));
 }
 
-std::int64_t packed_size(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
-  return divided_up(s.out_channels, kPanel) * kPanel * s.in_channels * points_of(s, algorithm);
+std::int64_t packed_size(const ConvolutionShape& s) {
+  return divided_up(s.out_channels, kPanel) * kPanel * s.in_channels * s.kernel * s.kernel;
 }
 
-void pack_weights(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
-                  const ConvolutionWeights& weights, float* packed) {
-  kernels().pack_convolution(shape, algorithm, weights, packed);
+void pack_weights(const ConvolutionShape& shape, const ConvolutionWeights& weights, float* packed) {
+  kernels().pack_convolution(shape, weights, packed);
 }
 
 std::int64_t workspace_size(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
                             int threads) {
   const ConvolutionPlan plan = plan_convolution(shape, algorithm, threads);
-  const std::int64_t own = plan.product_size + plan.scratch_size;
-  if (plan.shared) return plan.blocks * plan.left_size + threads * own;
-  return threads * (plan.left_size + own);
+  return plan.shared_size() + threads * plan.own_size();
 }
 
 void convolution(const ConvolutionArgs& args) {

@@ -50,7 +50,7 @@ struct ConvolutionArgs {
   std::int64_t x_stride;  // of pixels
   const float *x_scale, *x_shift;  // (B, in_channels), both or neither
   bool x_silu;
-  const float* packed;  // by pack_weights for this shape and algorithm
+  const float* packed;  // by pack_weights for this shape
   const float* bias;  // (out_channels,), or null
   std::int64_t bias_stride;  // 0: one for all images; else image b has the one at + b * bias_stride
   const float* residual;  // (B, out_height, out_width, out_channels), or null; may be y
@@ -86,11 +86,11 @@ ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& shape, int threads
 // are packed on each call; by the same model.
 double speedup_in_training(const ConvolutionShape& shape);
 
-// Floats of the packed weights, which are the same for every instruction set, batch and image size.
-std::int64_t packed_size(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm);
+// Floats of the packed weights, which are the same for every algorithm, instruction set, batch and
+// image size.
+std::int64_t packed_size(const ConvolutionShape& shape);
 
-void pack_weights(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
-                  const ConvolutionWeights& weights, float* packed);
+void pack_weights(const ConvolutionShape& shape, const ConvolutionWeights& weights, float* packed);
 
 // Floats of the workspace; 0 is possible.
 std::int64_t workspace_size(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,

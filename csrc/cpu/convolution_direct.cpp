@@ -48,38 +48,46 @@ class Direct {
     }
   }
 
+  // Packed weights are multiplied as they are.
+  void transform(std::int64_t, std::int64_t, float*) const {}
+
   void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
-                const float* left, float* products) const {
-    const std::int64_t inner = kernel_ * kernel_ * args_.shape.in_channels * kPanel;
-    const Panels right = {args_.packed + panel * inner, inner, panels};
+                const float* left, const float* packed, float* products) const {
+    const Panels right = {packed, plan_.packed_panel, panels};
     // Rows of a narrower block are as far apart as those of the others.
     const bool whole = block.columns == plan_.columns;
     const std::int64_t runs = whole ? 1 : block.rows;
     const std::int64_t pixels = block.rows * block.columns / runs;
     for (std::int64_t n = 0; n < block.images; ++n) {
+      const OutputWriters writers(args_, block.image + n, panel * kPanel, panels * kPanel);
       for (std::int64_t r = 0; r < runs; ++r) {
         const float* const from = left + n * image_size_ + r * plan_.columns * kPanel;
-        const PreparedRows rows = {from, segments_.data(),
-                                   static_cast<std::int64_t>(segments_.size()), pixels};
-        multiply_rows(rows, right, products + r * pixels * panels * kPanel);
-      }
-      for (std::int64_t p = 0; p < panels * kPanel; p += kWidth) {
-        if (panel * kPanel + p >= args_.shape.out_channels) break;
-        write(block, block.image + n, panel * kPanel + p, products + p, panels * kPanel);
+        for (std::int64_t first = 0; first < pixels; first += kChunk) {
+          const std::int64_t count = least(kChunk, pixels - first);
+          multiply_rows({from + first * kPanel, segments_.data(),
+                         static_cast<std::int64_t>(segments_.size()), count},
+                        right, products);
+          write(block, block.image + n, r * block.columns + first, count, writers, products,
+                panels * kPanel);
+        }
       }
     }
   }
 
  private:
-  void write(const ConvolutionBlock& block, std::int64_t image, std::int64_t channel,
-             const float* from, std::int64_t step) const {
-    const OutputWriter writer(args_, image, channel);
-    for (std::int64_t r = 0; r < block.rows; ++r) {
-      const std::int64_t line = image * plan_.out_height + block.row + r;
-      const std::int64_t pixel = line * plan_.out_width + block.column;
-      for (std::int64_t c = 0; c < block.columns; ++c, from += step) {
-        writer.write(pixel + c, load(from));
-      }
+  // Pixels whose products are written while they are in the first-level cache.
+  static constexpr std::int64_t kChunk = 48;
+
+  // `count` pixels of a block from number `first` on.
+  void write(const ConvolutionBlock& block, std::int64_t image, std::int64_t first,
+             std::int64_t count, const OutputWriters& writers, const float* from,
+             std::int64_t step) const {
+    std::int64_t row = first / block.columns, column = first % block.columns;
+    for (std::int64_t i = 0; i < count; ++i, from += step) {
+      const std::int64_t line = image * plan_.out_height + block.row + row;
+      const std::int64_t pixel = line * plan_.out_width + block.column + column;
+      for (int v = 0; v < writers.count(); ++v) writers[v].write(pixel, load(from + v * kWidth));
+      if (++column == block.columns) ++row, column = 0;
     }
   }
 
@@ -108,7 +116,7 @@ class Direct {
 }  // namespace
 
 void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan) {
-  run_blocks(args, plan, Direct(args, plan));
+  BlockRunner<Direct>(args, plan, Direct(args, plan)).run();
 }
 
 }  // namespace advkd::ADVKD_ISA

@@ -1,8 +1,8 @@
-// Packs weights in panels of kPanel output channels: [panel][row][column][in][kPanel] for direct,
-// [panel][point][in][kPanel] for Winograd, with zeros for the channels a last panel lacks.
+// Packs weights in panels of kPanel output channels: [panel][row][column][in][kPanel], with zeros for
+// the channels a last panel lacks.
 #include "cpu/kernels.h"
 #include "cpu/product.h"
-#include "cpu/winograd.h"
+#include "cpu/convolution_tile.h"
 
 namespace advkd::ADVKD_ISA {
 namespace {
@@ -40,58 +40,25 @@ struct Taps {
   }
 };
 
-template <int kOut>
-inline void transform_weights(const Taps& taps, std::int64_t i, float* to,
-                              std::int64_t point_step) {
-  constexpr int kIn = Winograd<kOut>::kIn;
-  Vector down[kIn][3];
-#pragma GCC unroll 3
-  for (int x = 0; x < 3; ++x) {
-    Vector column[3], result[kIn];
-#pragma GCC unroll 3
-    for (int y = 0; y < 3; ++y) column[y] = taps.at[y * 3 + x][i];
-    Winograd<kOut>::weights(column, result);
-#pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) down[y][x] = result[y];
-  }
-#pragma GCC unroll 6
-  for (int y = 0; y < kIn; ++y) {
-    Vector result[kIn];
-    Winograd<kOut>::weights(down[y], result);
-#pragma GCC unroll 6
-    for (int x = 0; x < kIn; ++x) store(to + (y * kIn + x) * point_step, result[x]);
-  }
-}
-
-void write(const Taps& taps, std::int64_t count, int kernel, ConvolutionAlgorithm algorithm,
-           float* to, std::int64_t point_step) {
-  for (std::int64_t i = 0; i < count; ++i, to += kPanel) {
-    if (algorithm == ConvolutionAlgorithm::winograd4) {
-      transform_weights<4>(taps, i, to, point_step);
-    } else if (algorithm == ConvolutionAlgorithm::winograd2) {
-      transform_weights<2>(taps, i, to, point_step);
-    } else {
-      for (int tap = 0; tap < kernel * kernel; ++tap) store(to + tap * point_step, taps.at[tap][i]);
-    }
-  }
-}
-
 }  // namespace
 
-void pack_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
-                      const ConvolutionWeights& weights, float* packed) {
+void pack_convolution(const ConvolutionShape& shape, const ConvolutionWeights& weights,
+                      float* packed) {
   const std::int64_t channels = shape.in_channels, panels = (shape.out_channels + kPanel - 1) / kPanel;
-  const std::int64_t panel_size = packed_size(shape, algorithm) / panels;
+  const int taps_count = shape.kernel * shape.kernel;
   Taps taps;
   for (std::int64_t o = 0; o < panels * kPanel; o += kWidth) {
-    float* const to = packed + o / kPanel * panel_size + o % kPanel;
+    float* const to = packed + o / kPanel * taps_count * channels * kPanel + o % kPanel;
     const std::int64_t lanes = least(kWidth, shape.out_channels - o);
     for (std::int64_t i = 0; i < channels; i += kWidth) {
       const std::int64_t count = least(kWidth, channels - i);
       ConvolutionWeights part = weights;
       if (lanes > 0) part.at += o * weights.out + i * weights.in;
       taps.read(part, shape.kernel, lanes > 0 ? lanes : 0, count);
-      write(taps, count, shape.kernel, algorithm, to + i * kPanel, channels * kPanel);
+      for (int tap = 0; tap < taps_count; ++tap) {
+        float* const row = to + (tap * channels + i) * kPanel;
+        for (std::int64_t k = 0; k < count; ++k) store(row + k * kPanel, taps.at[tap][k]);
+      }
     }
   }
 }

@@ -8,6 +8,7 @@
 namespace advkd {
 
 constexpr std::int64_t kPanel = 16;  // channels of one block of input, or of one panel of weights
+constexpr std::int64_t kMostGroup = 3;  // panels that are computed together at most
 
 // Units are tiles of N x N outputs for winogradN and single outputs for direct. A block is the same
 // `images` x `rows` x `columns` of them everywhere but at the ends; several images only if whole.
@@ -18,11 +19,22 @@ struct ConvolutionPlan {
   std::int64_t image_blocks, row_blocks, column_blocks, blocks;
   std::int64_t channel_blocks, panels;  // of kPanel channels in and out
   std::int64_t group, groups;           // panels that are computed together
-  bool shared;  // blocks are so few that threads share them: all inputs first, then all products
+  // Blocks of a wave, in which all inputs are prepared before the first product; 0: each block is
+  // done by itself, by one thread. A group's products of a wave are cut into so many parts.
+  std::int64_t wave, parts;
   // Floats of: the prepared input of a block, and from one point of a tile to the next in it; the
-  // products of a block and a group, and between points; the scratch. The former is shared or each
-  // thread's, the others each thread's.
+  // products of a block and a group, and between points; the scratch; a panel of the packed weights;
+  // one of the transformed ones, and between points in it, both 0 for direct.
   std::int64_t left_size, left_step, product_size, product_step, scratch_size;
+  std::int64_t packed_panel, transformed_panel, transformed_step;
+
+  // Floats that all threads share, and those of each thread beside them.
+  std::int64_t shared_size() const {
+    return wave == 0 ? panels * transformed_panel : wave * left_size;
+  }
+  std::int64_t own_size() const {
+    return product_size + scratch_size + (wave == 0 ? left_size : group * transformed_panel);
+  }
 };
 
 // The same for the gradient of the weights: `blocks` has its left factor, the transformed input; the

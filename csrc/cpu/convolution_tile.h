@@ -108,24 +108,13 @@ class RowReader {
     }
     for (std::int64_t c = first; c < end; ++c) {
       const float* const pixel = from + ((column + c) >> image_.doubling) * image_.stride;
-      if (lanes_ < kPanel) {
-        float part[kPanel] = {};
-        for (std::int64_t i = 0; i < lanes_; ++i) part[i] = pixel[i];
-        convert<kAffine, kSilu>(part, scale, shift, to + c * kPanel);
-      } else {
-        convert<kAffine, kSilu>(pixel, scale, shift, to + c * kPanel);
-      }
-    }
-  }
-
-  template <bool kAffine, bool kSilu>
-  static void convert(const float* from, const Vector* scale, const Vector* shift, float* to) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      Vector value = load(from + v * kWidth);
-      if constexpr (kAffine) value = value * scale[v] + shift[v];
-      if constexpr (kSilu) value = silu(value);
-      store(to + v * kWidth, value);
+      for (int v = 0; v < kPanelVectors; ++v) {
+        Vector value = some(pixel + v * kWidth, lanes_ - v * kWidth);
+        if constexpr (kAffine) value = value * scale[v] + shift[v];
+        if constexpr (kSilu) value = silu(value);
+        store(to + c * kPanel + v * kWidth, value);
+      }
     }
   }
 
@@ -141,33 +130,57 @@ class RowReader {
 // Writes (sum + bias + residual) * scale for the channels of one vector.
 class OutputWriter {
  public:
+  OutputWriter() = default;
   OutputWriter(const ConvolutionArgs& args, std::int64_t image, std::int64_t channel)
-      : args_(args), channel_(channel), lanes_(least(kWidth, args.shape.out_channels - channel)) {
-    if (args.bias != nullptr && lanes_ > 0) {
-      const float* const from = args.bias + image * args.bias_stride + channel;
-      bias_ = lanes_ == kWidth ? load(from) : load_some(from, lanes_);
-    }
+      : y_(args.y + channel),
+        y_stride_(args.y_stride),
+        residual_(args.residual == nullptr ? nullptr : args.residual + channel),
+        residual_stride_(args.residual_stride),
+        lanes_(least(kWidth, args.shape.out_channels - channel)),
+        scale_(args.scale) {
+    if (args.bias == nullptr) return;
+    const float* const from = args.bias + image * args.bias_stride + channel;
+    bias_ = lanes_ == kWidth ? load(from) : load_some(from, lanes_);
   }
 
   void write(std::int64_t pixel, Vector sum) const {
-    float* const to = args_.y + pixel * args_.y_stride + channel_;
-    const float* const residual = args_.residual + pixel * args_.residual_stride + channel_;
-    if (lanes_ == kWidth) {
-      sum += bias_;
-      if (args_.residual != nullptr) sum += load(residual);
-      return store(to, sum * args_.scale);
-    }
+    float* const to = y_ + pixel * y_stride_;
+    const float* const residual = residual_ + pixel * residual_stride_;
     sum += bias_;
-    for (std::int64_t i = 0; i < lanes_; ++i) {
-      const float value = args_.residual != nullptr ? sum[i] + residual[i] : sum[i];
-      to[i] = value * args_.scale;
+    if (lanes_ == kWidth) {
+      if (residual_ != nullptr) sum += load(residual);
+      return store(to, sum * scale_);
     }
+    if (residual_ != nullptr) sum += load_some(residual, lanes_);
+    store_some(to, sum * scale_, lanes_);
   }
 
  private:
-  const ConvolutionArgs& args_;
-  const std::int64_t channel_, lanes_;
+  float* y_;
+  std::int64_t y_stride_;
+  const float* residual_;
+  std::int64_t residual_stride_;
+  std::int64_t lanes_;
+  float scale_;
   Vector bias_ = {};
+};
+
+// Those of the vectors of a group of panels that hold channels.
+class OutputWriters {
+ public:
+  OutputWriters(const ConvolutionArgs& args, std::int64_t image, std::int64_t channel,
+                std::int64_t columns) {
+    const std::int64_t left = least(columns, args.shape.out_channels - channel);
+    for (; count_ * kWidth < left; ++count_) {
+      writers_[count_] = OutputWriter(args, image, channel + count_ * kWidth);
+    }
+  }
+  int count() const { return count_; }
+  const OutputWriter& operator[](int vector) const { return writers_[vector]; }
+
+ private:
+  OutputWriter writers_[kMostGroup * kPanelVectors];
+  int count_ = 0;
 };
 
 // Calls task(0) ... task(count - 1) on the threads, telling each which thread's memory is its.
@@ -184,40 +197,82 @@ void for_each_slot(std::int64_t count, int threads, const Task& task) {
 }
 
 // Goes through all blocks. Method: prepare(block, channel_block, left, scratch) makes a part of a
-// block's left factor, multiply(block, first panel, panels, left, products) all of a group's output.
+// block's left factor, transform(panel, panels, right) the right factor of some panels, if it is not
+// the packed weights, and multiply(block, panel, panels, left, right, products) their output.
 template <class Method>
-void run_blocks(const ConvolutionArgs& args, const ConvolutionPlan& plan, const Method& method) {
-  const std::int64_t blocks = plan.blocks, groups = plan.groups;
-  const std::int64_t own = plan.product_size + plan.scratch_size;
-  const auto multiply_group = [&](const ConvolutionBlock& block, std::int64_t group,
-                                  const float* left, float* products) {
-    const std::int64_t panel = group * plan.group;
-    method.multiply(block, panel, least(plan.group, plan.panels - panel), left, products);
-  };
-  if (!plan.shared) {
-    for_each_slot(blocks, args.threads, [&](std::int64_t index, std::int64_t slot) {
-      const ConvolutionBlock block = block_at(plan, args.shape.batch, index);
-      float* const left = args.workspace + slot * (plan.left_size + own);
-      float* const products = left + plan.left_size;
-      for (std::int64_t c = 0; c < plan.channel_blocks; ++c) {
-        method.prepare(block, c, left, products + plan.product_size);
-      }
-      for (std::int64_t g = 0; g < groups; ++g) multiply_group(block, g, left, products);
-    });
-    return;
+class BlockRunner {
+ public:
+  BlockRunner(const ConvolutionArgs& args, const ConvolutionPlan& plan, const Method& method)
+      : args_(args), plan_(plan), method_(method), own_(args.workspace + plan.shared_size()) {}
+
+  void run() const {
+    if (plan_.wave == 0) return run_apart();
+    for (std::int64_t first = 0; first < plan_.blocks; first += plan_.wave) {
+      run_wave(first, least(plan_.wave, plan_.blocks - first));
+    }
   }
-  float* const lefts = args.workspace;
-  float* const slots = lefts + blocks * plan.left_size;
-  for_each_slot(blocks * plan.channel_blocks, args.threads, [&](std::int64_t i, std::int64_t slot) {
-    const std::int64_t index = i / plan.channel_blocks;
-    method.prepare(block_at(plan, args.shape.batch, index), i % plan.channel_blocks,
-                   lefts + index * plan.left_size, slots + slot * own + plan.product_size);
-  });
-  for_each_slot(blocks * groups, args.threads, [&](std::int64_t i, std::int64_t slot) {
-    const std::int64_t index = i / groups;
-    multiply_group(block_at(plan, args.shape.batch, index), i % groups,
-                   lefts + index * plan.left_size, slots + slot * own);
-  });
-}
+
+ private:
+  ConvolutionBlock block(std::int64_t index) const {
+    return block_at(plan_, args_.shape.batch, index);
+  }
+  // Groups are as equal as can be: one of a single panel would take nearly as long as one of two.
+  std::int64_t first_panel(std::int64_t group) const {
+    return group * plan_.panels / plan_.groups;
+  }
+  float* own(std::int64_t slot) const { return own_ + slot * plan_.own_size(); }
+  const float* packed(std::int64_t panel) const { return args_.packed + panel * plan_.packed_panel; }
+
+  // Few weights: they are transformed before all, and stay in the cache.
+  void run_apart() const {
+    float* const transformed = args_.workspace;
+    if (plan_.transformed_panel != 0) method_.transform(0, plan_.panels, transformed);
+    for_each_slot(plan_.blocks, args_.threads, [&](std::int64_t index, std::int64_t slot) {
+      float* const left = own(slot);
+      float* const products = left + plan_.left_size;
+      for (std::int64_t c = 0; c < plan_.channel_blocks; ++c) {
+        method_.prepare(block(index), c, left, products + plan_.product_size);
+      }
+      for (std::int64_t group = 0; group < plan_.groups; ++group) {
+        const std::int64_t panel = first_panel(group);
+        const float* const right = plan_.transformed_panel == 0
+                                       ? packed(panel)
+                                       : transformed + panel * plan_.transformed_panel;
+        method_.multiply(block(index), panel, first_panel(group + 1) - panel, left, right, products);
+      }
+    });
+  }
+
+  // Many weights, or few blocks for the threads: a group's transformed weights stay in a thread's
+  // cache while the blocks pass by.
+  void run_wave(std::int64_t first, std::int64_t count) const {
+    float* const lefts = args_.workspace;
+    for_each_slot(count * plan_.channel_blocks, args_.threads,
+                  [&](std::int64_t task, std::int64_t slot) {
+                    const std::int64_t index = task / plan_.channel_blocks;
+                    method_.prepare(block(first + index), task % plan_.channel_blocks,
+                                    lefts + index * plan_.left_size,
+                                    own(slot) + plan_.product_size);
+                  });
+    const std::int64_t parts = least(plan_.parts, count);
+    for_each_slot(plan_.groups * parts, args_.threads, [&](std::int64_t task, std::int64_t slot) {
+      const std::int64_t panel = first_panel(task / parts), part = task % parts;
+      const std::int64_t panels = first_panel(task / parts + 1) - panel;
+      float* const products = own(slot);
+      float* const transformed = products + plan_.product_size + plan_.scratch_size;
+      if (plan_.transformed_panel != 0) method_.transform(panel, panels, transformed);
+      const float* const right = plan_.transformed_panel == 0 ? packed(panel) : transformed;
+      for (std::int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i) {
+        method_.multiply(block(first + i), panel, panels, lefts + i * plan_.left_size, right,
+                         products);
+      }
+    });
+  }
+
+  const ConvolutionArgs& args_;
+  const ConvolutionPlan& plan_;
+  const Method& method_;
+  float* const own_;
+};
 
 }  // namespace advkd::ADVKD_ISA

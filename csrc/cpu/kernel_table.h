@@ -174,8 +174,7 @@ struct KernelTable {
   void (*attention_float64)(const AttentionArgs<double>&);
   void (*attention_backward_float32)(const AttentionBackwardArgs<float>&);
   void (*attention_backward_float64)(const AttentionBackwardArgs<double>&);
-  void (*pack_convolution)(const ConvolutionShape&, ConvolutionAlgorithm, const ConvolutionWeights&,
-                           float* packed);
+  void (*pack_convolution)(const ConvolutionShape&, const ConvolutionWeights&, float* packed);
   void (*convolution_direct)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_winograd2)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_winograd4)(const ConvolutionArgs&, const ConvolutionPlan&);

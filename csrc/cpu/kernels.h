@@ -12,8 +12,8 @@ void philox_normal(const PhiloxNormalArgs& args);
 void sampling_step(const SamplingStepArgs& args);
 void copy_float32(const CopyArgs& args);
 void group_norm_affine(const GroupNormAffineArgs& args);
-void pack_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
-                      const ConvolutionWeights& weights, float* packed);
+void pack_convolution(const ConvolutionShape& shape, const ConvolutionWeights& weights,
+                      float* packed);
 void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd2(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd4(const ConvolutionArgs& args, const ConvolutionPlan& plan);

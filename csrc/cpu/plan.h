@@ -1,4 +1,4 @@
-// A network as plain data: operations on buffers of one arena, and packed weights. advkd/plan.py
+// A network as plain data: operations on buffers of one arena, and packed weights. advkd/plan/
 // writes it; here it is checked, so that a corrupt plan is an exception, and carried out.
 #pragma once
 
@@ -69,8 +69,9 @@ class Plan {
   // Seconds of CPU time that each operation of a pass takes on this thread, the least of a few.
   std::vector<double> profile(const PlanPass& pass, int repeats) const;
 
-  // Any number of images, in parts of at most `batch`. Where images are many, the threads take one
-  // part each, so that there is no barrier within a pass; else they share every part.
+  // Any number of images, in parts of at most `batch`, or of fewer that a cache holds. Where images
+  // are many, the threads take one part each, so that there is no barrier within a pass; else they
+  // share every part.
   void run_parts(std::int64_t images, int threads,
                  const std::function<void(std::int64_t first, std::int64_t count, int threads)>&
                      run_part) const;

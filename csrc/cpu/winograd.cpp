@@ -1,6 +1,7 @@
-// 3 x 3 convolution with stride 1 by Winograd's minimal filtering: the transformed tiles of a block
-// stay in the second-level cache while one group of panels after the other is multiplied with them,
-// and each group's products are transformed back before the next.
+// 3 x 3 convolution with stride 1 by Winograd's minimal filtering: transformed tiles of the input are
+// multiplied with transformed weights, point by point, and each group's products of a block are
+// transformed back before the next. Weights are transformed each time, for which they are read from
+// memory once and not four times over; the second-level cache holds what comes of a group of panels.
 #include "cpu/winograd.h"
 
 #include <vector>
@@ -9,24 +10,6 @@
 
 namespace advkd::ADVKD_ISA {
 namespace {
-
-template <int kOut>
-inline void transform_output(const float* from, std::int64_t point_step,
-                             Vector (&to)[kOut][kOut]) {
-  constexpr int kIn = Winograd<kOut>::kIn;
-  Vector down[kOut][kIn];
-#pragma GCC unroll 6
-  for (int x = 0; x < kIn; ++x) {
-    Vector column[kIn], result[kOut];
-#pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) column[y] = load(from + (y * kIn + x) * point_step);
-    Winograd<kOut>::output(column, result);
-#pragma GCC unroll 4
-    for (int y = 0; y < kOut; ++y) down[y][x] = result[y];
-  }
-#pragma GCC unroll 4
-  for (int y = 0; y < kOut; ++y) Winograd<kOut>::output(down[y], to[y]);
-}
 
 template <int kOut>
 class WinogradConvolution {
@@ -45,39 +28,56 @@ class WinogradConvolution {
     input.transform(block, c * kPanel, scratch, left + segments_[static_cast<std::size_t>(c)].offset);
   }
 
-  void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
-                const float* left, float* products) const {
+  // [panel][point][in][kPanel]
+  void transform(std::int64_t panel, std::int64_t panels, float* to) const {
     const std::int64_t inner = args_.shape.in_channels * kPanel;
+    const float* from = args_.packed + panel * plan_.packed_panel;
+    for (std::int64_t p = 0; p < panels; ++p) {
+      for (std::int64_t i = 0; i < inner; i += kWidth) {
+        transform_square<3, kIn>(
+            [&](int y, int x) { return load(from + (y * 3 + x) * inner + i); },
+            [](const auto& g, auto& u) { Winograd<kOut>::weights(g, u); },
+            [&](int y, int x, Vector u) { store(to + (y * kIn + x) * plan_.transformed_step + i, u); });
+      }
+      from += plan_.packed_panel;
+      to += plan_.transformed_panel;
+    }
+  }
+
+  void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
+                const float* left, const float* transformed, float* products) const {
     const std::int64_t tiles = block.images * block.rows * block.columns;
     for (int point = 0; point < kPoints; ++point) {
       const PreparedRows rows = {left + point * plan_.left_step, segments_.data(),
                                  plan_.channel_blocks, tiles};
-      const Panels right = {args_.packed + (panel * kPoints + point) * inner, kPoints * inner,
-                            panels};
+      const Panels right = {transformed + point * plan_.transformed_step, plan_.transformed_panel, panels};
       multiply_rows(rows, right, products + point * plan_.product_step);
     }
-    for (std::int64_t p = 0; p < panels; ++p) {
-      for (int v = 0; v < kPanelVectors; ++v) {
-        write_channels(block, (panel + p) * kPanel + v * kWidth,
-                       products + p * kPanel + v * kWidth, panels * kPanel);
-      }
-    }
+    write(block, panel * kPanel, panels * kPanel, products);
   }
 
  private:
   static constexpr int kIn = Winograd<kOut>::kIn, kPoints = kIn * kIn;
 
-  void write_channels(const ConvolutionBlock& block, std::int64_t channel, const float* from,
-                      std::int64_t tile_step) const {
-    if (channel >= args_.shape.out_channels) return;
+  // The output of `columns` channels from `channel` on.
+  void write(const ConvolutionBlock& block, std::int64_t channel, std::int64_t columns,
+             const float* from) const {
     for (std::int64_t n = 0; n < block.images; ++n) {
-      const OutputWriter writer(args_, block.image + n, channel);
+      const OutputWriters writers(args_, block.image + n, channel, columns);
       for (std::int64_t r = 0; r < block.rows; ++r) {
-        for (std::int64_t t = 0; t < block.columns; ++t, from += tile_step) {
-          Vector out[kOut][kOut];
-          transform_output<kOut>(from, plan_.product_step, out);
-          write_tile(writer, block.image + n, (block.row + r) * kOut, (block.column + t) * kOut,
-                     out);
+        for (std::int64_t t = 0; t < block.columns; ++t, from += columns) {
+          for (int v = 0; v < writers.count(); ++v) {
+            const OutputWriter writer = writers[v];
+            Vector out[kOut][kOut];
+            transform_square<kIn, kOut>(
+                [&](int y, int x) {
+                  return load(from + v * kWidth + (y * kIn + x) * plan_.product_step);
+                },
+                [](const auto& m, auto& sums) { Winograd<kOut>::output(m, sums); },
+                [&](int y, int x, Vector value) { out[y][x] = value; });
+            write_tile(writer, block.image + n, (block.row + r) * kOut,
+                       (block.column + t) * kOut, out);
+          }
         }
       }
     }
@@ -105,11 +105,11 @@ class WinogradConvolution {
 }  // namespace
 
 void convolution_winograd2(const ConvolutionArgs& args, const ConvolutionPlan& plan) {
-  run_blocks(args, plan, WinogradConvolution<2>(args, plan));
+  BlockRunner<WinogradConvolution<2>>(args, plan, {args, plan}).run();
 }
 
 void convolution_winograd4(const ConvolutionArgs& args, const ConvolutionPlan& plan) {
-  run_blocks(args, plan, WinogradConvolution<4>(args, plan));
+  BlockRunner<WinogradConvolution<4>>(args, plan, {args, plan}).run();
 }
 
 }  // namespace advkd::ADVKD_ISA

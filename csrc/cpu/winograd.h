@@ -96,6 +96,31 @@ struct Winograd<4> {
   }
 };
 
+// Calls store(y, x, value) with the kTo x kTo results of `line`, a transformation of kFrom numbers to
+// kTo, along both sides of the square of load(y, x).
+template <int kFrom, int kTo, class Load, class Line, class Store>
+static inline __attribute__((always_inline)) void transform_square(const Load& load,
+                                                                   const Line& line,
+                                                                   const Store& store) {
+  Vector down[kTo][kFrom];
+#pragma GCC unroll 6
+  for (int x = 0; x < kFrom; ++x) {
+    Vector column[kFrom], result[kTo];
+#pragma GCC unroll 6
+    for (int y = 0; y < kFrom; ++y) column[y] = load(y, x);
+    line(column, result);
+#pragma GCC unroll 6
+    for (int y = 0; y < kTo; ++y) down[y][x] = result[y];
+  }
+#pragma GCC unroll 6
+  for (int y = 0; y < kTo; ++y) {
+    Vector result[kTo];
+    line(down[y], result);
+#pragma GCC unroll 6
+    for (int x = 0; x < kTo; ++x) store(y, x, result[x]);
+  }
+}
+
 // The transformed input of one block of channels, (N + 2)^2 points that are point_step apart, tile
 // after tile at `to`. Pixels beyond the image's borders are 0.
 template <int kOut>
@@ -128,23 +153,10 @@ class InputTiles {
   static constexpr int kIn = Winograd<kOut>::kIn;
 
   void transform_tile(const float* from, std::int64_t row_step, float* to) const {
-    Vector down[kIn][kIn];  // [row of the result][column]
-#pragma GCC unroll 6
-    for (int x = 0; x < kIn; ++x) {
-      Vector column[kIn], result[kIn];
-#pragma GCC unroll 6
-      for (int y = 0; y < kIn; ++y) column[y] = load(from + y * row_step + x * kPanel);
-      Winograd<kOut>::input(column, result);
-#pragma GCC unroll 6
-      for (int y = 0; y < kIn; ++y) down[y][x] = result[y];
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) {
-      Vector result[kIn];
-      Winograd<kOut>::input(down[y], result);
-#pragma GCC unroll 6
-      for (int x = 0; x < kIn; ++x) store(to + (y * kIn + x) * point_step_, result[x]);
-    }
+    transform_square<kIn, kIn>(
+        [&](int y, int x) { return load(from + y * row_step + x * kPanel); },
+        [](const auto& d, auto& v) { Winograd<kOut>::input(d, v); },
+        [&](int y, int x, Vector v) { store(to + (y * kIn + x) * point_step_, v); });
   }
 
   const Image& image_;

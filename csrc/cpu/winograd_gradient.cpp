@@ -108,23 +108,10 @@ class WeightGradient {
   }
 
   void transform_tile(const float* from, std::int64_t row_step, float* to) const {
-    Vector down[kIn][kOut];
-#pragma GCC unroll 4
-    for (int x = 0; x < kOut; ++x) {
-      Vector column[kOut], result[kIn];
-#pragma GCC unroll 4
-      for (int y = 0; y < kOut; ++y) column[y] = load(from + y * row_step + x * kPanel);
-      Winograd<kOut>::output_gradient(column, result);
-#pragma GCC unroll 6
-      for (int y = 0; y < kIn; ++y) down[y][x] = result[y];
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) {
-      Vector result[kIn];
-      Winograd<kOut>::output_gradient(down[y], result);
-#pragma GCC unroll 6
-      for (int x = 0; x < kIn; ++x) store(to + (y * kIn + x) * right_step_, result[x]);
-    }
+    transform_square<kOut, kIn>(
+        [&](int y, int x) { return load(from + y * row_step + x * kPanel); },
+        [](const auto& grad, auto& z) { Winograd<kOut>::output_gradient(grad, z); },
+        [&](int y, int x, Vector z) { store(to + (y * kIn + x) * right_step_, z); });
   }
 
   void multiply_point(const ConvolutionBlock& block, std::int64_t point, std::int64_t group,
@@ -163,22 +150,10 @@ class WeightGradient {
 
   static void weights_of(const float* from, std::int64_t point_step, std::int64_t k,
                          Vector (&taps)[9][kWidth]) {
-    Vector down[3][kIn];
-#pragma GCC unroll 6
-    for (int x = 0; x < kIn; ++x) {
-      Vector column[kIn], result[3];
-#pragma GCC unroll 6
-      for (int y = 0; y < kIn; ++y) column[y] = load(from + (y * kIn + x) * point_step);
-      Winograd<kOut>::weight_gradient(column, result);
-#pragma GCC unroll 3
-      for (int y = 0; y < 3; ++y) down[y][x] = result[y];
-    }
-#pragma GCC unroll 3
-    for (int y = 0; y < 3; ++y) {
-      Vector result[3];
-      Winograd<kOut>::weight_gradient(down[y], result);
-      for (int x = 0; x < 3; ++x) taps[y * 3 + x][k] = result[x];
-    }
+    transform_square<kIn, 3>(
+        [&](int y, int x) { return load(from + (y * kIn + x) * point_step); },
+        [](const auto& u, auto& g) { Winograd<kOut>::weight_gradient(u, g); },
+        [&](int y, int x, Vector g) { taps[y * 3 + x][k] = g; });
   }
 
   void store_turned(Vector (&tap)[kWidth], std::int64_t out, int index, std::int64_t in,

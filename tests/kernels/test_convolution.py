@@ -69,11 +69,10 @@ class Problem:
         """The plan, and the weights, which it does not keep alive."""
         assert ops.extension is not None
         (B, H, W, C, D), (kernel, stride, before, after, upsample) = self.sizes, self.geometry
-        points = (kernel**2, 16, 36)[algorithm]
-        weights = torch.full((D + -(-D // 16) * 16 * C * points,), float("nan"))
+        weights = torch.full((D + -(-D // 16) * 16 * C * kernel**2,), float("nan"))
         weights[:D] = self.bias
         ops.extension.convolution_pack(
-            self.sizes, *self.geometry, algorithm, self.weight.data_ptr(), weights[D:].data_ptr()
+            self.sizes, *self.geometry, self.weight.data_ptr(), weights[D:].data_ptr()
         )
         step = {
             "height": H, "width": W, "in_channels": C, "out_channels": D, "kernel": kernel,
@@ -167,6 +166,18 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(sizes: Any, algorithm: 
         assert torch.equal(problem.run(algorithm, threads), whole)
     last = slice(sizes[0] - 1, sizes[0])
     assert torch.equal(problem.run(algorithm, 1, last), whole[last])
+
+
+def test_many_weights_are_transformed_for_one_wave_of_blocks_after_the_other(isa: str) -> None:
+    Problem((33, 16, 16, 128, 80)).check(WINOGRAD4)
+
+
+def test_waves_do_not_change_bits() -> None:
+    problem = Problem((33, 16, 16, 128, 80))
+    whole = problem.run(WINOGRAD4)
+    for threads in (2, 3):
+        assert torch.equal(problem.run(WINOGRAD4, threads), whole)
+    assert torch.equal(problem.run(WINOGRAD4, 1, slice(30, 32)), whole[30:32])
 
 
 def chosen(sizes: Any, geometry: Any = (3, 1, 1, 1, False), threads: int = 1) -> int:

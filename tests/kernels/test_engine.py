@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +199,22 @@ def test_callbacks_count_steps_and_parts(engine: Engine, threads: int) -> None:
     assert len(parts) == 6 * (3 if threads == 1 else 4)
 
 
+def test_parts_are_as_large_as_a_cache_serves_well() -> None:
+    parts: list[int] = []
+    engine = lower(teacher(), (40, 40), batch=16)
+    fitting = (1 << 20) // engine.plan.arena
+    assert 4 <= fitting < 16
+    out = torch.empty(16, 1, 2, 40, 40)
+    sample_into(
+        out, engine, ddim_table(SCHEDULE, 2), 0, torch.arange(16), kept=[2], threads=1,
+        poll=lambda: parts.append(1),
+    )  # fmt: skip
+    assert len(parts) == 2 * -(-16 // fitting)
+    alone = torch.empty(1, 1, 2, 40, 40)
+    sample_into(alone, engine, ddim_table(SCHEDULE, 2), 0, torch.tensor([13]), kept=[2])
+    assert torch.equal(alone[0], out[13])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("which", ["callback", "poll"])
 def test_an_exception_ends_the_loop(engine: Engine, which: str, threads: int) -> None:
@@ -268,15 +286,66 @@ def test_sample_and_generate_run_on_the_engine(monkeypatch: pytest.MonkeyPatch) 
         generate(unet, 3, 0, 4)
 
 
+def by_numpy(unet: UNet) -> None:
+    """Past torch altogether."""
+    unet.conv_in.weight.detach().numpy()[0, 0, 0, 0] += 1
+
+
+def by_an_optimizer(unet: UNet) -> None:
+    unet.conv_in.requires_grad_(True)
+    unet.conv_in(torch.ones(1, *SHAPE)).sum().backward()
+    torch.optim.SGD(unet.conv_in.parameters(), lr=0.1).step()
+    unet.requires_grad_(False)
+
+
+def load(unet: UNet, assign: bool) -> None:
+    state = {name: value * 1.5 for name, value in unet.state_dict().items()}
+    unet.load_state_dict(state, assign=assign)
+
+
+def transposed(unet: UNet) -> None:
+    """The same memory and shape, read in another order."""
+    weight = unet.mid_block.resnets[0].conv1.weight
+    weight.data = weight.data.transpose(0, 1)
+
+
+def by_inference(unet: UNet) -> None:
+    """A tensor of inference mode counts no versions."""
+    with torch.inference_mode():
+        weight = unet.conv_in.weight.clone()
+    del unet.conv_in.weight
+    unet.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert engine_for(unet, 8, 4) is not None
+    with torch.inference_mode():
+        unet.conv_in.weight.add_(1)
+
+
+def other_module(unet: UNet) -> None:
+    torch.manual_seed(1)
+    like = unet.conv_out
+    unet.conv_out = torch.nn.Conv2d(like.in_channels, like.out_channels, 3, padding=1)
+    unet.requires_grad_(False)
+
+
 def changes() -> dict[str, Callable[[UNet], object]]:
     return {
         "a weight": lambda unet: unet.conv_out.weight.mul_(2),
         "one number of a weight, past autograd": lambda unet: unet.conv_in.weight.data[0, 0].add_(
             1
         ),
+        "one number of a weight, past torch": by_numpy,
         "two rows swapped": lambda unet: unet.conv_out.weight.data.copy_(
             unet.conv_out.weight.data.flip(0)
         ),
+        "other memory": lambda unet: setattr(
+            unet.conv_in.weight, "data", unet.conv_in.weight.data * 2
+        ),
+        "the same memory, transposed": transposed,
+        "a step of an optimizer": by_an_optimizer,
+        "a state that is loaded": lambda unet: load(unet, assign=False),
+        "a state that is assigned": lambda unet: load(unet, assign=True),
+        "a tensor of inference mode": by_inference,
+        "a module": other_module,
         "an eps": lambda unet: setattr(unet.conv_norm_out, "eps", 10.0),
         "a scale": lambda unet: setattr(unet.mid_block.resnets[0], "scale", 3.0),
     }
@@ -294,6 +363,25 @@ def test_a_changed_network_has_another_engine(what: str) -> None:
     x = draw_x_T(0, torch.arange(2), SHAPE)
     with ops.use_backend("reference"):
         torch.testing.assert_close(after.run(x, 3), unet(x, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_or_another_precision_ends_the_engine() -> None:
+    unet = teacher()
+    assert engine_for(unet, 8, 4) is not None
+    hook = unet.conv_in.register_forward_hook(lambda *_: None)
+    assert engine_for(unet, 8, 4) is None
+    hook.remove()
+    assert engine_for(unet, 8, 4) is not None
+    assert engine_for(unet.double(), 8, 4) is None
+
+
+def test_a_kept_engine_does_not_keep_its_network() -> None:
+    unet = teacher()
+    assert engine_for(unet, 8, 4) is not None
+    gone = weakref.ref(unet)
+    del unet
+    gc.collect()
+    assert gone() is None
 
 
 def test_where_there_is_no_engine() -> None:
@@ -326,7 +414,7 @@ def test_group_norm(isa: str, channels: int, groups: int, pixels: int, mean: flo
     packed[: 2 * channels] = weights[: 2 * channels]
     identity = torch.eye(channels).contiguous()
     at = packed[2 * channels :]
-    ops.extension.convolution_pack(*sizes, 0, identity.data_ptr(), at.data_ptr())
+    ops.extension.convolution_pack(*sizes, identity.data_ptr(), at.data_ptr())
     whole = -(-channels // 16) * 16
 
     def part(name: str, buffer: int) -> dict[str, int]:

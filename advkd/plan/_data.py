@@ -1,0 +1,193 @@
+"""A plan as plain data: operations on buffers of one arena, and the weights that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from advkd.ops import extension
+
+ALGORITHMS = ("direct", "winograd2", "winograd4")
+INPUT, OUTPUT = 0, 1  # the first two buffers, which lie in the caller's memory
+_ALIGNMENT = 16  # floats of a cache line
+
+
+@dataclass
+class Buffer:
+    """Activations (height, width, channels) of one image, at `offset` floats of the arena."""
+
+    height: int
+    width: int
+    channels: int
+    offset: int = 0
+
+    @property
+    def floats(self) -> int:
+        return self.height * self.width * self.channels
+
+
+class Part(NamedTuple):
+    """Channels [channel, channel + channels) of a buffer."""
+
+    buffer: int
+    channel: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    def cut(self, channel: int, channels: int) -> Part:
+        return self._replace(channel=self.channel + channel, channels=channels)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation; `numbers` and `factor` are what the executor reads."""
+
+    kind: str
+    module: str
+    numbers: dict[str, int]
+    reads: tuple[Part, ...]
+    writes: tuple[Part, ...]
+    factor: float = 1.0
+    flops: int = 0  # of one image; a convolution counts as a direct one
+    weights: int = 0  # floats
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The flat list of operations, and the weights they read; see csrc/cpu/plan.h."""
+
+    buffers: list[Buffer]
+    ops: list[Op]
+    arena: int  # floats of an image
+    row: int  # floats that a pass is told beside its input
+    classes: int
+    batch: int
+    threads: int
+    weights: Tensor
+
+    def compiled(self) -> Any:
+        """The executor's own form; ValueError for a plan that it would not run."""
+        assert extension is not None
+        return extension.Plan(
+            buffers=[(b.offset, b.height * b.width, b.channels) for b in self.buffers],
+            ops=[(op.kind, op.numbers, op.factor) for op in self.ops],
+            arena=self.arena,
+            row=self.row,
+            classes=self.classes,
+            batch=self.batch,
+            weights=self.weights.data_ptr(),
+            weights_size=self.weights.numel(),
+        )
+
+
+@dataclass
+class Builder:
+    """A plan in the making."""
+
+    batch: int
+    threads: int
+    row: int = 0
+    classes: int = 0
+    buffers: list[Buffer] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    packing: list[tuple[int, int, Callable[[Tensor], object]]] = field(default_factory=list)
+    floats: int = 0  # of weights so far
+
+    def new(self, channels: int, height: int = 1, width: int = 1) -> Part:
+        self.buffers.append(Buffer(height, width, channels))
+        return Part(len(self.buffers) - 1, 0, channels, height, width)
+
+    def weights(self, size: int, fill: Callable[[Tensor], object]) -> int:
+        """Room for `size` floats, which `fill` will write; their offset."""
+        offset = self.floats
+        self.packing.append((offset, size, fill))
+        self.floats = aligned(offset + size)
+        return offset
+
+    def vector(self, values: Tensor) -> int:
+        return self.weights(values.numel(), lambda out: out.copy_(values.detach().reshape(-1)))
+
+    def add(
+        self,
+        kind: str,
+        module: str,
+        reads: dict[str, Part],
+        writes: dict[str, Part],
+        factor: float = 1.0,
+        flops: int = 0,
+        weights: int = 0,
+        **numbers: int,
+    ) -> None:
+        for name, part in (reads | writes).items():
+            numbers[name] = part.buffer
+            numbers[f"{name}_channel"] = part.channel
+        self.ops.append(
+            Op(
+                kind,
+                module,
+                {key: int(value) for key, value in numbers.items()},
+                tuple(reads.values()),
+                tuple(writes.values()),
+                float(factor),
+                flops,
+                weights,
+            )
+        )
+
+    def finished(self) -> Plan:
+        arena = lay_out(self.buffers, self.ops)
+        weights = torch.empty(self.floats)
+        assert extension is not None
+        extension.ask_for_huge_pages(weights.data_ptr(), 4 * self.floats)
+        weights.zero_()
+        for offset, size, fill in self.packing:
+            fill(weights[offset : offset + size])
+        return Plan(
+            self.buffers, self.ops, arena, self.row, self.classes, self.batch, self.threads, weights
+        )
+
+
+def aligned(floats: int) -> int:
+    return -(-floats // _ALIGNMENT) * _ALIGNMENT
+
+
+def lives_of(buffers: Sequence[Buffer], ops: Sequence[Op]) -> list[tuple[int, int]]:
+    """The first and the last operation of every buffer."""
+    lives = [(len(ops), -1)] * len(buffers)
+    for i, op in enumerate(ops):
+        for part in (*op.reads, *op.writes):
+            first, last = lives[part.buffer]
+            lives[part.buffer] = (min(first, i), max(last, i))
+    return lives
+
+
+def lay_out(buffers: Sequence[Buffer], ops: Sequence[Op]) -> int:
+    """Give every buffer an offset that no other holds during its life; floats of the arena.
+
+    Large ones first, each as low as it can lie (Pisarchyk and Lee 2020, greedy by size).
+    """
+    lives = lives_of(buffers, ops)
+    placed: list[int] = []
+    top = 0
+    inner = [i for i in range(len(buffers)) if i not in (INPUT, OUTPUT)]
+    for i in sorted(inner, key=lambda i: -buffers[i].floats):
+        first, last = lives[i]
+        rivals = [j for j in placed if lives[j][0] <= last and first <= lives[j][1]]
+        offset = 0
+        for j in sorted(rivals, key=lambda j: buffers[j].offset):
+            if offset + buffers[i].floats <= buffers[j].offset:
+                break
+            offset = max(offset, aligned(buffers[j].offset + buffers[j].floats))
+        buffers[i].offset = offset
+        placed.append(i)
+        top = max(top, offset + buffers[i].floats)
+    return aligned(top)
