@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "cpu/convolution_plan.h"
+#include "cpu/exponential.h"
 #include "cpu/thread_pool.h"
-#include "cpu/vector.h"
 
 namespace advkd::ADVKD_ISA {
 

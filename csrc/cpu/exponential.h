@@ -1,4 +1,4 @@
-// Exponentials and logarithms of vectors, for softmax and SiLU.
+// Exponentials and logarithms of vectors, for softmax, and SiLU.
 #pragma once
 
 #include <cmath>
@@ -106,6 +106,12 @@ static inline VectorOf<float> log_of(VectorOf<float> x) {
 static inline VectorOf<double> log_of(VectorOf<double> x) {
   for (int i = 0; i < kLanesOf<double>; ++i) x[i] = ::log(x[i]);
   return x;
+}
+
+// u / (1 + e^-u), as exact as e^-u; NaN stays NaN.
+template <class V>
+static inline V silu(V u) {
+  return u / (exp_of(-u) + 1);
 }
 
 }  // namespace advkd::ADVKD_ISA

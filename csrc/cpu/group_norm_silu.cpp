@@ -105,7 +105,7 @@ struct Normalise {
 
     VectorOf<T> applied(const VectorOf<T>& v) const {
       const VectorOf<T> u = (v - mean) * factor + shift;
-      return kSilu ? silu<T>(u) : u;
+      return kSilu ? silu(u) : u;
     }
   };
 };

@@ -252,11 +252,6 @@ inline VectorOf<T> first_lanes(const VectorOf<T>& v, std::int64_t n) {
   return load_first(part, n);
 }
 
-template <class T>
-inline VectorOf<T> silu(const VectorOf<T>& u) {
-  return u / (exp_of(-u) + T(1));
-}
-
 // The derivative of SiLU.
 template <class T>
 inline VectorOf<T> silu_slope(const VectorOf<T>& u) {
