@@ -13,9 +13,10 @@ constexpr int kMostThreads = 512;
 constexpr int kMostGroups = 32;  // of a block
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
-// Vectors that a thread keeps: 128 bytes of aligned elements.
-template <int kVector>
-constexpr int kHeld = kVector == 1 ? 16 : 8;
+// Vectors that a thread keeps: what fits its registers beside the float32 numbers they widen to.
+__host__ __device__ constexpr int held_vectors(int vector) {
+  return vector == 1 ? 16 : vector == 4 ? 8 : 6;
+}
 
 // How x is cut. A block of threads works on a block of groups of one sample: `rows` of `columns`
 // vectors, each row `stride` elements behind the last. channels_last, a row is a pixel's channels in
@@ -64,13 +65,13 @@ __device__ Place place_of_thread(const Cut& cut, int vector) {
 
 template <class T, int kVector>
 struct Held {
-  Elements<T, kVector> at[kHeld<kVector>];
+  Elements<T, kVector> at[held_vectors(kVector)];
 };
 
 template <class T, int kVector>
 __device__ void load_held(const T* x, const Cut& cut, const Place& place, Held<T, kVector>& held) {
 #pragma unroll
-  for (int i = 0; i < kHeld<kVector>; ++i) {
+  for (int i = 0; i < held_vectors(kVector); ++i) {
     const unsigned row = place.row + i * place.step;
     if (place.works && row < place.end) {
       held.at[i] = load<T, kVector>(x + place.begin + row * cut.stride);
@@ -86,7 +87,7 @@ __device__ void sum_held(const Held<T, kVector>& held, const Place& place, const
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) sums[unit] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kHeld<kVector>; ++i) {
+  for (int i = 0; i < held_vectors(kVector); ++i) {
     if (place.works && place.row + i * place.step < place.end) {
 #pragma unroll
       for (int k = 0; k < kVector; ++k) sums[k / kUnit] += f(widened(held.at[i].at[k]), k / kUnit);
@@ -177,26 +178,27 @@ __device__ Affine affine_of(const GroupNormSiluArgs& args, const Cut& cut, unsig
   return affine;
 }
 
+// Statistics of a thread's units, and its channels' parameters where all its rows have the same.
 template <class T, int kVector, int kUnits>
-__device__ void store_normalised(const GroupNormSiluArgs& args, const Cut& cut, const Place& place,
-                                 const Held<T, kVector>& held, const Moments<kUnits>& of,
-                                 const float (&rstd)[kUnits]) {
-  if (!place.works) return;
-  const unsigned first = place.block * cut.groups_in_block * cut.group_channels;
+struct Normaliser {
+  Moments<kUnits> of;  // but the squares
+  float rstd[kUnits];
   Affine affine[kVector];
-  if (cut.channels_last) {
+
+  __device__ void find_affine(const GroupNormSiluArgs& args, const Cut& cut, const Place& place) {
+    if (!cut.channels_last || !place.works) return;
+    const unsigned first =
+        place.block * cut.groups_in_block * cut.group_channels + place.column * kVector;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      affine[k] = affine_of(args, cut, place.sample, first + place.column * kVector + k);
-    }
+    for (int k = 0; k < kVector; ++k) affine[k] = affine_of(args, cut, place.sample, first + k);
   }
-  T* const y = static_cast<T*>(args.y) + place.begin;
-#pragma unroll
-  for (int i = 0; i < kHeld<kVector>; ++i) {
-    const unsigned row = place.row + i * place.step;
-    if (row >= place.end) continue;
+
+  // y of the vector in a row.
+  __device__ void put(const GroupNormSiluArgs& args, const Cut& cut, const Place& place,
+                      unsigned row, const Elements<T, kVector>& x) {
     if (!cut.channels_last) {
-      const Affine one = affine_of(args, cut, place.sample, first + row * kVector / cut.pixels);
+      const unsigned channel = place.block * cut.group_channels + row * kVector / cut.pixels;
+      const Affine one = affine_of(args, cut, place.sample, channel);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) affine[k] = one;
     }
@@ -204,14 +206,13 @@ __device__ void store_normalised(const GroupNormSiluArgs& args, const Cut& cut, 
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       const int unit = k / (kVector / kUnits);
-      const float x_hat =
-          ((widened(held.at[i].at[k]) - of.origin[unit]) - of.rest[unit]) * rstd[unit];
+      const float x_hat = ((widened(x.at[k]) - of.origin[unit]) - of.rest[unit]) * rstd[unit];
       const float z = x_hat * affine[k].slope + affine[k].offset;
       out[k] = args.silu ? __fdividef(z, 1.0f + __expf(-z)) : z;
     }
-    store(y + row * cut.stride, out);
+    store(static_cast<T*>(args.y) + place.begin + row * cut.stride, out);
   }
-}
+};
 
 template <class T, int kVector, int kUnits>
 __global__ void __launch_bounds__(kMostThreads, 1)
@@ -219,14 +220,19 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const Place place = place_of_thread(cut, kVector);
   Held<T, kVector> held;
   load_held(static_cast<const T*>(args.x), cut, place, held);
-  const Moments<kUnits> of = moments_of<T, kVector, kUnits>(held, cut, place);
+  Normaliser<T, kVector, kUnits> normaliser;
+  normaliser.of = moments_of<T, kVector, kUnits>(held, cut, place);
   const float count = static_cast<float>(cut.rows) * static_cast<float>(cut.row_elements);
-  float rstd[kUnits];
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
-    rstd[unit] = 1.0f / sqrtf(of.squares[unit] / count + args.eps);
+    normaliser.rstd[unit] = 1.0f / sqrtf(normaliser.of.squares[unit] / count + args.eps);
   }
-  store_normalised(args, cut, place, held, of, rstd);
+  normaliser.find_affine(args, cut, place);
+#pragma unroll
+  for (int i = 0; i < held_vectors(kVector); ++i) {
+    const unsigned row = place.row + i * place.step;
+    if (place.works && row < place.end) normaliser.put(args, cut, place, row, held.at[i]);
+  }
 }
 
 // The workspace: origin, rest and squares of each group's share of each chunk, (3, B groups, chunks);
@@ -298,19 +304,22 @@ template <class T, int kVector, int kUnits>
 __global__ void __launch_bounds__(kMostThreads, 1)
     apply_kernel(const GroupNormSiluArgs args, const Cut cut, const Workspace workspace) {
   const Place place = place_of_thread(cut, kVector);
-  Held<T, kVector> held;
-  load_held(static_cast<const T*>(args.x), cut, place, held);
-  Moments<kUnits> of;
-  float rstd[kUnits];
+  if (!place.works) return;
+  Normaliser<T, kVector, kUnits> normaliser;
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
     const std::int64_t group =
         place.first_group(cut) + (place.column * kUnits + unit) / cut.group_units;
-    of.origin[unit] = workspace.whole(0, group);
-    of.rest[unit] = workspace.whole(1, group);
-    rstd[unit] = workspace.whole(2, group);
+    normaliser.of.origin[unit] = workspace.whole(0, group);
+    normaliser.of.rest[unit] = workspace.whole(1, group);
+    normaliser.rstd[unit] = workspace.whole(2, group);
   }
-  store_normalised(args, cut, place, held, of, rstd);
+  normaliser.find_affine(args, cut, place);
+  const T* const x = static_cast<const T*>(args.x) + place.begin;
+#pragma unroll 2
+  for (unsigned row = place.row; row < place.end; row += place.step) {
+    normaliser.put(args, cut, place, row, load<T, kVector>(x + row * cut.stride));
+  }
 }
 
 // Elements of a vector and units in it, as pairs of the kernels' template arguments.
@@ -366,7 +375,7 @@ Cut cut_of(const GroupNormSiluArgs& args, const Vectors& vectors) {
     cut.stride = vectors.vector;
     cut.row_elements = vector;
   }
-  const unsigned held = vectors.vector == 1 ? kHeld<1> : kHeld<8>;
+  const unsigned held = static_cast<unsigned>(held_vectors(vectors.vector));
   cut.threads = 128;
   while (cut.threads < kMostThreads && cut.threads / cut.columns * held < cut.rows) {
     cut.threads *= 2;
