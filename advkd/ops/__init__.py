@@ -14,16 +14,19 @@ from advkd.ops import _backend
 from advkd.ops._attention import attention
 from advkd.ops._backend import BACKENDS, extension, use_backend
 from advkd.ops._conv3x3 import conv3x3
+from advkd.ops._cuda import CudaGroupNorm, cuda_missing
 from advkd.ops._group_norm_silu import group_norm_silu
 from advkd.ops._noise import LABEL_STEP, X_T_STEP, philox_labels, philox_normal, philox_uint32
 from advkd.ops._sampling_step import sampling_step
 
 __all__ = [
     "BACKENDS",
+    "CudaGroupNorm",
     "LABEL_STEP",
     "X_T_STEP",
     "attention",
     "conv3x3",
+    "cuda_missing",
     "describe",
     "extension",
     "group_norm_silu",

@@ -90,7 +90,11 @@ __device__ void end_block(LoopState* loop, std::uint32_t step,
   __threadfence();
   if (atomicInc(&loop->blocks_done, gridDim.x - 1) != gridDim.x - 1) return;
   loop->step = step + 1;
-  if constexpr (kCondition) cudaGraphSetConditional(condition, step + 1 < loop->pause);
+  if constexpr (kCondition) {
+    const bool pauses = step + 1 == loop->pause;
+    if (pauses) loop->pause += loop->chunk;
+    cudaGraphSetConditional(condition, pauses || step + 1 == loop->steps ? 0 : 1);
+  }
 }
 
 template <int kCount>

@@ -27,7 +27,8 @@ struct LoopState {
   std::uint32_t steps;
   std::uint32_t step;         // the one to come
   std::uint32_t blocks_done;  // of the launch under way; 0 between launches
-  std::uint32_t pause;        // the device's own loop stops before this step
+  std::uint32_t pause;        // the device's own loop stops before this step,
+  std::uint32_t chunk;        // and the next time so many steps later
 };
 
 // The buffers that stay in their place: the network reads x_in and told and writes model_out.
@@ -51,8 +52,8 @@ constexpr std::int64_t kMostChannels = 128;
 // x_t = x_T, the network's view of it, and what it is told at step 0. One launch.
 void launch_first_state(const StepBuffers& buffers, cudaStream_t stream);
 
-// x_t = the state after loop->step, and all that the network reads of the next; one launch. With a
-// `condition`, which is then non-zero while loop->step < loop->pause, a graph's WHILE node repeats it.
+// x_t = the state after loop->step, and all that the network reads of the next; one launch. With the
+// `condition` of a graph's WHILE node, that ends where loop->step reaches loop->pause.
 void launch_sampling_step(const StepBuffers& buffers, const cudaGraphConditionalHandle* condition,
                           cudaStream_t stream);
 
