@@ -51,7 +51,7 @@ def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: 
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     compiler = executable(tmp_path / "c++", "#!/bin/sh\necho 'the disk is on fire' >&2\nexit 1\n")
-    text = build.ninja_text([str(compiler)], tmp_path / "_C.so", "0", "x86_64")
+    text = build.ninja_text([str(compiler)], tmp_path / "_C.so", "0", "x86_64", "no CUDA")
     (tmp_path / "build.ninja").write_text(text)
     with pytest.raises(SystemExit, match=r"(?s)compiler failed.*ADVKD_EXT=0.*the disk is on fire"):
         build.run_ninja(tmp_path)
@@ -64,7 +64,7 @@ def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: 
 def test_each_kernel_is_compiled_for_each_instruction_set(
     build: ModuleType, machine: str, isas: set[str]
 ) -> None:
-    units = {name: flags for _, name, flags in build.compile_units(machine)}
+    units = {name: flags for _, name, flags in build.compile_units(machine, "no CUDA")}
     for source in build.PER_ISA_SOURCES:
         stem = Path(source).stem
         assert {name.split("/")[0] for name in units if name.endswith(f"/{stem}.o")} == isas

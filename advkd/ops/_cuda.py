@@ -46,6 +46,7 @@ class CudaGroupNorm(TorchDispatchMode):
             return self._group_norm_silu(*args)
         return func(*args, **(kwargs or {}))
 
+    @torch.inference_mode()
     def refresh(self) -> None:
         """Takes over what the parameters' values are now."""
         for narrow, wide in self.widened.values():
