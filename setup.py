@@ -4,8 +4,9 @@ ADVKD_EXT=0 skips the extension; ADVKD_SANITIZE=1 builds it with the address and
 sanitizers (tests/sanitize.sh). Without any C++ compiler the package installs without it and
 runs on the plain torch ops; a compiler that is there but fails fails the installation.
 
-The CUDA part is built where nvcc of CUDA 12.4 or later is found, in CUDA_HOME or on PATH; ADVKD_CUDA=0
-leaves it out, ADVKD_CUDA=1 insists. ADVKD_CUDA_ARCHS, as "80 90", says for which architectures.
+The CUDA part is built where nvcc of CUDA 12.4 or later is found, in CUDA_HOME or on PATH;
+ADVKD_CUDA=0 leaves it out, ADVKD_CUDA=1 insists. ADVKD_CUDA_ARCHS, as "80 90", says for which
+architectures.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -94,8 +95,7 @@ def skip_reason(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Cuda:
+class Cuda(NamedTuple):
     """A CUDA toolkit: nvcc, its folder, where the static runtime lies, and what to compile for."""
 
     nvcc: str
@@ -212,7 +212,8 @@ def cuda_rule(cuda: Cuda) -> list[str]:
     command = [cuda.nvcc, *CUDA_FLAGS, "--threads", "2", f"-I{CSRC}", *cuda.gencode()]
     return [
         "rule compile_cuda",
-        f"  command = {shlex.join(command).replace('$', '$$')} $extra -MMD -MF $out.d -c $in -o $out",
+        f"  command = {shlex.join(command).replace('$', '$$')} $extra "
+        "-MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",

@@ -1,9 +1,9 @@
-"""The teacher's sampling loop on a CUDA device: one pass of the network, captured in a CUDA graph, and
+"""The teacher's sampling loop on a CUDA device: a pass of the network, captured in a graph, and
 the C++ loop over it (csrc/cuda/sampling_loop.cu), in which Python takes no part in a step.
 
-The state is float32. The network may be of float32, float16 or bfloat16; the step's kernel then writes
-the state in that type too. What the network is told of the time is computed for all steps before the
-first, and the kernel puts the next step's row where the graph reads it.
+The state is float32. The network may be of float32, float16 or bfloat16; the step's kernel then
+writes the state in that type too. What the network is told of the time is computed for all steps
+before the first, and the kernel puts the next step's row where the graph reads it.
 """
 
 from __future__ import annotations
@@ -122,13 +122,17 @@ def step_rows(table: StepTable, kept: Sequence[int], target: str) -> Tensor:
 
 
 class CudaEngine:
-    """A teacher captured for batches of one shape.
+    """A teacher captured for batches of one size: `sample` is its whole loop.
 
-    Its weights are read where they lie, so they may change in their place between runs.
+    Weights are read where they lie, so they may change in their place between runs. `on_device`:
+    the device repeats the steps of a chunk itself; None: where the driver can.
     """
+
+    name = "cuda"
 
     def __init__(self, unet: UNet, batch: int, side: int, *, on_device: bool | None = None):
         weight = unet.conv_in.weight
+        unet.check_size(side, side)
         self.unet = unet
         self.batch = batch
         channels_last = weight.shape[1] > 1 and memory_format_of(weight) == torch.channels_last
@@ -151,7 +155,7 @@ class CudaEngine:
 
     def _pass(self, buffers: Buffers) -> Tensor:
         temb = buffers.told.expand(self.batch, -1)
-        if self.labels is not None:
+        if self.labels is not None and self.unet.class_embedding is not None:
             temb = temb + self.unet.class_embedding(self.labels)
         out = self.unet.denoise(buffers.x_in, temb)
         return out.contiguous(memory_format=memory_format_of(buffers.x_t))
@@ -176,12 +180,35 @@ class CudaEngine:
         callback: Callable[[int, int], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """What a sampler keeps after the steps `kept`: (K, B, C, H, W) float32, or float16 if half,
-        on the device. `callback` is called for every step, some steps later."""
+        on the device. `callback` is called for every step, some steps later.
+
+        A batch that is not whole is filled up, and a larger one drawn in parts; an image has the
+        same bits in any of them. Raises ValueError for labels that do not fit, RuntimeError for
+        what CUDA refuses.
+        """
         if (y is None) != (self.labels is None):
             raise ValueError("labels are given to an unconditional teacher, or missing")
+        parts = range(0, len(indices), self.batch)
+        found = [
+            self._sample_part(
+                table, seed, indices[at : at + self.batch],
+                None if y is None else y[at : at + self.batch], kept, target, half,
+                callback if at == parts[-1] else None,
+            )
+            for at in parts
+        ]  # fmt: skip
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _sample_part(
+        self, table: StepTable, seed: int, indices: Tensor, y: Tensor | None, kept: Sequence[int],
+        target: str, half: bool, callback: Callable[[int, int], None] | None,
+    ) -> Tensor:  # fmt: skip
+        count = len(indices)
+        whole = torch.arange(self.batch).clamp(max=count - 1)
+        indices = indices.cpu()[whole]
         device = self.loop.buffers.x_t.device
         if self.labels is not None and y is not None:
-            self.labels.copy_(y)
+            self.labels.copy_(y.cpu()[whole])
         self.norms.refresh()
         timesteps = torch.as_tensor(table.timesteps, device=device)
         told = self.unet.embed_time(timesteps, len(table))
@@ -195,8 +222,9 @@ class CudaEngine:
                 callback(told_of, len(table))
 
         with torch.cuda.device(device):
-            return self.loop.run(
+            out = self.loop.run(
                 table, told, seed, indices, kept=kept, target=target, half=half,
                 stream=torch.cuda.current_stream().cuda_stream,
                 on_chunk=None if callback is None else on_chunk,
             )  # fmt: skip
+        return out[:, :count]

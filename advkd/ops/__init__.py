@@ -21,9 +21,9 @@ from advkd.ops._sampling_step import sampling_step
 
 __all__ = [
     "BACKENDS",
-    "CudaGroupNorm",
     "LABEL_STEP",
     "X_T_STEP",
+    "CudaGroupNorm",
     "attention",
     "conv3x3",
     "cuda_missing",
@@ -65,5 +65,13 @@ def describe() -> list[tuple[str, str, str]]:
         )
         for op, limit in (("group_norm_silu", None), ("attention", None))
     ]
-    rows.append(("other ops on CUDA", "reference, torch", "no fused kernel exists for them yet"))
+    loop_missing = asked or cuda_missing()
+    rows.append(
+        (
+            "sampling loop on CUDA",
+            "plain, torch" if loop_missing else "fused, C++ over a CUDA graph",
+            loop_missing or "",
+        )
+    )
+    rows.append(("other ops on CUDA", "reference, torch", "no fused kernel exists for them"))
     return rows

@@ -29,8 +29,8 @@ def cuda_missing() -> str | None:
 class CudaGroupNorm(TorchDispatchMode):
     """Within the block, GroupNorm-SiLU of CUDA tensors runs by the C++ kernel where that serves.
 
-    For code that is captured in a CUDA graph: parameters of half types are widened once, into tensors
-    that are kept, and `refresh` does so again before the graph is replayed.
+    For code that is captured in a CUDA graph: parameters of half types are widened once, into
+    tensors that are kept, and `refresh` does so again before the graph is replayed.
     """
 
     def __init__(self, extension: Any = None, device_type: str = "cuda"):

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from advkd import ops, reference
 from harness import ORDERS, guarded, poison
 from torch import Tensor
+
+from advkd import ops, reference
 
 EPS = 1e-5
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (B, C, H, W), groups: whole vectors; vectors that two groups share; odd sides and sizes of groups, that
-# go element by element; one pixel; groups that fill several warps; one group of everything.
+# (B, C, H, W), groups: whole vectors; vectors that two groups share; odd sides and sizes of groups,
+# that go element by element; one pixel; groups that fill several warps; one group of everything.
 SHAPES = [
     ((2, 32, 8, 8), 8), ((2, 16, 16, 16), 4), ((1, 24, 6, 6), 2), ((2, 12, 7, 5), 4),
     ((3, 6, 3, 3), 2), ((2, 8, 1, 1), 2), ((1, 64, 4, 4), 1), ((2, 5, 4, 4), 5),

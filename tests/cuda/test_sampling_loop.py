@@ -1,4 +1,4 @@
-"""The host's loop over a graph, on the fake runtime: launches, chunks, failures, what is left behind."""
+"""The host's loop over a graph, on the fake runtime: launches, chunks, failures, leftovers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from advkd.diffusion import Schedule, ddim_table
 from harness import ORDERS, ToyLoop, expected
+
+from advkd.diffusion import Schedule, ddim_table
 
 SHAPE = (3, 8, 8)
 INDICES = torch.arange(2)

@@ -1,6 +1,7 @@
-"""The CUDA sampling step and the loop around it, emulated: the CPU's bits, whatever the threads' order.
+"""The CUDA sampling step and the loop around it, emulated: the CPU's bits in any threads' order.
 
-Memory ends at guard pages, shared memory and results begin as NaN, work waits until it is waited for.
+Memory ends at guard pages, shared memory and results begin as NaN, work waits until it is waited
+for.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from harness import ORDERS, ToyLoop, expected
+
+from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 
 SEED = (1 << 63) + 12345
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

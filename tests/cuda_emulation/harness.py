@@ -6,10 +6,11 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from advkd import ops
 from advkd.diffusion import StepTable
 from advkd.graph import Buffers, Loop
-from torch import Tensor
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # as csrc/cuda/elements.h counts them
 ORDERS = (0, 1, 2, 3)  # of threads: forward, reverse, two random ones
