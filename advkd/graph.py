@@ -121,6 +121,28 @@ def step_rows(table: StepTable, kept: Sequence[int], target: str) -> Tensor:
     return rows
 
 
+def captured(
+    function: Callable[[], Tensor], device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """What a function launches, as a CUDA graph, and the tensor that it then writes."""
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            out = function()
+    return graph, out
+
+
+def current_stream(device: torch.device) -> int:
+    """torch's current stream there, as CUDA's handle."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 class CudaEngine:
     """A teacher captured for batches of one size: `sample` is its whole loop.
 
@@ -143,11 +165,13 @@ class CudaEngine:
         conditional = unet.class_embedding is not None
         self.labels = weight.new_zeros(batch, dtype=torch.int64) if conditional else None
         self.norms = ops.CudaGroupNorm()
-        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.device(weight.device), torch.inference_mode():
-            buffers.model_out = self._captured(buffers)
-            extension = ops.extension
-            assert extension is not None
+        extension = ops.extension
+        assert extension is not None
+        with torch.inference_mode():
+            buffers.x_in.zero_()
+            buffers.told.zero_()
+            # The graph goes with the engine, since the network works in its memory.
+            self.graph, buffers.model_out = captured(lambda: self._pass(buffers), weight.device)
             if on_device is None:
                 on_device = not extension.cuda_device_loop_unavailable()
             network = self.graph.raw_cuda_graph()
@@ -157,21 +181,9 @@ class CudaEngine:
         temb = buffers.told.expand(self.batch, -1)
         if self.labels is not None and self.unet.class_embedding is not None:
             temb = temb + self.unet.class_embedding(self.labels)
-        out = self.unet.denoise(buffers.x_in, temb)
+        with self.norms:
+            out = self.unet.denoise(buffers.x_in, temb)
         return out.contiguous(memory_format=memory_format_of(buffers.x_t))
-
-    def _captured(self, buffers: Buffers) -> Tensor:
-        buffers.x_in.zero_()
-        buffers.told.zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), self.norms:
-            for _ in range(_WARM_UP):
-                self._pass(buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph), self.norms:
-            out = self._pass(buffers)
-        return out
 
     @torch.inference_mode()
     def sample(
@@ -221,10 +233,8 @@ class CudaEngine:
                 told_of += 1
                 callback(told_of, len(table))
 
-        with torch.cuda.device(device):
-            out = self.loop.run(
-                table, told, seed, indices, kept=kept, target=target, half=half,
-                stream=torch.cuda.current_stream().cuda_stream,
-                on_chunk=None if callback is None else on_chunk,
-            )  # fmt: skip
+        out = self.loop.run(
+            table, told, seed, indices, kept=kept, target=target, half=half,
+            stream=current_stream(device), on_chunk=None if callback is None else on_chunk,
+        )  # fmt: skip
         return out[:, :count]

@@ -104,7 +104,8 @@ void bind_cuda(py::module_& module) {
              "Why there is no CUDA device to use; empty where there is one.");
   module.def("cuda_device_loop_unavailable", &cuda::device_loop_unavailable,
              "Why a graph cannot loop on the device; empty where it can.");
-  py::class_<cuda::SamplingLoop>(module, "CudaSamplingLoop")
+  // module_local, since the tests' emulation binds the same class beside this one.
+  py::class_<cuda::SamplingLoop>(module, "CudaSamplingLoop", py::module_local())
       .def(py::init(&make_loop), py::kw_only(), py::arg("device"), py::arg("network"),
            py::arg("x_t"), py::arg("x_in"), py::arg("model_out"), py::arg("type"), py::arg("told"),
            py::arg("told_bytes"), py::arg("sizes"), py::arg("channels_last"),

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <string>
-#include <vector>
+
+struct FakeGraph;
 
 namespace emulation {
 
@@ -14,6 +16,9 @@ void set_order(unsigned order);
 // Memory that ends at a page nobody may touch, and begins behind one; `bytes` are rounded up to `align`.
 void* allocate_guarded(std::size_t bytes, std::size_t align);
 void free_guarded(void* at);
+
+// A node of a graph that calls a function.
+void add_host_node(FakeGraph* graph, const std::function<void()>& function);
 
 // From now on the call of that number (from 1) fails; 0: none does.
 void fail_call(int number);

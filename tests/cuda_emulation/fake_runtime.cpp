@@ -148,6 +148,10 @@ void free_guarded(void* at) {
   guarded.erase(at);
 }
 
+void add_host_node(FakeGraph* graph, const std::function<void()>& function) {
+  add(*graph, "host", nullptr, 0)->run = function;
+}
+
 cudaError_t enqueue(cudaStream_t stream, const Launch& launch) {
   if (fails()) return cudaErrorMemoryAllocation;
   FakeStream& on = of(stream);

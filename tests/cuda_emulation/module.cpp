@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+
 #include "controls.h"
 #include "cuda/runtime.h"
 #include "cuda_bindings.h"
@@ -36,13 +38,33 @@ std::uintptr_t toy_network(std::uintptr_t x_in, std::uintptr_t model_out, int ty
   return reinterpret_cast<std::uintptr_t>(graph);
 }
 
+// A graph whose one node calls a Python function: a network that is torch's, on the CPU.
+std::uintptr_t python_network(const py::function& function) {
+  cudaGraph_t graph;
+  cuda::check(cudaGraphCreate(&graph, 0), "cudaGraphCreate");
+  emulation::add_host_node(graph, [function = std::make_shared<py::function>(function)] {
+    const py::gil_scoped_acquire acquired;
+    (*function)();
+  });
+  return reinterpret_cast<std::uintptr_t>(graph);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_emulation, module) {
   advkd::bind_cuda(module);
   module.def("toy_network", &toy_network);
+  module.def("python_network", &python_network);
   module.def("destroy_graph", [](std::uintptr_t graph) {
     cudaGraphDestroy(reinterpret_cast<cudaGraph_t>(graph));
+  });
+  module.def("new_stream", [] {
+    cudaStream_t stream;
+    cuda::check(cudaStreamCreateWithFlags(&stream, 0), "cudaStreamCreateWithFlags");
+    return reinterpret_cast<std::uintptr_t>(stream);
+  });
+  module.def("destroy_stream", [](std::uintptr_t stream) {
+    cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream));
   });
   module.def("sum", [](std::uintptr_t x, std::uintptr_t y, bool barrier) {
     cuda::launch_sum(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), barrier,
