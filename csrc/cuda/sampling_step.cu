@@ -8,7 +8,7 @@
 namespace advkd::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kLeastBlocks = 8;  // of a processor, so 64 registers a thread
 constexpr int kVector = 8;  // elements of a thread: 16 bytes of half types
 constexpr int kTile = kThreads * kVector;
 
@@ -116,7 +116,7 @@ __device__ void put_state(const StepBuffers& buffers, std::int64_t at, const flo
 }
 
 template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     first_state_kernel(const StepBuffers buffers, const Cut cut) {
   ADVKD_SHARED(float, noise, kTile);
   const Tile tile = tile_of_block(cut);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kCount, bool kCondition>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     sampling_step_kernel(const StepBuffers buffers, const Cut cut,
                          const cudaGraphConditionalHandle condition) {
   ADVKD_SHARED(float, noise, kTile);

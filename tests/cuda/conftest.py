@@ -1,7 +1,11 @@
-"""The emulated CUDA part of the extension, built once for all of this folder's tests."""
+"""The emulated CUDA part of the extension, built once for all of this folder's tests.
+
+ADVKD_CUDA_EMULATION names a module that tests/cuda_emulation/build.py made before.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +19,9 @@ import build
 
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    built = os.environ.get("ADVKD_CUDA_EMULATION")
+    if built:
+        return build.load(Path(built))
     pytest.importorskip("pybind11", reason="the emulation is bound to Python by pybind11")
     if build.compiler() is None:
         pytest.skip("no C++ compiler was found")

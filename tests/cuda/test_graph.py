@@ -1,4 +1,5 @@
-"""advkd.graph with real networks: the C++ loop and GroupNorm emulated, the rest by torch on the CPU.
+"""advkd.graph with real networks: the C++ loop and GroupNorm emulated, the rest by torch on the
+CPU.
 
 What torch.cuda would capture is called again at each replay instead.
 """
@@ -29,11 +30,11 @@ def teacher(dtype: torch.dtype = torch.float32, classes: int | None = None) -> U
         sample_size=SIDE,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(16, 32),
+        block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=2,
         attention_head_dim=8,
         num_class_embeds=classes,
     )

@@ -1,8 +1,9 @@
 """Compiles csrc/cuda, unchanged, with g++ against the emulation in this folder, as a Python module.
 
-    python tests/cuda_emulation/build.py FOLDER [--sanitizer thread|address]
+    python tests/cuda_emulation/build.py FOLDER
 
 The module offers what advkd._C offers where it was built with CUDA, and the emulation's controls.
+For the sanitizers there is a program of its own, without Python (program.cpp).
 """
 
 from __future__ import annotations
@@ -46,41 +47,53 @@ def compiler() -> str | None:
     return None
 
 
-def sources(csrc: Path = CSRC) -> list[Path]:
-    """All .cu files, the bindings, and the emulation."""
-    kernels = sorted((csrc / "cuda").glob("*.cu"))
-    return [*kernels, csrc / "cuda_bindings.cpp", *sorted(HERE.glob("*.c*"))]
+def sources(csrc: Path) -> list[Path]:
+    """All .cu files, and what stands in for CUDA."""
+    names = ("emulation.cpp", "fake_runtime.cpp", "toy_network.cu")
+    return [*sorted((csrc / "cuda").glob("*.cu")), *(HERE / name for name in names)]
 
 
-def build(folder: Path, csrc: Path = CSRC, sanitizer: str | None = None, jobs: int = 2) -> Path:
-    """Compiles what is newer than its object into FOLDER; the module's path.
-
-    Raises RuntimeError with the compiler's message.
-    """
-    import pybind11
-
+def objects_of(found: list[Path], folder: Path, flags: list[str], sanitizer: str | None) ->
+list[str]:
+    """Compiles sources, two at a time; RuntimeError with the compiler's message."""
     command = compiler()
     if command is None:
         raise RuntimeError("no C++ compiler was found")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = sysconfig.get_paths()
-    includes = [csrc, HERE, pybind11.get_include(), paths["include"], paths["platinclude"]]
-    flags = [*FLAGS, *(f"-I{path}" for path in includes)]
 
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        extra = list(SANITIZERS.get(sanitizer or "", []))
+    def compiled(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        extra = [f"-I{HERE}", *flags, *SANITIZERS.get(sanitizer or "", [])]
         if sanitizer == "thread" and source.name in UNWATCHED:
             extra.remove("-fsanitize=thread")
-        run([command, *flags, *extra, "-x", "c++", "-c", str(source), "-o", str(target)])
+        run([command, *FLAGS, *extra, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compiled, sources(csrc)))
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compiled, found))
+
+
+def build(folder: Path, csrc: Path = CSRC) -> Path:
+    """The module, in FOLDER."""
+    import pybind11
+
+    paths = sysconfig.get_paths()
+    includes = [csrc, pybind11.get_include(), paths["include"], paths["platinclude"]]
+    found = [*sources(csrc), csrc / "cuda_bindings.cpp", HERE / "module.cpp"]
+    objects = objects_of(found, folder, [f"-I{path}" for path in includes], None)
     module = folder / f"{NAME}.so"
-    link = [flag for flag in SANITIZERS.get(sanitizer or "", []) if flag.startswith("-fsanitize")]
-    run([command, "-shared", *link, *map(str, objects), "-o", str(module)])
+    run([str(compiler()), "-shared", *objects, "-o", str(module)])
     return module
+
+
+def build_program(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
+    """program.cpp under "thread" or "address", in FOLDER."""
+    found = [*sources(csrc), HERE / "program.cpp"]
+    objects = objects_of(found, folder, [f"-I{csrc}"], sanitizer)
+    program = folder / "program"
+    link = next(flag for flag in SANITIZERS[sanitizer] if flag.startswith("-fsanitize"))
+    run([str(compiler()), link, *objects, "-o", str(program)])
+    return program
 
 
 def run(command: list[str]) -> None:
@@ -101,9 +114,7 @@ def load(module: Path) -> ModuleType:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sanitizer", choices=sorted(SANITIZERS))
-    args = parser.parse_args()
-    print(build(args.folder, sanitizer=args.sanitizer))
+    print(build(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ static void __tsan_acquire(void*) {}
 static void __tsan_release(void*) {}
 #endif
 #ifdef EMULATION_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#else
+static void __asan_unpoison_memory_region(void*, std::size_t) {}
 #endif
 
 namespace emulation {
@@ -205,6 +208,7 @@ void run_block(unsigned block) {
   exchanges.clear();
   for (const auto& fiber : fibers) {
     fiber->state = State::kReady;
+    __asan_unpoison_memory_region(fiber->stack.get(), kStack);  // its last frames never returned
     fiber->context.begin(fiber->stack.get(), fiber_entry);
 #ifdef EMULATION_TSAN
     fiber->tsan = __tsan_create_fiber(0);
