@@ -119,9 +119,7 @@ def _kernel(name: str, registers: int, shared: int, stack: int, sass: str) -> Ke
     def widths(instruction: str) -> tuple[int, ...]:
         found = re.findall(rf"\b{instruction}((?:\.\w+)*)", sass)
         return tuple(
-            sorted(
-                {next((int(w) for w in m.split(".") if w in ("64", "128")), 32) for m in found}
-            )
+            sorted({next((int(w) for w in m.split(".") if w in ("64", "128")), 32) for m in found})
         )
 
     return Kernel(
@@ -150,9 +148,7 @@ def table(folder: Path) -> tuple[list[str], list[str]]:
         kernels = [by_arch[arch][name] for arch in ARCHS]
         registers = ", ".join(str(kernel.registers) for kernel in kernels)
         widest = f"{max(kernels[0].loads) // 8}, {max(kernels[0].stores) // 8}"
-        lines.append(
-            f"| `{name}` | {registers} | {max(k.shared for k in kernels)} | {widest} |"
-        )
+        lines.append(f"| `{name}` | {registers} | {max(k.shared for k in kernels)} | {widest} |")
         for arch, kernel in zip(ARCHS, kernels, strict=True):
             broken += [f"{name} on sm_{arch}: {rule}" for rule in kernel.broken_rules()]
     return lines, broken

@@ -155,9 +155,7 @@ def test_sampling_goes_by_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> 
     sampling.sample_into(
         out, engine, table, 11, torch.arange(2), kept=[1, 4], poll=lambda: polled.append(0)
     )
-    want = torch.stack(
-        sampling.sample(unet, table, 11, torch.arange(2), keep=[1]), dim=1
-    )
+    want = torch.stack(sampling.sample(unet, table, 11, torch.arange(2), keep=[1]), dim=1)
     assert torch.equal(out, want.half())
     assert len(polled) == 4
 

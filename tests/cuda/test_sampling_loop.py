@@ -125,6 +125,8 @@ def test_no_device_and_old_drivers_are_told(cuda: Any) -> None:
     )
     with pytest.raises(RuntimeError, match="cudaSetDevice failed: invalid argument"):
         toy_loop(cuda)
+    cuda.set_devices(-1)
+    assert cuda.cuda_unavailable() == "no CUDA device: cudaGetDeviceCount counts none"
     cuda.set_driver(12020)
     assert "the driver is of CUDA 12.2" in cuda.cuda_device_loop_unavailable()
     cuda.set_driver(12040)

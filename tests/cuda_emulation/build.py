@@ -53,8 +53,9 @@ def sources(csrc: Path) -> list[Path]:
     return [*sorted((csrc / "cuda").glob("*.cu")), *(HERE / name for name in names)]
 
 
-def objects_of(found: list[Path], folder: Path, flags: list[str], sanitizer: str | None) ->
-list[str]:
+def objects_of(
+    found: list[Path], folder: Path, flags: list[str], sanitizer: str | None
+) -> list[str]:
     """Compiles sources, two at a time; RuntimeError with the compiler's message."""
     command = compiler()
     if command is None:

@@ -23,7 +23,7 @@ void add_host_node(FakeGraph* graph, const std::function<void()>& function);
 // From now on the call of that number (from 1) fails; 0: none does.
 void fail_call(int number);
 void set_driver(int version);
-void set_devices(int count);
+void set_devices(int count);                // 0: none, which is an error; negative: none, and no error
 int calls();                                // since fail_call
 std::map<std::string, int> launches();      // since the last time, by kernel: "graph NAME" or NAME
 std::map<std::string, int> live_objects();  // that were created and not given back

@@ -190,8 +190,8 @@ const char* cudaGetErrorName(cudaError_t status) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = devices;
-  return devices > 0 ? cudaSuccess : cudaErrorNoDevice;
+  *count = std::max(devices, 0);
+  return devices == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
