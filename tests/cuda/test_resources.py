@@ -1,5 +1,5 @@
-"""nvcc's machine code for the CUDA kernels: spills, widths of accesses, contraction; the extension's
-error where there is no device."""
+"""nvcc's machine code for the CUDA kernels: spills, widths of accesses, contraction; and what the
+extension says where there is no device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Images a second of ddpm-cifar10-32's architecture on a GPU, ours against other loops, and what a
-step costs beside its network. `python -m tests.gpu` calls it; random weights take as long as trained ones.
+step costs beside its network. `python -m tests.gpu` calls it; random weights take as long as
+trained ones.
 """
 
 from __future__ import annotations
