@@ -82,7 +82,7 @@ void SamplingLoop::add_pass(cudaGraph_t graph, cudaGraph_t network,
 
 void SamplingLoop::run(const SamplingRun& run, cudaStream_t stream) const {
   if (run.steps < 1 || run.steps >= kXTStep || run.chunk < 1) {
-    throw std::invalid_argument("a run has at least one step, and chunks of at least one");
+    throw std::invalid_argument("a run has at least one step, fewer than 2^32 - 1, and chunks of at least one");
   }
   check(cudaSetDevice(device_), "cudaSetDevice");
   const auto chunk = static_cast<std::uint32_t>(std::min(run.chunk, run.steps));

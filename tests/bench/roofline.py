@@ -114,7 +114,7 @@ def kind_of(work: Work) -> str:
 
 
 def step_work(width: int) -> Work:
-    """The sampling step: x_t and the network's output in, x_t out, and with a half type its copy."""
+    """The sampling step: x_t and the network's output in, x_t out, for a half type also its copy."""
     elements = 3 * 32 * 32
     moved = elements * (4 + width + 4 + (width if width < 4 else 0))
     return Work("sampling_step", 20 * elements, moved // width, 0)
@@ -130,8 +130,8 @@ def report(works: list[Work]) -> list[str]:
     launches = len(works)
     lines = [
         f"A pass is {gflop:.1f} GFLOP an image, in about {launches} launches. Without a graph the",
-        f"host makes these {launches} launches a step, and one for the update. The loop on the host",
-        "launches one graph a step, the loop on the device one for every 10 steps.",
+        f"host makes these {launches} launches a step, and one for the update. The loop on the",
+        "host launches one graph a step, the loop on the device one for every 10 steps.",
         "",
         "| predicted, ms a step | dtype | batch | convolution | GroupNorm-SiLU | attention | "
         "linear | sums, joins, the rest | sampling step | all | images/s in 50 steps |",

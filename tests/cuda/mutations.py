@@ -39,6 +39,9 @@ NO_CODE = ("//", "#", "template", "static_assert")
 EQUIVALENT = {
     "x0 < -bound": "at the bound both give the bound",
     "x0 > bound": "at the bound both give the bound",
+    "left < cut.width ?": "where they are equal both are the same",
+    "left < cut.chunk_rows ?": "where they are equal both are the same",
+    "last < cut.rows ?": "where they are equal both are the same",
     "n * size > vector": "only refuses what a launch could not do",
     "size_of(args.type) >= 32": "only how many groups share a block, which decides speed",
     "cut.threads / cut.columns * held < cut.rows": "only the size of a block, which decides speed",

@@ -137,6 +137,12 @@ def test_bad_runs_are_refused(cuda: Any) -> None:
     loop = toy_loop(cuda)
     with pytest.raises(ValueError, match="chunks of at least one"):
         run(loop, 3, chunk=0)
+    for steps in (0, 0xFFFFFFFF):  # the latter is the number whose noise is x_T
+        with pytest.raises(ValueError, match="at least one step"):
+            loop.loop.loop.run(
+                steps=steps, seed=0, clip=0.0, image_index=0, rows=0, told=0, kept=0,
+                kept_half=False, chunk=1, stream=0, on_chunk=None,
+            )  # fmt: skip
     assert torch.equal(run(loop, 3), wanted(3))
 
 
