@@ -71,7 +71,9 @@ class Loop:
 
     def __init__(self, extension: Any, buffers: Buffers, network: int, on_device: bool):
         x_t, model_out = buffers.x_t, buffers.model_out
-        assert model_out is not None and model_out.stride() == x_t.stride()
+        # With one channel both formats are the same, whatever the strides say.
+        assert model_out is not None and model_out.shape == x_t.shape
+        assert model_out.is_contiguous(memory_format=memory_format_of(x_t))
         B, C, H, W = x_t.shape
         self.buffers = buffers
         self.loop = extension.CudaSamplingLoop(
@@ -106,6 +108,18 @@ class Loop:
             chunk=chunk, stream=stream, on_chunk=on_chunk,
         )  # fmt: skip
         return out.unflatten(0, (len(kept), len(x_t)))
+
+
+def _new_loop(extension: Any, buffers: Buffers, network: int, on_device: bool | None) -> Loop:
+    """The loop on the device, on the host, or (None) the former where driver and graph allow it."""
+    if on_device is not None:
+        return Loop(extension, buffers, network, on_device)
+    if not extension.cuda_device_loop_unavailable():
+        try:
+            return Loop(extension, buffers, network, True)
+        except RuntimeError:
+            pass  # some nodes cannot be in a loop; what else is wrong, the host's loop meets too
+    return Loop(extension, buffers, network, False)
 
 
 def step_rows(table: StepTable, kept: Sequence[int], target: str) -> Tensor:
@@ -172,10 +186,7 @@ class CudaEngine:
             buffers.told.zero_()
             # The graph goes with the engine, since the network works in its memory.
             self.graph, buffers.model_out = captured(lambda: self._pass(buffers), weight.device)
-            if on_device is None:
-                on_device = not extension.cuda_device_loop_unavailable()
-            network = self.graph.raw_cuda_graph()
-            self.loop = Loop(extension, buffers, network, on_device)
+            self.loop = _new_loop(extension, buffers, self.graph.raw_cuda_graph(), on_device)
 
     def _pass(self, buffers: Buffers) -> Tensor:
         temb = buffers.told.expand(self.batch, -1)

@@ -114,7 +114,7 @@ def kind_of(work: Work) -> str:
 
 
 def step_work(width: int) -> Work:
-    """The sampling step: x_t and the network's output in, x_t out, for a half type also its copy."""
+    """The sampling step: x_t and the network's output in, x_t out; of a half type, its copy too."""
     elements = 3 * 32 * 32
     moved = elements * (4 + width + 4 + (width if width < 4 else 0))
     return Work("sampling_step", 20 * elements, moved // width, 0)

@@ -13,16 +13,22 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from advkd import sampling  # noqa: F401  (with all that the tests import)
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_emulation"))
 import build
 
+PATIENCE = 180  # seconds for the tests of a mutant
 HERE = Path(__file__).resolve().parent
 DOCS = build.CSRC.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
@@ -39,6 +45,7 @@ NO_CODE = ("//", "#", "template", "static_assert")
 EQUIVALENT = {
     "x0 < -bound": "at the bound both give the bound",
     "x0 > bound": "at the bound both give the bound",
+    "pixel >= tile.width": "normals are made that belong to no pixel, and none is kept",
     "left < cut.width ?": "where they are equal both are the same",
     "left < cut.chunk_rows ?": "where they are equal both are the same",
     "last < cut.rows ?": "where they are equal both are the same",
@@ -97,19 +104,35 @@ def noticed_by(mutant: Mutant, folder: Path) -> str | None:
     others = [str(at) for at in (folder / "whole").glob("*.o") if at.stem != stem]
     module = folder / "mutated" / f"{build.NAME}.so"
     build.run([str(build.compiler()), "-shared", *mutated, *others, "-o", str(module)])
-    tests = [str(HERE / name) for name in TESTS[mutant.source]]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=240, cwd=HERE.parents[1],
-            env=os.environ | {"ADVKD_CUDA_EMULATION": str(module)},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    status, output = tested(module, [str(HERE / name) for name in TESTS[mutant.source]], folder)
+    if status is None:
         return "it does not end"
-    if done.returncode == 0:
-        return None
-    failed = re.search(r"(?:FAILED|ERROR) \S+::(\w+)", done.stdout)
-    return failed[1] if failed else f"the process ends with {done.returncode}"
+    failed = re.search(r"(?:FAILED|ERROR) \S+::(\w+)", output)
+    return None if status == 0 else failed[1] if failed else f"the process ends with {status}"
+
+
+def tested(module: Path, tests: list[str], folder: Path) -> tuple[int | None, str]:
+    """pytest's exit status and output, in a fork, which need not import torch anew; None: late."""
+    log = folder / "log"
+    child = os.fork()
+    if child == 0:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            os.environ["ADVKD_CUDA_EMULATION"] = str(module)
+            os.chdir(HERE.parents[1])
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+            sys.stdout.flush()
+        os._exit(status)
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), log.read_text()
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None, ""
 
 
 def row(mutant: Mutant, found: str | None) -> str:

@@ -136,6 +136,32 @@ def test_labels_parts_of_batches_and_changed_weights(emulated: Any) -> None:
         engine.sample(table, 11, indices, None, **how)
 
 
+def test_the_host_loops_where_the_device_cannot(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old driver, or a graph that may not be in a WHILE node, whose call then fails."""
+
+    def host_only(**how: Any) -> Any:
+        if how["on_device"]:
+            raise RuntimeError("cudaGraphInstantiate failed: operation not supported")
+        return emulated.CudaSamplingLoop(**how)
+
+    unet = teacher()
+    table = ddim_table(unet.schedule, 3, eta=1.0)
+    found = []
+    for driver, make in (
+        (13000, emulated.CudaSamplingLoop), (12000, emulated.CudaSamplingLoop), (13000, host_only)
+    ):  # fmt: skip
+        emulated.set_driver(driver)
+        emulated.launches()
+        monkeypatch.setattr(graph.ops.extension, "CudaSamplingLoop", make)
+        engine = graph.CudaEngine(unet, 2, SIDE)
+        out = engine.sample(table, 11, torch.arange(2), None, kept=[3], target="state")
+        found.append((out, emulated.launches()["graph launch"]))
+    assert [launches for _, launches in found] == [1, 3, 3]
+    assert all(torch.equal(out, found[0][0]) for out, _ in found)
+
+
 def test_sampling_goes_by_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = teacher()
     engine = graph.CudaEngine(unet, 4, SIDE)
