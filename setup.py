@@ -143,7 +143,7 @@ def find_cuda(environ: Mapping[str, str]) -> Cuda | str:
 def toolkit(environ: Mapping[str, str]) -> Cuda | str:
     nvcc = find_nvcc(environ)
     if nvcc is None:
-        return "nvcc was not found (looked in $CUDA_HOME/bin and on $PATH)"
+        return "nvcc was not found (looked in CUDA_HOME and on PATH)"
     release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     if release is None:
         return f"{nvcc} does not tell its version"
@@ -267,7 +267,7 @@ def ninja_text(
         for source, name, extra in units:
             objects.append(name)
             lines.append(f"build {name}: {rule} {ninja_escape(str(source))}")
-            lines.append(f"  extra = {shlex.join(extra)}")
+            lines.append(f"  extra = {shlex.join(extra).replace('$', '$$')}")
     lines.append(f"build {ninja_escape(str(target))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -49,6 +49,8 @@ EQUIVALENT = {
     "left < cut.width ?": "where they are equal both are the same",
     "left < cut.chunk_rows ?": "where they are equal both are the same",
     "last < cut.rows ?": "where they are equal both are the same",
+    "return vector == 1": "only how much a thread keeps, which decides speed",
+    "i < held_vectors(kVector)": "no thread has so many rows, as the condition below says",
     "n * size > vector": "only refuses what a launch could not do",
     "size_of(args.type) >= 32": "only how many groups share a block, which decides speed",
     "cut.threads / cut.columns * held < cut.rows": "only the size of a block, which decides speed",
@@ -97,7 +99,7 @@ def noticed_by(mutant: Mutant, folder: Path) -> str | None:
     stem = Path(mutant.source).stem
     try:
         mutated = build.objects_of(
-            [csrc / "cuda" / mutant.source], folder / "mutated", [f"-I{csrc}", "-O1"], None
+            [csrc / "cuda" / mutant.source], folder / "mutated", [f"-I{csrc}", "-O1"]
         )
     except RuntimeError:
         return "the compiler"

@@ -43,7 +43,7 @@ class Kernel:
     @property
     def vectors(self) -> bool:
         """Whether it is one of those whose threads take 16 bytes of elements."""
-        return "<" in self.name and not re.search(r", 1\b", self.name)
+        return re.search(r"<\w+, [2-9]", self.name) is not None
 
     def broken_rules(self) -> list[str]:
         found = []

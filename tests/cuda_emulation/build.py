@@ -29,6 +29,8 @@ FLAGS = [
     *("-DADVKD_CUDA_EMULATION", "-DADVKD_ISA=cuda"),
 ]
 SANITIZERS = {
+    # Of arrays in a thread; a finding ends the process.
+    "bounds": ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"],
     "thread": ["-fsanitize=thread", "-g1", "-O1", "-DEMULATION_TSAN"],
     "address": [
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1"),
@@ -54,7 +56,7 @@ def sources(csrc: Path) -> list[Path]:
 
 
 def objects_of(
-    found: list[Path], folder: Path, flags: list[str], sanitizer: str | None
+    found: list[Path], folder: Path, flags: list[str], sanitizer: str = "bounds"
 ) -> list[str]:
     """Compiles sources, two at a time; RuntimeError with the compiler's message."""
     command = compiler()
@@ -64,7 +66,7 @@ def objects_of(
 
     def compiled(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        extra = [f"-I{HERE}", *flags, *SANITIZERS.get(sanitizer or "", [])]
+        extra = [f"-I{HERE}", *flags, *SANITIZERS[sanitizer]]
         if sanitizer == "thread" and source.name in UNWATCHED:
             extra.remove("-fsanitize=thread")
         run([command, *FLAGS, *extra, "-x", "c++", "-c", str(source), "-o", target])
@@ -81,7 +83,7 @@ def build(folder: Path, csrc: Path = CSRC) -> Path:
     paths = sysconfig.get_paths()
     includes = [csrc, pybind11.get_include(), paths["include"], paths["platinclude"]]
     found = [*sources(csrc), csrc / "cuda_bindings.cpp", HERE / "module.cpp"]
-    objects = objects_of(found, folder, [f"-I{path}" for path in includes], None)
+    objects = objects_of(found, folder, [f"-I{path}" for path in includes])
     module = folder / f"{NAME}.so"
     run([str(compiler()), "-shared", *objects, "-o", str(module)])
     return module

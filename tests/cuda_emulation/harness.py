@@ -91,4 +91,5 @@ class ToyLoop:
 
     def run(self, table: StepTable, seed: int, indices: Tensor, **how: Any) -> list[Tensor]:
         dtype = self.buffers.x_in.dtype
-        return list(self.loop.run(table, told_of(table, dtype), seed, indices, **how))
+        told = guarded(self.cuda, told_of(table, dtype))
+        return list(self.loop.run(table, told, seed, indices, **how))
