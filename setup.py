@@ -103,6 +103,10 @@ class Cuda(NamedTuple):
     libraries: Path
     archs: tuple[str, ...]
 
+    def numbers(self) -> list[str]:
+        """The architectures as numbers, without the letter of those that fit one device alone."""
+        return [arch.rstrip("af") for arch in self.archs]
+
     def gencode(self) -> list[str]:
         """nvcc's options for machine code of all architectures, and PTX of the newest."""
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
@@ -180,7 +184,8 @@ def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, l
     isas = isa_flags(machine)
     have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in isas]
     if isinstance(cuda, Cuda):
-        have += ["-DADVKD_HAVE_CUDA", f"-I{cuda.home / 'include'}"]
+        have += ["-DADVKD_HAVE_CUDA", f'-DADVKD_CUDA_ARCHS="{" ".join(cuda.numbers())}"']
+        have += [f"-I{cuda.home / 'include'}"]
     else:
         have += [f'-DADVKD_CUDA_LEFT_OUT="{cuda}"']
     for source in sorted(CSRC.rglob("*.cpp")):

@@ -8,9 +8,10 @@ before the first, and the kernel puts the next step's row where the graph reads 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ def unavailable(unet: UNet) -> str | None:
         return "the network's output has another shape than its input"
     if unet.config.in_channels > _MOST_CHANNELS:
         return f"images have more than {_MOST_CHANNELS} channels"
-    return ops.cuda_missing()
+    return ops.cuda_missing() or ops.cuda_code_missing(
+        torch.cuda.get_device_capability(weight.device)
+    )
 
 
 @dataclass
@@ -169,7 +172,8 @@ class CudaEngine:
     def __init__(self, unet: UNet, batch: int, side: int, *, on_device: bool | None = None):
         weight = unet.conv_in.weight
         unet.check_size(side, side)
-        self.unet = unet
+        # Engines are kept by their network's side, which they must not keep alive.
+        self.unet = cast(UNet, weakref.proxy(unet))
         self.batch = batch
         channels_last = weight.shape[1] > 1 and memory_format_of(weight) == torch.channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -211,6 +215,10 @@ class CudaEngine:
         """
         if (y is None) != (self.labels is None):
             raise ValueError("labels are given to an unconditional teacher, or missing")
+        if y is not None and y.shape != indices.shape:
+            raise ValueError(f"y holds {y.numel()} labels for {len(indices)} images")
+        if len(indices) == 0:
+            raise ValueError("a batch on a CUDA device has at least one image")
         parts = range(0, len(indices), self.batch)
         found = [
             self._sample_part(

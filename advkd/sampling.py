@@ -57,7 +57,8 @@ def engine_for(
     """
     on_cuda = next(model.parameters()).is_cuda
     if on_cuda:
-        reason = graph.unavailable(model) if isinstance(model, UNet) else "a student is one pass"
+        reason = "a student is one pass" if isinstance(model, Student) else graph.unavailable(model)
+        reason = reason if images else "there are no images"
     else:
         reason = cpu_unavailable(*model.parameters(), *model.buffers())
     if not use_fused("the sampling loop", None, reason):

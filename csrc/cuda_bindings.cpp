@@ -100,6 +100,7 @@ std::int64_t group_norm_silu_workspace(std::uintptr_t x, std::uintptr_t y, const
 void bind_cuda(py::module_& module) {
   module.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." +
                                 std::to_string(CUDART_VERSION % 1000 / 10);
+  module.attr("cuda_archs") = ADVKD_CUDA_ARCHS;
   module.def("cuda_unavailable", &cuda::unavailable,
              "Why there is no CUDA device to use; empty where there is one.");
   module.def("cuda_device_loop_unavailable", &cuda::device_loop_unavailable,

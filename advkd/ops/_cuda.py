@@ -26,6 +26,20 @@ def cuda_missing() -> str | None:
     return extension.cuda_unavailable() or None
 
 
+def cuda_code_missing(capability: tuple[int, int]) -> str | None:
+    """Why a device of this capability cannot run what was compiled; None where it can.
+
+    Machine code runs on later devices of the same major number, PTX, which there is of the newest
+    architecture, on all later ones.
+    """
+    archs = [divmod(int(arch), 10) for arch in _backend.fused_extension().cuda_archs.split()]
+    same = any(arch[0] == capability[0] and arch[1] <= capability[1] for arch in archs)
+    if same or capability >= max(archs):
+        return None
+    built = ", ".join(f"{major}.{minor}" for major, minor in archs)
+    return f"the CUDA part was built for {built}, not for {capability[0]}.{capability[1]}"
+
+
 class CudaGroupNorm(TorchDispatchMode):
     """Within the block, GroupNorm-SiLU of CUDA tensors runs by the C++ kernel where that serves.
 

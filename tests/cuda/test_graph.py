@@ -132,8 +132,11 @@ def test_labels_parts_of_batches_and_changed_weights(emulated: Any) -> None:
     assert not torch.equal(changed, whole)
     want = sampling.sample_plainly(unet, table, 11, indices, y=y, kept=[3])[0]
     assert (changed[0] - want).abs().max() < 1e-4
-    with pytest.raises(ValueError, match="labels"):
-        engine.sample(table, 11, indices, None, **how)
+    for bad, words in ((None, "labels are given"), (y[:2], "2 labels for 6 images")):
+        with pytest.raises(ValueError, match=words):
+            engine.sample(table, 11, indices, bad, **how)
+    with pytest.raises(ValueError, match="at least one image"):
+        engine.sample(table, 11, indices[:0], y[:0], **how)
 
 
 def test_the_host_loops_where_the_device_cannot(
@@ -194,6 +197,22 @@ def test_where_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend, "extension", SimpleNamespace(cuda_unavailable=lambda: "no CUDA device: none")
     )
     assert ops.cuda_missing() == "no CUDA device: none"
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True),
+     ((11, 0), False), ((12, 0), True), ((13, 0), True)],
+)  # fmt: skip
+def test_which_devices_can_run_what_was_compiled(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    extension = SimpleNamespace(cuda_archs="80 90 100 120")
+    monkeypatch.setattr(_backend, "extension", extension)
+    missing = ops.cuda_code_missing(capability)
+    assert (missing is None) == runs
+    if missing is not None:
+        assert missing.startswith("the CUDA part was built for 8.0, 9.0, 10.0, 12.0, not for ")
 
 
 def test_a_teacher_of_a_half_type_draws_plainly_too() -> None:

@@ -26,7 +26,7 @@ FLAGS = [
     *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     # As nvcc has it: 16 bytes of any elements may be read as one vector; nothing is contracted.
     *("-fno-strict-aliasing", "-ffp-contract=off", "-Wno-maybe-uninitialized"),
-    *("-DADVKD_CUDA_EMULATION", "-DADVKD_ISA=cuda"),
+    *("-DADVKD_CUDA_EMULATION", "-DADVKD_ISA=cuda", '-DADVKD_CUDA_ARCHS="80"'),
 ]
 SANITIZERS = {
     # Of arrays in a thread; a finding ends the process.
