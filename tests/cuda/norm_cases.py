@@ -16,7 +16,7 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 # that go element by element; one pixel; groups that fill several warps; one group of everything.
 SHAPES = [
     ((2, 32, 8, 8), 8), ((2, 16, 16, 16), 4), ((1, 24, 6, 6), 2), ((2, 12, 7, 5), 4),
-    ((3, 6, 3, 3), 2), ((2, 8, 1, 1), 2), ((1, 64, 4, 4), 1), ((2, 5, 4, 4), 5),
+    ((3, 6, 3, 3), 2), ((2, 8, 1, 1), 2), ((1, 64, 4, 4), 1), ((2, 5, 4, 4), 5), ((2, 24, 5, 5), 4),
 ]  # fmt: skip
 # Too large for a block of threads: aligned and not.
 LARGE = [((1, 16, 80, 80), 2), ((1, 6, 75, 75), 2), ((2, 4, 96, 96), 1)]

@@ -42,8 +42,9 @@ def teacher(dtype: torch.dtype = torch.float32, classes: int | None = None) -> U
 
 
 @pytest.fixture
-def emulated(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def emulated(cuda: Any, monkeypatch: pytest.MonkeyPatch, set_threads: Any) -> Iterator[Any]:
     """Replaces what graph.py takes of CUDA; the norms of CPU tensors go to the emulated kernel."""
+    set_threads(1)  # the networks are too small for more
     extension = SimpleNamespace(**vars(cuda))
 
     def waiting(*args: Any) -> None:

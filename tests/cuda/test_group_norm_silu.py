@@ -104,7 +104,8 @@ def test_infinity_and_nan_stay_in_their_group(cuda: Any) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
-    [((1, 6, 4, 4), "does not divide"), ((1, 1 << 20, 1 << 12, 4), "fewer than 2\\^31"),
+    [((1, 6, 4, 4), "does not divide"), ((1, 1 << 16, 1 << 15, 4), "fewer than 2\\^31"),
+     ((1 << 19, 4, 4, 4), "a batch 2\\^21 groups"),
      ((1, 4096, 4, 1), "too many channels")],
 )  # fmt: skip
 def test_sizes_that_no_kernel_serves(cuda: Any, sizes: tuple[int, ...], words: str) -> None:

@@ -146,6 +146,23 @@ def test_bad_runs_are_refused(cuda: Any) -> None:
     assert torch.equal(run(loop, 3), wanted(3))
 
 
+def test_batches_that_no_grid_holds(cuda: Any) -> None:
+    """Only captured, since no memory is so large."""
+    at = cuda.allocate(64, 16)
+    network = cuda.toy_network(at, at, 0, at, 4)
+    for batch in (0, (1 << 31) - 1, 1 << 31):
+        how: dict[str, Any] = {"sizes": (batch, 1, 1), "channels_last": False, "on_device": False}
+        how |= {"device": 0, "network": network, "type": "float32", "told": at, "told_bytes": 16}
+        how |= {"x_t": at, "x_in": 0, "model_out": at}
+        if batch == (1 << 31) - 1:
+            cuda.CudaSamplingLoop(**how)
+            continue
+        with pytest.raises(ValueError, match=r"2\^31 tiles"):
+            cuda.CudaSamplingLoop(**how)
+    cuda.destroy_graph(network)
+    cuda.free(at)
+
+
 def test_the_emulation_sees_a_race_as_an_order(cuda: Any) -> None:
     """The kernel that lacks a barrier gives other results in another order; with it, none."""
     x = torch.arange(64.0)
