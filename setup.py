@@ -3,12 +3,17 @@
 ADVKD_EXT=0 skips the extension; ADVKD_SANITIZE=1 builds it with the address and undefined-behaviour
 sanitizers (tests/sanitize.sh). Without any C++ compiler the package installs without it and
 runs on the plain torch ops; a compiler that is there but fails fails the installation.
+
+The CUDA part is built where nvcc of CUDA 12.4 or later is found, in CUDA_HOME or on PATH;
+ADVKD_CUDA=0 leaves it out, ADVKD_CUDA=1 insists. ADVKD_CUDA_ARCHS, as "80 90", says for which
+architectures.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +21,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -52,6 +58,16 @@ CXX_FLAGS = [
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 ]
 
+# As far as nvcc knows them; the newest also as PTX, for what comes after.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+OLDEST_CUDA = (12, 4)  # whose graphs have WHILE nodes
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-DADVKD_ISA=cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *("-Xcompiler", "-Wall,-Wextra"),
+]
+# The normals and the step have the CPU's bits.
+UNCONTRACTED_CUDA_SOURCES = ("sampling_step.cu",)
+
 # A finding ends the process. Less optimisation, since the checks make everything long.
 SANITIZER_FLAGS = [
     *("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -79,16 +95,102 @@ def skip_reason(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+class Cuda(NamedTuple):
+    """A CUDA toolkit: nvcc, its folder, where the static runtime lies, and what to compile for."""
+
+    nvcc: str
+    home: Path
+    libraries: Path
+    archs: tuple[str, ...]
+
+    def numbers(self) -> list[str]:
+        """The architectures as numbers, without the letter of those that fit one device alone."""
+        return [arch.rstrip("af") for arch in self.archs]
+
+    def gencode(self) -> list[str]:
+        """nvcc's options for machine code of all architectures, and PTX of the newest."""
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        newest = self.archs[-1]
+        return [*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, "" if it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
+
+
+def find_nvcc(environ: Mapping[str, str]) -> str | None:
+    """The path of nvcc: of $CUDA_HOME, else of $PATH, else None."""
+    home = environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc", path=environ.get("PATH", ""))
+
+
+def find_cuda(environ: Mapping[str, str]) -> Cuda | str:
+    """The toolkit to build the CUDA part with, or as one clause why it is left out.
+
+    Raises SystemExit if ADVKD_CUDA=1 insists on what cannot be, or an architecture is unknown.
+    """
+    if environ.get("ADVKD_CUDA") == "0":
+        return "ADVKD_CUDA=0 was set"
+    found = toolkit(environ)
+    if isinstance(found, str) and environ.get("ADVKD_CUDA") == "1":
+        raise SystemExit(f"advkd: ADVKD_CUDA=1 cannot be met, because {found}")
+    return found
+
+
+def toolkit(environ: Mapping[str, str]) -> Cuda | str:
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        return "nvcc was not found (looked in CUDA_HOME and on PATH)"
+    release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    if release is None:
+        return f"{nvcc} does not tell its version"
+    version = (int(release[1]), int(release[2]))
+    if version < OLDEST_CUDA:
+        return f"nvcc is of CUDA {version[0]}.{version[1]}, older than 12.4"
+    top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-c", "x.cu"), re.MULTILINE)
+    home = Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+    if not (home / "include" / "cuda_runtime.h").exists():
+        return f"{home} holds no include/cuda_runtime.h"
+    for name in ("lib64", f"targets/{platform.machine()}-linux/lib", "lib"):
+        if (home / name / "libcudart_static.a").exists():
+            return Cuda(nvcc, home, home / name, cuda_archs(nvcc, environ))
+    return f"{home} holds no libcudart_static.a"
+
+
+def cuda_archs(nvcc: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The architectures of $ADVKD_CUDA_ARCHS, all of which nvcc must know, else the default's."""
+    known = set(re.findall(r"sm_(\w+)", output_of(nvcc, "--list-gpu-code")))
+    asked = re.findall(r"\w+", environ.get("ADVKD_CUDA_ARCHS", ""))
+    unknown = [arch for arch in asked if arch not in known]
+    if unknown:
+        raise SystemExit(f"advkd: nvcc knows no architecture {', '.join(unknown)}")
+    return tuple(asked or [arch for arch in CUDA_ARCHS if arch in known])
+
+
 def isa_flags(machine: str) -> dict[str, list[str]]:
     """Compiler flags of each instruction set built for a processor family."""
     return {"portable": []} | (X86_ISA_FLAGS if machine in ("x86_64", "AMD64") else {})
 
 
-def compile_units(machine: str) -> Iterator[tuple[Path, str, list[str]]]:
-    """(source, object name, extra flags) of every translation unit of the extension."""
+def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
+    """(source, object name, extra flags) of every C++ translation unit of the extension."""
     isas = isa_flags(machine)
     have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in isas]
+    if isinstance(cuda, Cuda):
+        have += ["-DADVKD_HAVE_CUDA", f'-DADVKD_CUDA_ARCHS="{" ".join(cuda.numbers())}"']
+        have += [f"-I{cuda.home / 'include'}"]
+    else:
+        have += [f'-DADVKD_CUDA_LEFT_OUT="{cuda}"']
     for source in sorted(CSRC.rglob("*.cpp")):
+        if source.name == "cuda_bindings.cpp" and not isinstance(cuda, Cuda):
+            continue
         if source.name in PER_ISA_SOURCES:
             contract = ["-ffp-contract=fast"] if source.name in CONTRACTED_SOURCES else []
             for isa, flags in isas.items():
@@ -97,11 +199,45 @@ def compile_units(machine: str) -> Iterator[tuple[Path, str, list[str]]]:
             yield source, f"{source.stem}.o", have
 
 
+def cuda_units(cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
+    """The same of every CUDA unit."""
+    if isinstance(cuda, str):
+        return
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        exact = ["-fmad=false"] if source.name in UNCONTRACTED_CUDA_SOURCES else []
+        yield source, f"cuda/{source.stem}.o", exact
+
+
 def ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_text(compiler: list[str], target: Path, version: str, machine: str) -> str:
+def cuda_rule(cuda: Cuda) -> list[str]:
+    """ninja's rule for a CUDA unit. nvcc works on two architectures at a time."""
+    command = [cuda.nvcc, *CUDA_FLAGS, "--threads", "2", f"-I{CSRC}", *cuda.gencode()]
+    return [
+        "rule compile_cuda",
+        f"  command = {shlex.join(command).replace('$', '$$')} $extra "
+        "-MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+    ]
+
+
+def libraries_of(cuda: Cuda | str) -> list[str]:
+    """The linker's options. The runtime's names stay inside, lest they meet those of torch's."""
+    if isinstance(cuda, str):
+        return []
+    return [
+        *("-Wl,--exclude-libs,ALL", f"-L{cuda.libraries}", "-lcudart_static"),
+        *("-lpthread", "-ldl", "-lrt"),
+    ]
+
+
+def ninja_text(
+    compiler: list[str], target: Path, version: str, machine: str, cuda: Cuda | str
+) -> str:
     """The build.ninja that compiles every unit and links them into `target`."""
     import pybind11
 
@@ -121,14 +257,22 @@ def ninja_text(compiler: list[str], target: Path, version: str, machine: str) ->
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = $cxx {shlex.join([*link, *sanitized])} -pthread $in -o $out",
+        f"  command = $cxx {shlex.join([*link, *sanitized])} -pthread $in -o $out "
+        + shlex.join(libraries_of(cuda)).replace("$", "$$"),
         "  description = link $out",
     ]
+    if isinstance(cuda, Cuda):
+        lines += cuda_rule(cuda)
     objects = []
-    for source, name, extra in compile_units(machine):
-        objects.append(name)
-        lines.append(f"build {name}: compile {ninja_escape(str(source))}")
-        lines.append(f"  extra = {shlex.join(extra)}")
+    # nvcc takes longest, so it begins.
+    for rule, units in (
+        ("compile_cuda", cuda_units(cuda)),
+        ("compile", compile_units(machine, cuda)),
+    ):
+        for source, name, extra in units:
+            objects.append(name)
+            lines.append(f"build {name}: {rule} {ninja_escape(str(source))}")
+            lines.append(f"  extra = {shlex.join(extra).replace('$', '$$')}")
     lines.append(f"build {ninja_escape(str(target))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -155,7 +299,10 @@ class NinjaBuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         version = self.distribution.get_version()
-        text = ninja_text(compiler, target, version, platform.machine())
+        cuda = find_cuda(os.environ)
+        if isinstance(cuda, str):
+            print(f"advkd: the extension is built without CUDA, because {cuda}", file=sys.stderr)
+        text = ninja_text(compiler, target, version, platform.machine(), cuda)
         (build_dir / "build.ninja").write_text(text)
         run_ninja(build_dir)
 
@@ -167,8 +314,8 @@ def run_ninja(build_dir: Path) -> None:
     )
     if done.returncode != 0:
         raise SystemExit(
-            "advkd: the C++ compiler failed on the extension "
-            "(ADVKD_EXT=0 installs without it):\n" + done.stdout + done.stderr
+            "advkd: a compiler failed on the extension (ADVKD_EXT=0 installs without it, "
+            "ADVKD_CUDA=0 without its CUDA part):\n" + done.stdout + done.stderr
         )
 
 

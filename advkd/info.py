@@ -46,6 +46,11 @@ def report() -> Iterator[str]:
     else:
         yield f"{'extension':<10} {extension.version}, compiled by {extension.compiler}"
         yield f"{'CPU':<10} {extension.isa()} in use; {', '.join(extension.isas())} run here"
+        built = getattr(extension, "cuda_version", None)
+        missing = ops.cuda_missing()
+        yield f"{'CUDA C++':<10} {f'built for CUDA {built}' if built else 'left out'}" + (
+            f"  ({missing})" if missing else ""
+        )
     yield ""
     rows = ops.describe()
     width = max(len(op) for op, _, _ in rows)

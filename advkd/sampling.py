@@ -1,8 +1,10 @@
 """Sampling a teacher: x_T from (seed, image index), then one network pass and one update a step.
 
-On the CPU a C++ loop runs all steps of a plan (`advkd.plan`); elsewhere, and for networks that a
-plan cannot express, the loop is Python's and the network torch's. Noise is counter-based, so an
-image does not depend on the batch it is drawn in.
+On the CPU a C++ loop runs all steps of a plan (`advkd.plan`), on a CUDA device one that launches
+the captured network (`advkd.graph`); elsewhere, and for networks that neither takes, the loop is
+Python's and the network torch's. Noise is counter-based and has the same bits in all three, so an
+image does not depend on the batch it is drawn in. The state is float32; a teacher on a CUDA device
+may be of float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from advkd import ops
+from advkd import graph, ops, plan
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
+from advkd.graph import CudaEngine
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
-from advkd.plan import Engine, engine_for
+from advkd.plan import Engine
 
 SAMPLERS = ("ddim", "ddpm")
 TARGETS = ("denoised", "state")
@@ -29,6 +32,16 @@ JUDGE_SEED = 1 << 63
 Callback = Callable[[int, int], None]  # (steps done, steps in all); may raise to stop
 
 
+def engine_for(
+    model: UNet | Student, side: int, images: int, exit_at: int | None = None
+) -> Engine | CudaEngine | None:
+    """The engine that draws so many images of side x side pixels: a plan on the CPU, a captured
+    graph for a teacher on a CUDA device; None where torch draws them."""
+    if next(model.parameters()).is_cuda:
+        return graph.engine_for(model, side, images)
+    return plan.engine_for(model, side, images, exit_at)
+
+
 def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:
     """The step table of a sampler by name: "ddim" in `steps` steps, or "ddpm" in all T."""
     if sampler not in SAMPLERS:
@@ -36,7 +49,7 @@ def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTa
     return ddim_table(schedule, steps, eta) if sampler == "ddim" else ddpm_table(schedule)
 
 
-def draw_x_T(seed: int, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def draw_x_T(seed: int, indices: Tensor, shape: Sequence[int]) -> Tensor:
     """x_T ~ N(0, I) of the images `indices` (B,) int64: (B, C, H, W) float32, channels_last."""
     return ops.philox_normal(seed, indices, ops.X_T_STEP, shape, memory_format=torch.channels_last)
 
@@ -89,6 +102,11 @@ def sample(
         return sample_plainly(
             unet, table, seed, indices, y=y, kept=kept, target=target, callback=callback, size=size
         )
+    if isinstance(engine, CudaEngine):
+        found = engine.sample(
+            table, seed, indices, y, kept=kept, target=target, callback=callback
+        )
+        return list(found)
     out = torch.empty(len(kept), len(indices), *shape)
     sample_into(
         out.transpose(0, 1), engine, table, seed, indices, y=y, kept=kept, target=target,
@@ -121,11 +139,12 @@ def sample_plainly(
     _check_kept(len(table), kept, target)
     indices = indices.to(unet.conv_in.weight.device)
     x_t = draw_x_T(seed, indices, shape_of(unet, size))
+    dtype = unet.conv_in.weight.dtype
     found = []
     for i, t in enumerate(table.timesteps.tolist()):
         x_t, x0_hat = ops.sampling_step(
             x_t,
-            unet(x_t, t, y),
+            unet(x_t.to(dtype), t, y).float(),
             table.coefficients[i],
             clip=table.clip,
             seed=seed,
@@ -142,7 +161,7 @@ def sample_plainly(
 
 def sample_into(
     out: Tensor,
-    engine: Engine,
+    engine: Engine | CudaEngine,
     table: StepTable,
     seed: int,
     indices: Tensor,
@@ -161,18 +180,21 @@ def sample_into(
     array will do; an image has the same bits whatever else is drawn with it, at any number of
     `threads` (0: as torch has). `poll` is called after each pass over a part of the batch, by the
     thread that made it; what it raises ends the drawing, as Ctrl-C does. `poison` fills the
-    engine's memory with NaN before each pass, for tests.
+    engine's memory with NaN before each pass, for tests. On a CUDA device `callback` and `poll` are
+    called for some steps at a time, and threads and poison do not matter.
     """
     N, B = len(table), len(indices)
     _check_kept(N, kept, target)
-    engine.check_labels(y, B)
-    source = engine.plan.buffers[0]
-    shape = (B, len(kept), source.channels, source.height, source.width)
-    dense = (source.height * source.width, source.width, 1)
+    shape = (B, len(kept), *_image_of(engine))
+    dense = (shape[-2] * shape[-1], shape[-1], 1)
     if out.shape != shape or out.stride()[2:] != dense or not out.is_cpu:
         raise ValueError(f"out {tuple(out.shape)} is not {shape} with contiguous images")
     if out.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"out is {out.dtype}, but must be float32 or float16")
+    if isinstance(engine, CudaEngine):
+        _sample_on_cuda(out, engine, table, seed, indices, y, kept, target, callback, poll)
+        return
+    engine.check_labels(y, B)
     rows = engine.rows(table.timesteps.tolist())
     coefficients = torch.tensor(table.coefficients, dtype=torch.float64).contiguous()
     indices = indices.to("cpu", torch.int64).contiguous()
@@ -186,6 +208,40 @@ def sample_into(
         threads=threads or torch.get_num_threads(), on_pass=poll,
         on_step=None if callback is None else lambda done: callback(done, N), poison=poison,
     )  # fmt: skip
+
+
+def _image_of(engine: Engine | CudaEngine) -> tuple[int, ...]:
+    """(C, H, W) of an engine's input."""
+    if isinstance(engine, CudaEngine):
+        return tuple(engine.loop.buffers.x_t.shape[1:])
+    source = engine.plan.buffers[0]
+    return source.channels, source.height, source.width
+
+
+def _sample_on_cuda(
+    out: Tensor,
+    engine: CudaEngine,
+    table: StepTable,
+    seed: int,
+    indices: Tensor,
+    y: Tensor | None,
+    kept: Sequence[int],
+    target: str,
+    callback: Callback | None,
+    poll: Callable[[], object] | None,
+) -> None:
+    def on_step(done: int, steps: int) -> None:
+        if poll is not None:
+            poll()
+        if callback is not None:
+            callback(done, steps)
+
+    if len(indices):
+        found = engine.sample(
+            table, seed, indices, y, kept=kept, target=target, half=out.dtype is torch.float16,
+            callback=on_step if callback or poll else None,
+        )  # fmt: skip
+        out.copy_(found.transpose(0, 1))
 
 
 def generate(
@@ -263,7 +319,7 @@ def generate(
 
 
 def _by_engine(
-    engine: Engine,
+    engine: Engine | CudaEngine,
     table: StepTable | None,
     seed: int,
     indices: Tensor,
@@ -272,9 +328,9 @@ def _by_engine(
     callback: Callback,
 ) -> Tensor:
     """Images of one batch; without a table in one pass."""
-    source = engine.plan.buffers[0]
-    shape = (source.channels, source.height, source.width)
+    shape = _image_of(engine)
     if table is None:
+        assert isinstance(engine, Engine)
         image = engine.run(draw_x_T(seed, indices, shape), y=y, threads=threads)
         callback(1, 1)
         return image

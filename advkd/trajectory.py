@@ -20,6 +20,7 @@ from torch import Tensor
 
 from advkd.checkpoint import CheckpointError, read_json, replacing, tensors_hash, write_json
 from advkd.config import ConfigError, TrajectoryConfig
+from advkd.graph import CudaEngine
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
 from advkd.plan import Engine
@@ -276,7 +277,7 @@ class _Drawing:
         indices = torch.arange(first, first + self.index.shard)
         return indices, draw_labels(self.index.seed, indices, self.index.num_classes)
 
-    def _by_engine(self, engine: Engine, number: int) -> np.ndarray:
+    def _by_engine(self, engine: Engine | CudaEngine, number: int) -> np.ndarray:
         index = self.index
         indices, y = self._images(number)
         shape = (index.shard, len(index.kept), *index.shape)
@@ -305,7 +306,7 @@ class _Drawing:
         write_json(path.with_suffix(".json"), {"images": len(values), "sha256": _sha256(path)})
 
 
-def _engine_of(unet: UNet, index: TrajectoryIndex) -> Engine | None:
+def _engine_of(unet: UNet, index: TrajectoryIndex) -> Engine | CudaEngine | None:
     """What draws this store; ConfigError where that is not to be had here."""
     if index.engine == PLAIN:
         return None

@@ -12,6 +12,9 @@
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 #include "plan_bindings.h"
+#ifdef ADVKD_HAVE_CUDA
+#include "cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -243,7 +246,7 @@ void run_tasks(std::int64_t tasks, int threads, const py::function& function) {
 
 PYBIND11_MODULE(_C, module) {
   using namespace advkd;
-  module.doc() = "Fused CPU kernels of advkd; called through advkd.ops.";
+  module.doc() = "Fused kernels of advkd; called through advkd.ops.";
   module.attr("version") = ADVKD_VERSION;
   module.attr("compiler") = ADVKD_COMPILER;
   module.def("isa", [] { return std::string(kernels().isa); },
@@ -272,4 +275,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("conv3x3_speedup", &conv3x3_speedup);
   module.def("run_tasks", &run_tasks);
   bind_plan(module);
+#ifdef ADVKD_HAVE_CUDA
+  bind_cuda(module);
+#else
+  module.attr("cuda_left_out") = ADVKD_CUDA_LEFT_OUT;
+#endif
 }

@@ -11,7 +11,7 @@ cd "$checkout"
 cp -r advkd csrc kernels tests setup.py pyproject.toml README.md LICENSE "$temp"
 cd "$temp"
 rm -f advkd/_C*.so
-ADVKD_SANITIZE=1 "${PYTHON:-python}" setup.py --quiet build_ext --inplace
+ADVKD_CUDA=0 ADVKD_SANITIZE=1 "${PYTHON:-python}" setup.py --quiet build_ext --inplace
 
 compiler=${CXX:-g++}
 # libstdc++ too, or exceptions would be unknown to the sanitizer.

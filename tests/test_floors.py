@@ -16,7 +16,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     8: ("teacher", "distill", "judging"),
     7: ("trajectory", "metrics", "report", "pretrained", "training"),
     6: ("sampling", "checkpoint", "data", "pictures"),
-    5: ("plan", "parallel"),
+    5: ("plan", "graph", "parallel"),
     4: ("models.unet", "models.student", "models.discriminator"),
     3: ("models.layers",),
     2: ("ops",),

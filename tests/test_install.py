@@ -51,7 +51,7 @@ def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: 
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     compiler = executable(tmp_path / "c++", "#!/bin/sh\necho 'the disk is on fire' >&2\nexit 1\n")
-    text = build.ninja_text([str(compiler)], tmp_path / "_C.so", "0", "x86_64")
+    text = build.ninja_text([str(compiler)], tmp_path / "_C.so", "0", "x86_64", "no CUDA")
     (tmp_path / "build.ninja").write_text(text)
     with pytest.raises(SystemExit, match=r"(?s)compiler failed.*ADVKD_EXT=0.*the disk is on fire"):
         build.run_ninja(tmp_path)
@@ -64,11 +64,69 @@ def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: 
 def test_each_kernel_is_compiled_for_each_instruction_set(
     build: ModuleType, machine: str, isas: set[str]
 ) -> None:
-    units = {name: flags for _, name, flags in build.compile_units(machine)}
+    units = {name: flags for _, name, flags in build.compile_units(machine, "no CUDA")}
     for source in build.PER_ISA_SOURCES:
         stem = Path(source).stem
         assert {name.split("/")[0] for name in units if name.endswith(f"/{stem}.o")} == isas
     assert ("-DADVKD_HAVE_AVX2" in units["dispatch.o"]) == ("avx2" in isas)
+
+
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V0" ;;
+  --dryrun) echo '#$ TOP={top}' >&2 ;;
+  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\nsm_100\\n' ;;
+esac
+"""
+
+
+def cuda_home(tmp_path: Path, release: str = "13.0") -> dict[str, str]:
+    """An environment whose CUDA_HOME holds what the build looks for."""
+    (tmp_path / "bin").mkdir()
+    executable(tmp_path / "bin" / "nvcc", NVCC.format(release=release, top=tmp_path))
+    for name in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    return {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(tmp_path)}
+
+
+def test_a_toolkit_is_found(build: ModuleType, tmp_path: Path) -> None:
+    environ = cuda_home(tmp_path)
+    cuda = build.find_cuda(environ)
+    assert (cuda.home, cuda.libraries) == (tmp_path, tmp_path / "lib64")
+    assert cuda.archs == ("80", "90", "100")  # of the default ones, those that nvcc knows
+    assert cuda.gencode()[-1] == "-gencode=arch=compute_100,code=compute_100"
+    assert build.find_cuda(environ | {"ADVKD_CUDA_ARCHS": "75, 90"}).archs == ("75", "90")
+    with pytest.raises(SystemExit, match="nvcc knows no architecture 61"):
+        build.find_cuda(environ | {"ADVKD_CUDA_ARCHS": "61 90"})
+    text = build.ninja_text(["g++"], tmp_path / "_C.so", "0", "x86_64", cuda)
+    assert "build cuda/sampling_step.o: compile_cuda" in text
+    assert "-lcudart_static" in text
+    assert "ADVKD_CUDA_LEFT_OUT" not in text
+
+
+@pytest.mark.parametrize(
+    ("missing", "release", "reason"),
+    [
+        ("bin/nvcc", "13.0", "nvcc was not found"),
+        ("include/cuda_runtime.h", "13.0", "holds no include/cuda_runtime.h"),
+        ("lib64/libcudart_static.a", "13.0", "holds no libcudart_static.a"),
+        (None, "12.3", "nvcc is of CUDA 12.3, older than 12.4"),
+    ],
+)
+def test_why_the_cuda_part_is_left_out(
+    build: ModuleType, tmp_path: Path, missing: str | None, release: str, reason: str
+) -> None:
+    environ = cuda_home(tmp_path, release)
+    if missing is not None:
+        (tmp_path / missing).unlink()
+    assert reason in build.find_cuda(environ)
+    with pytest.raises(SystemExit, match=f"ADVKD_CUDA=1 cannot be met, because .*{reason}"):
+        build.find_cuda(environ | {"ADVKD_CUDA": "1"})
+    assert build.find_cuda(environ | {"ADVKD_CUDA": "0"}) == "ADVKD_CUDA=0 was set"
+    units = [name for _, name, _ in build.compile_units("x86_64", reason)]
+    assert "cuda_bindings.o" not in units
+    assert list(build.cuda_units(reason)) == []
 
 
 USING = """

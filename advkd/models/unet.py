@@ -199,8 +199,8 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def embed(self, t: Tensor | int, batch: int, y: Tensor | None = None) -> Tensor:
-        """The vector every block is told the time (and class) by: (batch, 4 * widths[0])."""
+    def embed_time(self, t: Tensor | int, batch: int) -> Tensor:
+        """The vector of the time alone: (batch, 4 * widths[0])."""
         timesteps = torch.as_tensor(t, device=self.conv_in.weight.device).reshape(-1).expand(batch)
         sinusoids = timestep_embedding(
             timesteps,
@@ -209,6 +209,11 @@ class UNet(nn.Module):
             self.config.freq_shift,
         )
         temb: Tensor = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype))
+        return temb
+
+    def embed(self, t: Tensor | int, batch: int, y: Tensor | None = None) -> Tensor:
+        """The vector every block is told the time (and class) by: (batch, 4 * widths[0])."""
+        temb = self.embed_time(t, batch)
         if self.class_embedding is not None:
             if y is None:
                 raise ValueError("this teacher is class-conditional: pass labels y (B,)")
@@ -226,8 +231,11 @@ class UNet(nn.Module):
             )
 
     def forward(self, x_t: Tensor, t: Tensor | int, y: Tensor | None = None) -> Tensor:
+        return self.denoise(x_t, self.embed(t, x_t.shape[0], y))
+
+    def denoise(self, x_t: Tensor, temb: Tensor) -> Tensor:
+        """The prediction, given what `embed` makes of time and class."""
         self.check_size(*x_t.shape[-2:])
-        temb = self.embed(t, x_t.shape[0], y)
         h = self.conv_in(2 * x_t - 1 if self.config.center_input_sample else x_t)
         skips = [h]
         for down in self.down_blocks:

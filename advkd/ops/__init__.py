@@ -14,6 +14,7 @@ from advkd.ops import _backend
 from advkd.ops._attention import attention
 from advkd.ops._backend import BACKENDS, extension, use_backend
 from advkd.ops._conv3x3 import conv3x3
+from advkd.ops._cuda import CudaGroupNorm, cuda_code_missing, cuda_missing
 from advkd.ops._group_norm_silu import group_norm_silu
 from advkd.ops._noise import LABEL_STEP, X_T_STEP, philox_labels, philox_normal, philox_uint32
 from advkd.ops._sampling_step import sampling_step
@@ -22,8 +23,11 @@ __all__ = [
     "BACKENDS",
     "LABEL_STEP",
     "X_T_STEP",
+    "CudaGroupNorm",
     "attention",
     "conv3x3",
+    "cuda_code_missing",
+    "cuda_missing",
     "describe",
     "extension",
     "group_norm_silu",
@@ -62,5 +66,13 @@ def describe() -> list[tuple[str, str, str]]:
         )
         for op, limit in (("group_norm_silu", None), ("attention", None))
     ]
-    rows.append(("other ops on CUDA", "reference, torch", "no fused kernel exists for them yet"))
+    loop_missing = asked or cuda_missing()
+    rows.append(
+        (
+            "sampling loop on CUDA",
+            "plain, torch" if loop_missing else "fused, C++ over a CUDA graph",
+            loop_missing or "",
+        )
+    )
+    rows.append(("other ops on CUDA", "reference, torch", "no fused kernel exists for them"))
     return rows

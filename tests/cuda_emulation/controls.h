@@ -1,0 +1,32 @@
+// What the tests ask of the emulation.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <map>
+#include <string>
+
+struct FakeGraph;
+
+namespace emulation {
+
+// Of threads and of blocks: 0 forward, 1 reverse, else a random one by that seed.
+void set_order(unsigned order);
+
+// Memory that ends at a page nobody may touch, and begins behind one; `bytes` are rounded up to `align`.
+void* allocate_guarded(std::size_t bytes, std::size_t align);
+void free_guarded(void* at);
+
+// A node of a graph that calls a function.
+void add_host_node(FakeGraph* graph, const std::function<void()>& function);
+
+// From now on the call of that number (from 1) fails; 0: none does.
+void fail_call(int number);
+void set_driver(int version);
+void set_devices(int count);                // 0: none, which is an error; negative: none, and no error
+int calls();                                // since fail_call
+std::map<std::string, int> launches();      // since the last time, by kernel: "graph NAME" or NAME
+std::map<std::string, int> live_objects();  // that were created and not given back
+int pending();                              // pieces of work that nobody has waited for
+
+}  // namespace emulation
