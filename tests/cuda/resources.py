@@ -1,11 +1,11 @@
 """What nvcc makes of the CUDA kernels, for GPUs that need not be here, and its rules.
 
-    python tests/cuda/resources.py [--write]
+    python tests/cuda/resources.py [--write] [--archs 86 120]
 
-Compiles csrc/cuda for sm_80, sm_90 and sm_100 with setup.py's flags and reads registers, shared
-memory, stack and the SASS by cuobjdump, which comes with Triton. A kernel that spills, uses local
-memory or float64, or whose vectors do not move 16 bytes at a time, is an error; --write puts the
-table into docs/kernels.md.
+Compiles csrc/cuda for sm_80, sm_90 and sm_100, or those named, with setup.py's flags and reads
+registers, shared memory, stack and the SASS by cuobjdump, which comes with Triton. A kernel that
+spills, uses local memory or float64, or whose vectors do not move 16 bytes at a time, is an error;
+--write puts the table into docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _kernel(name: str, registers: int, shared: int, stack: int, sass: str) -> Ke
     )  # fmt: skip
 
 
-def table(folder: Path) -> tuple[list[str], list[str]]:
+def table(folder: Path, archs: tuple[str, ...] = ARCHS) -> tuple[list[str], list[str]]:
     """The lines of the table, and all broken rules."""
     by_arch = {
         arch: {
@@ -136,20 +136,20 @@ def table(folder: Path) -> tuple[list[str], list[str]]:
             for source in SOURCES
             for kernel in kernels_of(compiled(source, arch, folder))
         }
-        for arch in ARCHS
+        for arch in archs
     }
     lines = [
-        "| kernel | registers on " + ", ".join(f"sm_{a}" for a in ARCHS)
+        "| kernel | registers on " + ", ".join(f"sm_{a}" for a in archs)
         + " | shared memory, bytes | widest load and store, bytes |",
         "|---|---|---|---|",
     ]  # fmt: skip
     broken = []
-    for name in sorted(by_arch[ARCHS[0]]):
-        kernels = [by_arch[arch][name] for arch in ARCHS]
+    for name in sorted(by_arch[archs[0]]):
+        kernels = [by_arch[arch][name] for arch in archs]
         registers = ", ".join(str(kernel.registers) for kernel in kernels)
         widest = f"{max(kernels[0].loads) // 8}, {max(kernels[0].stores) // 8}"
         lines.append(f"| `{name}` | {registers} | {max(k.shared for k in kernels)} | {widest} |")
-        for arch, kernel in zip(ARCHS, kernels, strict=True):
+        for arch, kernel in zip(archs, kernels, strict=True):
             broken += [f"{name} on sm_{arch}: {rule}" for rule in kernel.broken_rules()]
     return lines, broken
 
@@ -157,9 +157,12 @@ def table(folder: Path) -> tuple[list[str], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    parser.add_argument("--archs", nargs="+", default=ARCHS, help="compute capabilities, as 86")
     args = parser.parse_args()
+    if args.write and tuple(args.archs) != ARCHS:
+        parser.error("the table is of the usual architectures, so --write takes no --archs")
     with tempfile.TemporaryDirectory() as folder:
-        lines, broken = table(Path(folder))
+        lines, broken = table(Path(folder), tuple(args.archs))
     print("\n".join([*lines, "", *broken]))
     if args.write:
         head, rest = DOCS.read_text().split(BEGIN)
