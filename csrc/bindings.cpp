@@ -274,6 +274,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("conv3x3_gradient", &conv3x3_gradient);
   module.def("conv3x3_speedup", &conv3x3_speedup);
   module.def("run_tasks", &run_tasks);
+  module.def("set_worth_sharing", &set_worth_sharing,
+             "Sets from how many cycles on threads share an operation's work; 3e5 at first.");
   bind_plan(module);
 #ifdef ADVKD_HAVE_CUDA
   bind_cuda(module);

@@ -5,6 +5,7 @@
 
 #include "cpu/convolution_plan.h"
 #include "cpu/dispatch.h"
+#include "cpu/thread_pool.h"
 
 namespace advkd {
 namespace {
@@ -213,6 +214,10 @@ ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& s, int threads) {
     if (cycles_of(s, other, threads) < cycles_of(s, best, threads)) best = other;
   }
   return best;
+}
+
+int convolution_threads(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int threads) {
+  return threads_for(cycles_of(s, algorithm, 1), threads);
 }
 
 double speedup_in_training(const ConvolutionShape& s) {

@@ -82,6 +82,9 @@ bool supported(const ConvolutionShape& shape);
 // a model of its arithmetic and its memory traffic.
 ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& shape, int threads);
 
+// As many of the threads as such a convolution is worth, by the same model.
+int convolution_threads(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm, int threads);
+
 // By what factor such a convolution should be faster than torch's in training, where the weights
 // are packed on each call; by the same model.
 double speedup_in_training(const ConvolutionShape& shape);

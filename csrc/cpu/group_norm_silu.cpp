@@ -117,6 +117,7 @@ class Forward {
  public:
   explicit Forward(const GroupNormSiluArgs<S>& args)
       : args_(args),
+        threads_(threads_for(args.shape, kCyclesPerElement, args.threads)),
         cut_(args.shape, args.groups),
         columns_(cut_),
         moments_(cut_.units * cut_.blocks * cut_.unit_groups),
@@ -125,12 +126,12 @@ class Forward {
         streams_(args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
                  streams_to(args.y, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
                  streams_to(args.y, cut_.unit_elements())),
-        ahead_(cut_.resident() ? cut_.unit_elements() * args.threads
+        ahead_(cut_.resident() ? cut_.unit_elements() * threads_
                                : kAheadBytes / static_cast<std::int64_t>(sizeof(S))) {
     set_group_of(cut_, group_of_.data());
   }
 
-  void run() const { run_phases(*this, cut_, args_.threads); }
+  void run() const { run_phases(*this, cut_, threads_); }
 
   void measure(std::int64_t unit, std::int64_t index) const {
     const Block block = cut_.block(unit, index);
@@ -250,7 +251,10 @@ class Forward {
   std::int64_t map_size() const { return cut_.last ? columns_.padded() : cut_.channels; }
   T* map_of(std::int64_t image) const { return maps_.data() + image * 3 * map_size(); }
 
+  static constexpr double kCyclesPerElement = 1;
+
   const GroupNormSiluArgs<S>& args_;
+  const int threads_;
   const Cut cut_;
   const Columns<T> columns_;
   const Buffer<Moments> moments_;  // of each block's groups

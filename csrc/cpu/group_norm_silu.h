@@ -140,6 +140,12 @@ static inline void set_group_of(const Cut& cut, std::int32_t* group_of) {
   }
 }
 
+// As many of the threads as a call is worth.
+static inline int threads_for(const ImageShape& shape, double cycles_per_element, int threads) {
+  const double elements = static_cast<double>(shape.batch * shape.elements());
+  return advkd::threads_for(cycles_per_element * elements, threads);
+}
+
 // Runs a kernel's phases: each block is measured, then the unit's results are settled, then each
 // block is finished, last ones first, as those are still in the cache.
 template <class Kernel>

@@ -134,6 +134,7 @@ class Backward {
  public:
   explicit Backward(const GroupNormSiluBackwardArgs<S>& args)
       : args_(args),
+        threads_(threads_for(args.shape, kCyclesPerElement, args.threads)),
         cut_(args.shape, args.groups),
         columns_(cut_),
         partial_(cut_.units * cut_.blocks * cut_.block_channels * 2),
@@ -150,8 +151,8 @@ class Backward {
   }
 
   void run() const {
-    parallel_for(cut_.units, args_.threads, [&](std::int64_t unit) { prepare(unit); });
-    run_phases(*this, cut_, args_.threads);
+    parallel_for(cut_.units, threads_, [&](std::int64_t unit) { prepare(unit); });
+    run_phases(*this, cut_, threads_);
     reduce_parameters();
   }
 
@@ -364,7 +365,10 @@ class Backward {
     for (int map = from; map < to; ++map) columns_.repeat(map_of(image, static_cast<Map>(map)));
   }
 
+  static constexpr double kCyclesPerElement = 2;
+
   const GroupNormSiluBackwardArgs<S>& args_;
+  const int threads_;
   const Cut cut_;
   const Columns<T> columns_;
   const Buffer<double> partial_;  // sums of each block's channels

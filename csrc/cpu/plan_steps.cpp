@@ -47,15 +47,13 @@ class ConvolutionStep final : public PlanStep {
   }
 
   std::int64_t workspace(std::int64_t batch, int threads) const override {
-    ConvolutionShape shape = shape_;
-    shape.batch = batch;
-    return workspace_size(shape, algorithm_, threads);
+    const ConvolutionShape shape = shape_of(batch);
+    return workspace_size(shape, algorithm_, convolution_threads(shape, algorithm_, threads));
   }
 
   void run(const Places& at) const override {
     ConvolutionArgs args = {};
-    args.shape = shape_;
-    args.shape.batch = at.pass.batch;
+    args.shape = shape_of(at.pass.batch);
     args.algorithm = algorithm_;
     args.x = at.input(x_);
     args.x_stride = x_.stride;
@@ -75,11 +73,17 @@ class ConvolutionStep final : public PlanStep {
     args.y = at.output(y_);
     args.y_stride = y_.stride;
     args.workspace = at.workspace;
-    args.threads = at.pass.threads;
+    args.threads = convolution_threads(args.shape, algorithm_, at.pass.threads);
     convolution(args);
   }
 
  private:
+  ConvolutionShape shape_of(std::int64_t batch) const {
+    ConvolutionShape shape = shape_;
+    shape.batch = batch;
+    return shape;
+  }
+
   // One of: weights, a part of the row, a vector of each image.
   void take_bias(Fields& fields) {
     const std::int64_t channels = shape_.out_channels;
@@ -119,9 +123,12 @@ class NormStep final : public PlanStep {
   }
 
   void run(const Places& at) const override {
+    constexpr double kCyclesPerNumber = 0.5;
+    const double numbers = static_cast<double>(at.pass.batch * x_.pixels * x_.channels);
     kernels().group_norm_affine({at.input(x_), x_.stride, at.pass.batch, x_.pixels, x_.channels,
                                  groups_, eps_, weight_, bias_, at.output(scale_),
-                                 at.output(shift_), at.pass.threads});
+                                 at.output(shift_),
+                                 threads_for(kCyclesPerNumber * numbers, at.pass.threads)});
   }
 
  private:
@@ -152,9 +159,12 @@ class AttentionStep final : public PlanStep {
                                    head_dim_, qkv_.stride};
     };
     const HeadRows<float> out = {at.output(y_), tokens * y_.stride, head_dim_, y_.stride};
+    constexpr double kProductsPerCycle = 20;
+    const double products = 2.0 * static_cast<double>(at.pass.batch * tokens * tokens * channels);
     kernels().attention_float32({part(0), part(1), part(2), out, at.output(lse_),
                                  {at.pass.batch, heads_, tokens, tokens, head_dim_},
-                                 scale_, at.pass.threads});
+                                 scale_,
+                                 threads_for(products / kProductsPerCycle, at.pass.threads)});
   }
 
  private:
@@ -162,6 +172,12 @@ class AttentionStep final : public PlanStep {
   std::int64_t heads_, head_dim_;
   float scale_;
 };
+
+int copying_threads(const Places& at, const Slice& slice) {
+  constexpr double kCyclesPerNumber = 0.25;
+  const double numbers = static_cast<double>(at.pass.batch * slice.pixels * slice.channels);
+  return threads_for(kCyclesPerNumber * numbers, at.pass.threads);
+}
 
 // Nearest doubling, for readers that cannot fold it in.
 class UpsampleStep final : public PlanStep {
@@ -177,7 +193,7 @@ class UpsampleStep final : public PlanStep {
   void run(const Places& at) const override {
     const float* const x = at.input(x_);
     float* const y = at.output(y_);
-    parallel_for(at.pass.batch * 2 * height_, at.pass.threads, [&](std::int64_t task) {
+    parallel_for(at.pass.batch * 2 * height_, copying_threads(at, y_), [&](std::int64_t task) {
       const float* from = x + task / 2 * width_ * x_.stride;
       float* to = y + task * 2 * width_ * y_.stride;
       const std::size_t bytes = static_cast<std::size_t>(x_.channels) * sizeof(float);
@@ -211,7 +227,7 @@ class SpaceToDepthStep final : public PlanStep {
     float* const y = at.output(y_);
     const std::int64_t c = x_.channels;
     const std::size_t bytes = static_cast<std::size_t>(c) * sizeof(float);
-    parallel_for(at.pass.batch * height_, at.pass.threads, [&](std::int64_t row) {
+    parallel_for(at.pass.batch * height_, copying_threads(at, x_), [&](std::int64_t row) {
       const std::int64_t out_row = row / factor_, i = row % factor_;
       for (std::int64_t column = 0; column < width_; ++column) {
         const std::int64_t out_pixel = out_row * (width_ / factor_) + column / factor_;

@@ -119,7 +119,15 @@ void start_anew_in_child() { pool = new Pool; }
 
 const int fork_handler = pthread_atfork(nullptr, nullptr, start_anew_in_child);
 
+std::atomic<double> worth_sharing{3e5};
+
 }  // namespace
+
+int threads_for(double cycles, int threads) {
+  return cycles < worth_sharing.load(std::memory_order_relaxed) ? 1 : threads;
+}
+
+void set_worth_sharing(double cycles) { worth_sharing.store(cycles, std::memory_order_relaxed); }
 
 void parallel_for(std::int64_t tasks, int threads, TaskBody body, const void* context) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));

@@ -5,6 +5,13 @@
 
 namespace advkd {
 
+// As many of the threads as work of so many cycles is worth: another core wakes later than a little
+// work is done, and if it has other work, it is waited for.
+int threads_for(double cycles, int threads);
+
+// Cycles from which on work is shared; tests share less, and 0 is all.
+void set_worth_sharing(double cycles);
+
 using TaskBody = void (*)(const void* context, std::int64_t task);
 
 // Calls body(context, task) once for each task in [0, tasks), on at most `threads` threads, the

@@ -118,6 +118,15 @@ def test_a_trajectory_of_50_steps_stays_close() -> None:
     assert distance(drawn(engine, table, indices)[:, 0], exactly(table, indices)[0][-1]) <= 1e-3
 
 
+@pytest.mark.parametrize("cycles", [1e3, 1e4, 1e5])
+def test_operations_of_one_pass_may_be_shared_or_not(engine: Engine, cycles: float) -> None:
+    table, indices = TABLES["ddpm"], numbers(0, 1)
+    alone = drawn(engine, table, indices, threads=1, poison=True)
+    assert ops.extension is not None
+    ops.extension.set_worth_sharing(cycles)
+    assert torch.equal(drawn(engine, table, indices, threads=3, poison=True), alone)
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_bits_depend_neither_on_batch_nor_on_threads(engine: Engine, name: str) -> None:
     table, indices = TABLES[name], torch.arange(100, 119)
