@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from advkd import ops
 
 WORTH_SHARING = 3e5  # cycles; as csrc/cpu/thread_pool.cpp has it
