@@ -145,6 +145,7 @@ def find_cuda(environ: Mapping[str, str]) -> Cuda | str:
 
 
 def toolkit(environ: Mapping[str, str]) -> Cuda | str:
+    """The CUDA toolkit to build with, or why none serves, as a clause."""
     nvcc = find_nvcc(environ)
     if nvcc is None:
         return "nvcc was not found (looked in CUDA_HOME and on PATH)"

@@ -12,6 +12,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 #include "plan_bindings.h"
+#include "pointer.h"
 #ifdef ADVKD_HAVE_CUDA
 #include "cuda_bindings.h"
 #endif
@@ -26,11 +27,6 @@ namespace py = pybind11;
 
 namespace advkd {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 NoiseSource noise_source(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step) {
   return {seed, pointer<const std::int64_t>(image_index), step};
@@ -275,7 +271,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("conv3x3_speedup", &conv3x3_speedup);
   module.def("run_tasks", &run_tasks);
   module.def("set_worth_sharing", &set_worth_sharing,
-             "Sets from how many cycles on threads share an operation's work; 3e5 at first.");
+             "Sets from how many cycles on threads share an operation's work; returns what it was.");
   bind_plan(module);
 #ifdef ADVKD_HAVE_CUDA
   bind_cuda(module);

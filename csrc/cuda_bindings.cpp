@@ -10,16 +10,12 @@
 
 #include "cuda/group_norm_silu.h"
 #include "cuda/sampling_loop.h"
+#include "pointer.h"
 
 namespace py = pybind11;
 
 namespace advkd {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 cuda::ElementType element_type(const std::string& name) {
   if (name == "float32") return cuda::ElementType::kFloat32;

@@ -14,16 +14,12 @@
 #include "cpu/convolution.h"
 #include "cpu/plan.h"
 #include "cpu/sampling_loop.h"
+#include "pointer.h"
 
 namespace py = pybind11;
 
 namespace advkd {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 using BufferTuple = std::array<std::int64_t, 3>;
 using OpTuple = std::tuple<std::string, std::map<std::string, std::int64_t>, double>;

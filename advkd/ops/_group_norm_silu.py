@@ -69,7 +69,10 @@ def group_norm_silu(
         and use_fused("group_norm_silu", backend, None)
         and runs_eagerly(x, weight, bias)
     ):
-        return _eagerly(x, weight, bias, num_groups, eps)
+        tracked = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or bias.requires_grad
+        )
+        return _on_cpu(x, (weight, bias, None, None), num_groups, eps, True, tracked)
     _check_arguments(x, num_groups, eps, activation)
     _check_parameters(x, weight, bias, scale, shift)
     x, scale, shift = _autocast(x), _by_channel(scale), _by_channel(shift)
@@ -84,6 +87,13 @@ def group_norm_silu(
     if not x.is_cpu or x.numel() == 0:
         run = _GroupNormSilu.apply if tracked else _group_norm_silu_op
         return run(x, *modulation, num_groups, eps, silu)[0]
+    return _on_cpu(x, modulation, num_groups, eps, silu, tracked)
+
+
+def _on_cpu(
+    x: Tensor, modulation: Modulation, num_groups: int, eps: float, silu: bool, tracked: bool
+) -> Tensor:
+    """y of an x with elements, past torch's dispatcher."""
     if tracked:
         return _CpuGroupNormSilu.apply(x, *modulation, num_groups, eps, silu)
     return _cpu_forward(_dense(x), modulation, num_groups, eps, silu, False)[0]
@@ -106,14 +116,6 @@ def _fit(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -
         and x.numel() > 0
         and _backend.extension is not None
     )
-
-
-def _eagerly(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
-    """What `_fit` found right, past torch's dispatcher."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _CpuGroupNormSilu.apply(x, weight, bias, None, None, num_groups, eps, True)
-    modulation = (weight, bias, None, None)
-    return _cpu_forward(_dense(x), modulation, num_groups, eps, True, False)[0]
 
 
 def _check_arguments(x: Tensor, num_groups: int, eps: float, activation: str) -> None:

@@ -127,6 +127,7 @@ class Builder:
         weights: int = 0,
         **numbers: int,
     ) -> None:
+        """One more operation: the parts that it reads and writes, by name, and its numbers."""
         for name, part in (reads | writes).items():
             numbers[name] = part.buffer
             numbers[f"{name}_channel"] = part.channel

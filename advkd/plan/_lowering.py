@@ -172,6 +172,7 @@ class Lowering:
         return (scale, shift), norm.activation == "silu"
 
     def resnet(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
+        """A residual block, with time and class in the first convolution's bias."""
         block = self.known(module, ResnetBlock)
         bias: int | Part | None = None
         if block in self.projections:
@@ -190,6 +191,7 @@ class Lowering:
         )
 
     def attention(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
+        """Self-attention over the pixels, with its norm and its residual."""
         block = self.known(module, Attention)
         name = self.names[block]
         C, head_dim = x.channels, x.channels // block.heads

@@ -21,6 +21,7 @@ _TIME_BATCH = 64  # of the plan for what depends on the time
 
 
 def lower_unet(unet: UNet, size: tuple[int, int], batch: int, threads: int) -> Lowering:
+    """The plan, being made, of one pass of a teacher."""
     low = Lowering(unet, batch, threads)
     low.known(unet, UNet)
     plan, config = low.plan, unet.config
@@ -58,15 +59,21 @@ def _lower_time(low: Lowering, unet: UNet) -> None:
     low.embedding(unet.class_embedding, low.plan.row, 0)
 
 
+def _lower_layer(
+    low: Lowering, block: DownBlock | UpBlock, i: int, x: Part, into: Part | None
+) -> Part:
+    """Residual block number i, and the attention behind it where the block has some."""
+    if block.attentions is None:
+        return low.resnet(block.resnets[i], x, into)
+    return low.attention(block.attentions[i], low.resnet(block.resnets[i], x), into)
+
+
 def _lower_down(low: Lowering, module: nn.Module, h: Part, slots: Slots) -> Part:
     block = low.known(module, DownBlock)
     for i, module in enumerate(block.resnets):
         resnet = low.known(module, ResnetBlock)
         into = slots.skip(resnet.norm2.num_channels, h.height, h.width)
-        if block.attentions is None:
-            h = low.resnet(resnet, h, into)
-        else:
-            h = low.attention(block.attentions[i], low.resnet(resnet, h), into)
+        h = _lower_layer(low, block, i, h, into)
     if block.downsamplers is not None:
         down = low.known(block.downsamplers[0], Downsample)
         pad = (0, 1) if down.padding == 0 else (down.padding, down.padding)
@@ -92,10 +99,7 @@ def _lower_up(low: Lowering, block: UpBlock, h: Part, slots: Slots) -> Part:
         C = resnet.norm2.num_channels
         meets = i < last or block.upsamplers is None
         into = slots.top(C) if meets else None
-        if block.attentions is None:
-            h = low.resnet(resnet, x, into)
-        else:
-            h = low.attention(block.attentions[i], low.resnet(resnet, x), into)
+        h = _lower_layer(low, block, i, x, into)
     if block.upsamplers is not None:
         up = low.known(block.upsamplers[0], Upsample)
         h = low.conv2d(up.conv, h, upsample=True, into=slots.top(h.channels))
@@ -125,6 +129,7 @@ def time_plan(low: Lowering, unet: UNet) -> Plan:
 def lower_student(
     student: Student, size: tuple[int, int], batch: int, threads: int, exit_at: int | None
 ) -> Lowering:
+    """The plan, being made, of one pass of a student to head `exit_at` (None: the last)."""
     depth = student.depth_of(exit_at)
     low = Lowering(student, batch, threads)
     low.known(student, Student)

@@ -155,7 +155,7 @@ class QueryBlock {
   const AttentionArgs<T>& args_;
   const Parts<T>& keys_;
   const std::int64_t sample_, head_, first_, count_, vectors_, head_vectors_;
-  const Scratch<T> memory_;
+  const Buffer<T> memory_;
   // For each query: the highest score so far, the sum of weights, and StoreOutput's factors.
   T *const highest_, *const sum_, *const carry_, *const gain_;
   T *const q_, *const scores_, *const values_;  // packed: scaled queries, a tile's scores, values

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
 
+#include "cpu/buffer.h"
 #include "cpu/product.h"
 
 namespace advkd::ADVKD_ISA {
@@ -28,22 +28,6 @@ struct Parts {
   }
 
   std::int64_t size_of(std::int64_t part) const { return smaller(size, length - part * size); }
-};
-
-// Memory for one task, on a cache line's boundary and not initialised.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(std::int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T),
-                                             std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* const data_;
 };
 
 template <class T>

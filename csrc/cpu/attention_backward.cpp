@@ -239,7 +239,7 @@ class KeyRanges {
   const std::int64_t head_of_all_, sample_, head_, first_range_, end_range_;
   T* const shares_;
   const std::int64_t largest_block_;
-  const Scratch<T> memory_;
+  const Buffer<T> memory_;
   T *const lse_, *const delta_;  // for each query: log of the sum, and sum of grad_out * out
   T *const q_lanes_, *const grad_lanes_, *const q_packed_, *const grad_packed_;
   T *const share_, *const k_packed_, *const weights_;
@@ -269,7 +269,7 @@ void attention_backward(const AttentionBackwardArgs<T>& args) {
   const Plan<T> plan(shape);
   // Ranges that are apart prepare the queries each for itself.
   const bool apart = plan.heads < args.threads && plan.ranges.count > 1;
-  const Scratch<T> shares(
+  const Buffer<T> shares(
       apart ? plan.heads * (plan.ranges.count - 1) * shape.queries * shape.head_dim : 0);
   parallel_for(plan.heads * (apart ? plan.ranges.count : 1), args.threads,
                [&](std::int64_t task) {

@@ -6,10 +6,6 @@
 
 #include "cpu/product.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 namespace advkd::ADVKD_ISA {
 
 #ifdef __AVX512F__

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 #include <memory>
-#include <new>
 
+#include "cpu/buffer.h"
 #include "cpu/exponential.h"
 #include "cpu/kernel_table.h"
 #include "cpu/storage.h"
@@ -24,22 +24,6 @@ static inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b 
 static inline std::int64_t parts(std::int64_t whole, std::int64_t size) {
   return (whole + size - 1) / size;
 }
-
-// Uninitialised memory on a cache line's boundary.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(std::int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T),
-                                             std::align_val_t{64}))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* const data_;
-};
 
 // Uninitialised memory of the calling thread, kept for its next tasks: small maps are done sooner
 // than memory is had. What was there before is lost.

@@ -127,7 +127,7 @@ int threads_for(double cycles, int threads) {
   return cycles < worth_sharing.load(std::memory_order_relaxed) ? 1 : threads;
 }
 
-void set_worth_sharing(double cycles) { worth_sharing.store(cycles, std::memory_order_relaxed); }
+double set_worth_sharing(double cycles) { return worth_sharing.exchange(cycles); }
 
 void parallel_for(std::int64_t tasks, int threads, TaskBody body, const void* context) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, tasks));

@@ -9,8 +9,8 @@ namespace advkd {
 // work is done, and if it has other work, it is waited for.
 int threads_for(double cycles, int threads);
 
-// Cycles from which on work is shared; tests share less, and 0 is all.
-void set_worth_sharing(double cycles);
+// Sets the cycles from which on work is shared and returns what they were; tests share all, by 0.
+double set_worth_sharing(double cycles);
 
 using TaskBody = void (*)(const void* context, std::int64_t task);
 
