@@ -1,4 +1,4 @@
-"""advkd distils a diffusion model into a generator that makes an image in one pass.
+"""advkd distills a diffusion model into a generator that makes an image in one pass.
 
 `load_teacher`, `load_student` and `generate` are the whole Python interface; see `advkd.api`.
 """

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
+from advkd.engine.sampling import generate
 from advkd.pretrained import load_student, load_teacher
-from advkd.sampling import generate
 
 __all__ = ["generate", "load_student", "load_teacher"]

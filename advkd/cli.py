@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from advkd.checkpoint import CheckpointError
-from advkd.training import Interrupted, TrainingError
+from advkd.console import Interrupted
+from advkd.files import CheckpointError
+from advkd.training.loop import TrainingError
 
 
 def guarded(command: Callable[[], None], again: str = "the same command") -> int:

@@ -12,34 +12,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from advkd.checkpoint import CheckpointError
 from advkd.cli import add_threads, guarded, use_threads
 from advkd.config import EvaluateConfig, parse
-from advkd.data import CLASS_NAMES, ImageSet, load_images, shipped
-from advkd.judging import (
-    drawing,
-    features_kind,
-    images_reference,
-    judge_student,
-    judge_teacher,
-    make_protocol,
-    protocol_words,
-    side_by_side,
+from advkd.console import StopSignals, progress_bar
+from advkd.data.images import (
+    CLASS_NAMES,
+    ImageSet,
+    load_images,
+    shipped,
 )
-from advkd.metrics import (
+from advkd.engine.sampling import shape_of
+from advkd.evaluation.metrics import (
     FeatureNet,
     FitSettings,
     fit_features,
     load_features,
     save_features,
 )
+from advkd.evaluation.protocol import (
+    drawing,
+    evaluate_student,
+    evaluate_teacher,
+    features_kind,
+    images_reference,
+    make_protocol,
+    protocol_words,
+    side_by_side,
+)
+from advkd.files import CheckpointError
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, resolve
-from advkd.report import COLUMNS, DASH, QUALITY
-from advkd.run import RealImages, Run, has_images, hold_out, judge_run
-from advkd.sampling import shape_of
-from advkd.training import StopSignals, progress_bar
+from advkd.report.page import COLUMNS, DASH, QUALITY
+from advkd.run.stages import (
+    RealImages,
+    Run,
+    figures_of_run,
+    has_images,
+    hold_out,
+)
 
 # What to do, and the options that go with it.
 MODES = {
@@ -131,10 +142,10 @@ def evaluate_run(args: argparse.Namespace) -> None:
     config = parse(stored.read_text(), where=str(stored))
     run = Run(config, args.run, has_images(config))
     with run.opened():
-        for stage in ("teacher", "distil"):
+        for stage in ("teacher", "distill"):
             if not run.is_done(stage):
                 raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
-        figures, protocol, _ = judge_run(run, fresh=bool(args.fresh))
+        figures, protocol, _ = figures_of_run(run, fresh=bool(args.fresh))
     print(quality_table(figures, run.class_names))
     print(f"\n{textwrap.fill(protocol, 100)}")
 
@@ -154,11 +165,11 @@ def evaluate_networks(args: argparse.Namespace) -> None:
     if teacher is not None:
         stored = () if args.fresh else (resolve(args.teacher),)
         with drawing(1) as report:
-            of_teacher = judge_teacher(
+            of_teacher = evaluate_teacher(
                 net, teacher, reference.judged, protocol, stored, callback=report
             )
     if student is not None:
-        of_student = judge_student(net, student, reference.judged, protocol)
+        of_student = evaluate_student(net, student, reference.judged, protocol)
     sides = {"real": reference.real, "teacher": of_teacher, "student": of_student}
     names = None if args.data or args.features else CLASS_NAMES
     print(quality_table(side_by_side(sides), names))
@@ -252,8 +263,8 @@ def reconstruction_error(net: FeatureNet, images: ImageSet, batch: int = 256) ->
 def quality_table(figures: Mapping[str, Any], class_names: Sequence[str] | None = None) -> str:
     """All figures of quality, a column each for real, teacher and student as far as they exist.
 
-    figures: by figure and side, as `advkd.judging.side_by_side` gives them. Class shares are in
-    percent, under `class_names` or numbers. What is missing is a dash.
+    figures: by figure and side, as `advkd.evaluation.protocol.side_by_side` gives them. Class
+    shares are in percent, under `class_names` or numbers. What is missing is a dash.
     """
     columns = [column for column in COLUMNS if column in figures["fd"]]
     better = {"lower": "↓", "higher": "↑"}

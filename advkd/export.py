@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from advkd import ops
-from advkd.checkpoint import CheckpointError, replacing
 from advkd.cli import guarded
+from advkd.engine.sampling import sample_labels, sample_x_T
+from advkd.files import CheckpointError, replacing
 from advkd.models.student import Student
 from advkd.pretrained import load_student, resolve
-from advkd.sampling import draw_labels, draw_x_T
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4  # of the images, whose values span [-1, 1]
@@ -94,8 +94,8 @@ class Generator(nn.Module):
 def inputs(student: Student, count: int) -> tuple[Tensor, ...]:
     """x_T, and labels where the student takes them, of `count` images."""
     numbers = torch.arange(count)
-    x_T = draw_x_T(0, numbers, (student.channels, student.size, student.size)).contiguous()
-    y = draw_labels(0, numbers, student.num_classes)
+    x_T = sample_x_T(0, numbers, (student.channels, student.size, student.size)).contiguous()
+    y = sample_labels(0, numbers, student.num_classes)
     return (x_T,) if y is None else (x_T, y)
 
 

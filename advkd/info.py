@@ -16,13 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from advkd import ops
-from advkd.checkpoint import read_json
 from advkd.cli import guarded
+from advkd.engine.cpu import describe, lower
+from advkd.engine.sampling import shape_of
+from advkd.files import read_json
 from advkd.models.student import Student
 from advkd.ops import _backend
-from advkd.plan import describe, lower
 from advkd.pretrained import load_student, load_teacher, resolve
-from advkd.sampling import shape_of
 
 
 def _version(package: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from advkd.checkpoint import (
+from advkd.config import ConfigError, StudentConfig, build
+from advkd.diffusion import Schedule
+from advkd.files import (
     CheckpointError,
     load_strictly,
     read_json,
@@ -18,8 +20,6 @@ from advkd.checkpoint import (
     write_json,
     write_tensors,
 )
-from advkd.config import ConfigError, StudentConfig, build
-from advkd.diffusion import Schedule
 from advkd.models.student import Student
 from advkd.models.unet import UNet, config_from_diffusers, config_to_diffusers
 

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advkd.checkpoint import write_bytes
 from advkd.cli import add_threads, guarded, use_threads
+from advkd.console import StopSignals, progress_bar
+from advkd.engine.sampling import SAMPLERS, generate, sample_labels
+from advkd.files import write_bytes
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.pictures import image_grid
 from advkd.pretrained import load_student, load_teacher
-from advkd.report import save_png
-from advkd.sampling import SAMPLERS, draw_labels, generate
-from advkd.training import StopSignals, progress_bar
+from advkd.report.page import save_png
+from advkd.report.pictures import image_grid
 
 SHIPPED = "zoo:fashion-mnist-student"
 TEACHER_STEPS = 50
@@ -123,7 +123,7 @@ def _labels(args: argparse.Namespace, model: Student | UNet) -> Tensor | None:
             raise ValueError("--class needs a class-conditional network, and this one is not")
         return None
     if args.label is None:
-        return draw_labels(args.seed, torch.arange(args.first, args.first + args.num), classes)
+        return sample_labels(args.seed, torch.arange(args.first, args.first + args.num), classes)
     if not 0 <= args.label < classes:
         raise ValueError(f"--class {args.label} is not between 0 and {classes - 1}")
     return torch.full((args.num,), args.label)

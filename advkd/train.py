@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from advkd.checkpoint import read_json
 from advkd.cli import add_threads, guarded, use_threads
 from advkd.config import (
     Config,
@@ -17,15 +16,21 @@ from advkd.config import (
     override,
     presets,
 )
-from advkd.data import load_images
+from advkd.data.images import load_images
+from advkd.engine.sampling import shape_of
+from advkd.files import read_json
 from advkd.pretrained import load_teacher
-from advkd.report import final_table
-from advkd.run import STAGES, Run, has_images, run_stages
-from advkd.sampling import shape_of
+from advkd.report.page import final_table
+from advkd.run.stages import (
+    STAGES,
+    Run,
+    has_images,
+    run_stages,
+)
 
 DEFAULT_PRESET = "fashion-mnist"
 EPILOG = """\
-With no argument: take the teacher that ships, draw its trajectories, distil a student, judge both,
+With no argument: take the teacher that ships, draw its trajectories, distill a student, judge both,
 into runs/fashion-mnist/. With --data FOLDER all of it on your own images, teacher included. With
 --teacher FOLDER a DDPM of yours is distilled (--data then serves judging only). Running the same
 command again goes on where it was stopped. --set takes any key of the configuration, such as
@@ -37,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `advkd train`."""
     p = argparse.ArgumentParser(
         prog="advkd train",
-        description="Distil a diffusion model into a one-pass generator.",
+        description="Distill a diffusion model into a one-pass generator.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -35,7 +35,7 @@ std::unique_ptr<Plan> make_plan(const std::vector<BufferTuple>& buffers,
 }
 
 void run(const Plan& plan, std::uintptr_t x, std::uintptr_t y, std::uintptr_t row,
-         std::uintptr_t labels, std::int64_t images, int threads, bool poison) {
+         std::uintptr_t labels, std::int64_t images, int threads, bool nan_fill) {
   const py::gil_scoped_release released;
   const auto size = [&](std::size_t buffer) {
     return plan.data().buffers[buffer].pixels * plan.data().buffers[buffer].channels;
@@ -45,7 +45,7 @@ void run(const Plan& plan, std::uintptr_t x, std::uintptr_t y, std::uintptr_t ro
     plan.run({pointer<const float>(x) + first * size(0), pointer<float>(y) + first * size(1),
               pointer<const float>(row), all == nullptr ? nullptr : all + first, count,
               part_threads},
-             poison);
+             nan_fill);
   });
 }
 
@@ -68,14 +68,14 @@ void sample(const Plan& plan, std::uintptr_t coefficients, std::uintptr_t rows, 
             float clip, std::uint64_t seed, std::uintptr_t image_index, std::uintptr_t labels,
             std::int64_t images, const std::vector<std::int64_t>& kept, bool keep_denoised,
             std::uintptr_t out, bool half, std::int64_t image_stride, std::int64_t kept_stride,
-            int threads, const py::object& on_pass, const py::object& on_step, bool poison) {
+            int threads, const py::object& on_pass, const py::object& on_step, bool nan_fill) {
   const bool told = !on_pass.is_none(), stepwise = !on_step.is_none();
   const py::gil_scoped_release released;
   SamplingLoopArgs args = {&plan, steps, pointer<const double>(coefficients),
                            pointer<const float>(rows), clip, seed, images,
                            pointer<const std::int64_t>(image_index),
                            pointer<const std::int64_t>(labels), kept, keep_denoised,
-                           pointer<void>(out), half, image_stride, kept_stride, threads, poison,
+                           pointer<void>(out), half, image_stride, kept_stride, threads, nan_fill,
                            {}, {}};
   args.on_pass = [&] {
     check_signals();
@@ -174,7 +174,7 @@ void bind_plan(py::module_& module) {
            py::arg("weights"), py::arg("weights_size"))
       .def("bytes", &Plan::bytes, py::arg("batch"), py::arg("threads"))
       .def("run", &run, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("row"),
-           py::arg("labels"), py::arg("images"), py::arg("threads"), py::arg("poison"))
+           py::arg("labels"), py::arg("images"), py::arg("threads"), py::arg("nan_fill"))
       .def("profile", &profile, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("row"),
            py::arg("labels"), py::arg("images"), py::arg("repeats"))
       .def("sample", &sample, py::kw_only(), py::arg("coefficients"), py::arg("rows"),
@@ -182,7 +182,7 @@ void bind_plan(py::module_& module) {
            py::arg("labels"), py::arg("images"), py::arg("kept"), py::arg("keep_denoised"),
            py::arg("out"), py::arg("half"), py::arg("image_stride"), py::arg("kept_stride"),
            py::arg("threads"), py::arg("on_pass").none(true), py::arg("on_step").none(true),
-           py::arg("poison"));
+           py::arg("nan_fill"));
   module.def("convolution_plan", &convolution_plan);
   module.def("convolution_pack", &convolution_pack);
   module.def("fingerprint", &fingerprint);

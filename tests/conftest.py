@@ -1,4 +1,4 @@
-"""What the tests share: skipping of GPU tests, poisoned outputs, hypothesis without deadlines."""
+"""What the tests share: skipping of GPU tests, nan_filled outputs, hypothesis without deadlines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what torch.empty and torch.empty_like return, so that an unwritten output shows."""
 
     def poisoning(make: Any) -> Any:

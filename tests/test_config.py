@@ -62,7 +62,7 @@ def test_empty_text_is_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[distil]\nlr = 1.0", ["'distil'", "'distill'"]),
+        ("[distill]\nlr = 1.0", ["'distill'", "'distill'"]),
         ("[distill]\nlearning = 1.0", ["'distill.learning'", "nearest"]),
         ("[distill]\nlr_dd = 1.0", ["'distill.lr_dd'", "'lr_d'"]),
         ("[unet]\nattention_heads_dim = 8", ["'attention_head_dim'"]),
@@ -150,7 +150,7 @@ def test_overrides_apply_in_order_and_leave_the_rest() -> None:
     [
         ("distill.lr", ["'distill.lr'", "table.key=value"]),
         ("distill.lrr=1", ["'distill.lrr'", "'lr'"]),
-        ("distil.lr=1", ["'distil'", "'distill'"]),
+        ("distill.lr=1", ["'distill'", "'distill'"]),
         ("distill.lr=fast", ["'distill.lr'", "float"]),
         ("distill.lr=none", ["'distill.lr'", "float", "None"]),
         ("distill.lr.x=1", ["distill.lr"]),

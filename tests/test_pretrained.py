@@ -12,10 +12,17 @@ import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from advkd.checkpoint import CheckpointError
 from advkd.diffusion import Schedule
+from advkd.files import CheckpointError
 from advkd.models.unet import UNet, config_from_diffusers
-from advkd.pretrained import WEIGHTS, load_teacher, network_card, resolve, save_teacher, zoo
+from advkd.pretrained import (
+    WEIGHTS,
+    load_teacher,
+    network_card,
+    resolve,
+    save_teacher,
+    zoo,
+)
 
 SETTINGS = {
     "sample_size": 8,

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkd.config import DiscriminatorConfig
-from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock, area_resized
+from advkd.models.layers import (
+    Attention,
+    GroupNormSiLU,
+    ResnetBlock,
+    area_resized,
+)
 
 
 def resized_noise(x_T: Tensor, size: int) -> Tensor:

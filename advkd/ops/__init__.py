@@ -1,4 +1,4 @@
-"""The fused ops, each beside its plain twin in torch, and the choice between the two.
+"""The fused ops, each beside its plain reference in torch, and the choice between the two.
 
 Every op takes `backend`: "reference" (plain torch), "fused" (C++ on the CPU, Triton on CUDA; a
 ValueError where that does not exist) or None, which follows the environment variable ADVKD_OPS
@@ -16,7 +16,13 @@ from advkd.ops._backend import BACKENDS, extension, use_backend
 from advkd.ops._conv3x3 import conv3x3
 from advkd.ops._cuda import CudaGroupNorm, cuda_code_missing, cuda_missing
 from advkd.ops._group_norm_silu import group_norm_silu
-from advkd.ops._noise import LABEL_STEP, X_T_STEP, philox_labels, philox_normal, philox_uint32
+from advkd.ops._noise import (
+    LABEL_STEP,
+    X_T_STEP,
+    philox_labels,
+    philox_normal,
+    philox_uint32,
+)
 from advkd.ops._sampling_step import sampling_step
 
 __all__ = [

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkd import reference
 from advkd.kernels import unavailable_reason as triton_missing
-from advkd.ops import _backend
-from advkd.ops._backend import define, fused_extension, runs_eagerly, use_fused
+from advkd.ops import _backend, reference
+from advkd.ops._backend import (
+    define,
+    fused_extension,
+    runs_eagerly,
+    use_fused,
+)
 
 _HALVES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.float64, *_HALVES)

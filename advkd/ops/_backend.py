@@ -1,4 +1,4 @@
-"""The extension, and the choice between a fused op and its plain twin."""
+"""The extension, and the choice between a fused op and its plain reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def use_fused(op: str, backend: str | None, unavailable: str | None) -> bool:
         return False
     if unavailable is None:
         return True
-    # Nobody shall time the twin unknowingly: an explicit wish that cannot be met is an error.
+    # Nobody shall time the reference unknowingly: an explicit wish that cannot be met is an error.
     if backend == "fused":
         raise ValueError(f"{op} has no fused backend here: {unavailable}.")
     if chosen == "fused" and extension_missing is not None:

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkd import reference
-from advkd.ops import _backend
-from advkd.ops._backend import define, fused_extension, runs_eagerly, use_fused
+from advkd.ops import _backend, reference
+from advkd.ops._backend import (
+    define,
+    fused_extension,
+    runs_eagerly,
+    use_fused,
+)
 
 # A batch that stands for any, where shapes are traced and may be symbols.
 _TRACED_BATCH = 16

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advkd.ops import _backend
-from advkd.reference import memory_format_of
+from advkd.ops.reference import memory_format_of
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MOST_COLUMNS = 512  # of threads in a block, in csrc/cuda/group_norm_silu.cu

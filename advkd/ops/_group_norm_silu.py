@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkd import reference
 from advkd.kernels import unavailable_reason as triton_missing
-from advkd.ops import _backend
+from advkd.ops import _backend, reference
 from advkd.ops._backend import define, runs_eagerly, use_fused
 
 # The dtypes of the C++ kernels, as their names have them.

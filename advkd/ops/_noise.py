@@ -7,8 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from advkd import reference
-from advkd.ops._backend import cpu_unavailable, define, fused_extension, use_fused
+from advkd.ops import reference
+from advkd.ops._backend import (
+    cpu_unavailable,
+    define,
+    fused_extension,
+    use_fused,
+)
 
 X_T_STEP = 0xFFFFFFFF  # the Philox step whose normals are x_T
 LABEL_STEP = 0xFFFFFFFE  # the Philox step whose first number picks the class label

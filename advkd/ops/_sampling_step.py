@@ -7,9 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from advkd import reference
-from advkd.ops._backend import cpu_unavailable, define, fused_extension, use_fused
-from advkd.ops._noise import check_stream, philox_normal_op, signed, unsigned
+from advkd.ops import reference
+from advkd.ops._backend import (
+    cpu_unavailable,
+    define,
+    fused_extension,
+    use_fused,
+)
+from advkd.ops._noise import (
+    check_stream,
+    philox_normal_op,
+    signed,
+    unsigned,
+)
 
 
 def sampling_step(

@@ -142,13 +142,13 @@ void Plan::check(const PlanPass& pass) const {
   }
 }
 
-void Plan::run(const PlanPass& pass, bool poison) const {
+void Plan::run(const PlanPass& pass, bool nan_fill) const {
   check(pass);
   if (pass.batch == 0) return;
   const std::int64_t floats =
       bytes(pass.batch, pass.threads) / static_cast<std::int64_t>(sizeof(float));
   auto memory = take(floats);
-  if (poison) {
+  if (nan_fill) {
     std::fill_n(memory->data(), memory->size(), std::numeric_limits<float>::quiet_NaN());
   }
   const Places places = {data_, pass, memory->data(),

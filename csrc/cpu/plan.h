@@ -63,8 +63,8 @@ class Plan {
   // Bytes of the memory that a pass of so many images takes: arena and workspace.
   std::int64_t bytes(std::int64_t batch, int threads) const;
 
-  // One pass of at most `batch` images. `poison` fills its memory with NaN first, for tests.
-  void run(const PlanPass& pass, bool poison = false) const;
+  // One pass of at most `batch` images. `nan_fill` fills its memory with NaN first, for tests.
+  void run(const PlanPass& pass, bool nan_fill = false) const;
 
   // Seconds of CPU time that each operation of a pass takes on this thread, the least of a few.
   std::vector<double> profile(const PlanPass& pass, int repeats) const;

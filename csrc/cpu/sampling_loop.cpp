@@ -73,7 +73,7 @@ class SamplingLoop {
     const float* const row = args_.rows + step * args_.plan->data().row;
     const std::int64_t* const labels = args_.labels == nullptr ? nullptr : args_.labels + first;
     args_.plan->run({state_.data() + at, model_out_.data() + at, row, labels, count, threads},
-                    args_.poison);
+                    args_.nan_fill);
     const double* const c = args_.coefficients + 6 * step;
     const auto coefficient = [c](int i) { return static_cast<float>(c[i]); };
     const NoiseSource source = {args_.seed, args_.image_index + first,

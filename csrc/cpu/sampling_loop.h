@@ -25,7 +25,7 @@ struct SamplingLoopArgs {
   bool half;        // out is float16, else float32
   std::int64_t image_stride, kept_stride;  // elements
   int threads;
-  bool poison;
+  bool nan_fill;
   // Called after each pass over a part of the batch, on the thread that did it, and after each
   // step; an exception from either ends the loop.
   std::function<void()> on_pass;

@@ -10,7 +10,7 @@ namespace advkd::ADVKD_ISA {
 // Pixels (channels_last) or elements of one task.
 constexpr std::int64_t kTaskLength = 4 * kNormals;
 
-// Each product and sum is rounded on its own, left to right, as the twin in advkd/reference.py does.
+// Each product and sum is rounded on its own, left to right, as the reference in advkd/reference.py does.
 // Noise waits in x_prev, whose cache lines are at hand, until the step replaces it.
 template <bool kNoise>
 static void step_run(const SamplingStepArgs& args, std::int64_t at, std::int64_t n) {

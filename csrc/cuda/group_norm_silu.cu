@@ -1,4 +1,4 @@
-// The twin of kernels/group_norm_silu.py. A group that fits the registers of one block is read once; a
+// The reference of kernels/group_norm_silu.py. A group that fits the registers of one block is read once; a
 // larger one is cut into chunks, whose moments are merged as by Chan, Golub and LeVeque (1983), and
 // read again. There are no atomics and every sum has a fixed order, so two runs agree bit for bit.
 //

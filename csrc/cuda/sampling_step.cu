@@ -1,4 +1,4 @@
-// One step of DDIM (Song et al. 2021, eq. 12) or DDPM (Ho et al. 2020, algorithm 2) on a GPU; the twin of
+// One step of DDIM (Song et al. 2021, eq. 12) or DDPM (Ho et al. 2020, algorithm 2) on a GPU; the reference of
 // csrc/cpu/sampling_step.cpp, bit for bit: compiled without contraction, every float32 product and
 // sum is rounded on its own.
 #include "cuda/sampling_step.h"

@@ -17,12 +17,17 @@ from torch import Tensor
 
 from advkd import ops
 from advkd.config import load_preset
-from advkd.data import shipped
-from advkd.distill import Batch, Distillation, Labelled, judged_heads
+from advkd.data.images import shipped
+from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
+from advkd.device import pick_device
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
-from advkd.training import pick_device
-from advkd.trajectory import Trajectories, draw_trajectories, index_of
+from advkd.training.distill import (
+    Batch,
+    Distillation,
+    Labelled,
+    judged_heads,
+)
 
 from .measuring import Contender, Contest
 
@@ -38,7 +43,7 @@ def drawn_store(folder: Path) -> Trajectories:
     teacher = load_teacher(CONFIG.teacher.source).eval().requires_grad_(False)
     heads = len(CONFIG.student.stages)
     index = index_of(teacher, CONFIG.trajectory, heads, CONFIG.run.seed, CONFIG.data.size)
-    drawn = draw_trajectories(teacher, folder, index, CONFIG.trajectory.num, threads=1)
+    drawn = sample_trajectories(teacher, folder, index, CONFIG.trajectory.num, threads=1)
     assert drawn is not None
     return drawn
 

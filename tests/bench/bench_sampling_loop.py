@@ -23,10 +23,10 @@ from torch import Tensor
 from advkd import ops
 from advkd.config import load_preset
 from advkd.diffusion import ddim_table
+from advkd.engine.cpu import lower
+from advkd.engine.sampling import sample_into, sample_x_T, shape_of
 from advkd.models.unet import UNet
-from advkd.plan import lower
 from advkd.pretrained import load_teacher
-from advkd.sampling import draw_x_T, sample_into, shape_of
 
 from .measuring import Contender, Contest, device
 
@@ -68,7 +68,7 @@ def teacher_of(name: str) -> UNet:
 
 
 def example(shape: Shape) -> Tensor:
-    return draw_x_T(0, torch.arange(shape.batch), shape_of(teacher_of(shape.teacher)))
+    return sample_x_T(0, torch.arange(shape.batch), shape_of(teacher_of(shape.teacher)))
 
 
 def eager(shape: Shape) -> Network:
@@ -192,7 +192,7 @@ def loop_contest(shape: Shape) -> Contest:
         return out[:, 0]
 
     def loop(network: Network, dtype: torch.dtype = torch.float32) -> Tensor:
-        x_t = draw_x_T(0, indices, shape_of(unet)).to(dtype)
+        x_t = sample_x_T(0, indices, shape_of(unet)).to(dtype)
         for i, t in enumerate(table.timesteps.tolist()):
             x_t, _ = ops.sampling_step(
                 x_t, network(x_t, torch.tensor([t])), table.coefficients[i], clip=table.clip,

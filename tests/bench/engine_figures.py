@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 
 from advkd.diffusion import ddim_table
-from advkd.plan import Engine, lower
+from advkd.engine.cpu import Engine, lower
+from advkd.engine.sampling import generate, sample_into, sample_x_T
 from advkd.pretrained import load_student
-from advkd.sampling import draw_x_T, generate, sample_into
 
 from .bench_sampling_loop import PASSES, Shape, example, teacher_of
 from .report import markdown
@@ -108,7 +108,7 @@ def overhead() -> str:
             for _ in range(STEPS):
                 engine.compiled.run(  # noqa: B023
                     x=dense.data_ptr(), y=out.data_ptr(), row=row.data_ptr(), labels=0,  # noqa: B023
-                    images=batch, threads=1, poison=False,  # noqa: B023
+                    images=batch, threads=1, nan_fill=False,  # noqa: B023
                 )  # fmt: skip
 
         found = medians({"loop": loop_of(engine, shape, 1), "passes": alone}, time.process_time)
@@ -122,7 +122,7 @@ def overhead() -> str:
 def student() -> str:
     model = load_student("zoo:fashion-mnist-student")
     engine = lower(model, (model.size, model.size), batch=1)
-    x_T = draw_x_T(0, torch.arange(1), (model.channels, model.size, model.size))
+    x_T = sample_x_T(0, torch.arange(1), (model.channels, model.size, model.size))
     product, gflop = sgemm()
     found = medians(
         {

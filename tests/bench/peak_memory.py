@@ -18,7 +18,7 @@ import torch
 
 from advkd import ops
 from advkd.diffusion import ddim_table
-from advkd.sampling import sample, sample_plainly
+from advkd.engine.sampling import sample, sample_eagerly
 
 from .bench_sampling_loop import teacher_of
 
@@ -44,7 +44,7 @@ def measure(contender: str) -> None:
         sample(unet, table, 0, indices)
     else:
         with ops.use_backend("reference"), torch.inference_mode():
-            sample_plainly(unet, table, 0, indices, kept=[STEPS])
+            sample_eagerly(unet, table, 0, indices, kept=[STEPS])
     peak = resident("VmHWM")
     print(f"{peak - made:.0f} {peak - before:.0f}")
 

@@ -23,8 +23,6 @@ from pathlib import Path
 
 import pytest
 
-from advkd import sampling  # noqa: F401  (with all that the tests import)
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_emulation"))
 import build
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from advkd import reference
+from advkd.ops import reference
 
 EPS = 1e-5
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

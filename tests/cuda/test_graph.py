@@ -1,5 +1,5 @@
-"""advkd.graph with real networks: the C++ loop and GroupNorm emulated, the rest by torch on the
-CPU.
+"""advkd.engine.cuda with real networks: the C++ loop and GroupNorm emulated, the rest by torch on
+the CPU.
 
 What torch.cuda would capture is called again at each replay instead.
 """
@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from advkd import graph, ops, sampling
+from advkd import ops
 from advkd.config import UNetConfig
 from advkd.diffusion import ddim_table
+from advkd.engine import cuda as graph
+from advkd.engine import sampling
 from advkd.models.unet import UNet
 from advkd.ops import _backend
 
@@ -89,7 +91,7 @@ def emulated(cuda: Any, monkeypatch: pytest.MonkeyPatch, set_threads: Any) -> It
 
 def plainly(unet: UNet, steps: int, indices: Tensor, **how: Any) -> list[Tensor]:
     table = ddim_table(unet.schedule, steps, eta=1.0)
-    return sampling.sample_plainly(unet, table, 11, indices, **how)
+    return sampling.sample_eagerly(unet, table, 11, indices, **how)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -131,7 +133,7 @@ def test_labels_parts_of_batches_and_changed_weights(emulated: Any) -> None:
             parameter.mul_(1.1)
     changed = engine.sample(table, 11, indices, y, **how)
     assert not torch.equal(changed, whole)
-    want = sampling.sample_plainly(unet, table, 11, indices, y=y, kept=[3])[0]
+    want = sampling.sample_eagerly(unet, table, 11, indices, y=y, kept=[3])[0]
     assert (changed[0] - want).abs().max() < 1e-4
     for bad, words in ((None, "labels are given"), (y[:2], "2 labels for 6 images")):
         with pytest.raises(ValueError, match=words):

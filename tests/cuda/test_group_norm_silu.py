@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ORDERS, guarded, poison
+from harness import ORDERS, guarded, nan_fill
 from norm_cases import EPS, LARGE, LAYOUTS, SHAPES, TYPES, inputs, worst
 from torch import Tensor
 
@@ -18,14 +18,14 @@ def run(
     cuda: Any, x: Tensor, parameters: list[Tensor | None], groups: int, silu: bool,
     align: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """y by the emulated kernel, everything between guard pages and poisoned."""
-    x, y = guarded(cuda, x, align), poison(cuda, x, align)
+    """y by the emulated kernel, everything between guard pages and nan_filled."""
+    x, y = guarded(cuda, x, align), nan_fill(cuda, x, align)
     wide = [None if p is None else guarded(cuda, p) for p in parameters]
     sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), groups)
     how = (x.data_ptr(), y.data_ptr(), str(x.dtype).removeprefix("torch."))
     last = not x.is_contiguous()
     floats = cuda.cuda_group_norm_silu_workspace(*how, sizes, last)
-    workspace = poison(cuda, torch.empty(floats))
+    workspace = nan_fill(cuda, torch.empty(floats))
     cuda.cuda_group_norm_silu(
         *how, tuple(0 if p is None else p.data_ptr() for p in wide), sizes, last, EPS, silu,
         workspace.data_ptr(), 0,

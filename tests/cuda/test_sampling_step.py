@@ -12,7 +12,12 @@ import pytest
 import torch
 from harness import ORDERS, ToyLoop, expected
 
-from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
+from advkd.diffusion import (
+    Schedule,
+    StepTable,
+    ddim_table,
+    ddpm_table,
+)
 
 SEED = (1 << 63) + 12345
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

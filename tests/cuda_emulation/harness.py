@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advkd import ops
 from advkd.diffusion import StepTable
-from advkd.graph import Buffers, Loop
+from advkd.engine.cuda import Buffers, Loop
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # as csrc/cuda/elements.h counts them
 ORDERS = (0, 1, 2, 3)  # of threads: forward, reverse, two random ones
@@ -32,7 +32,7 @@ def guarded(cuda: Any, like: Tensor, align: int | None = None) -> Tensor:
     return out
 
 
-def poison(cuda: Any, like: Tensor, align: int | None = None) -> Tensor:
+def nan_fill(cuda: Any, like: Tensor, align: int | None = None) -> Tensor:
     return guarded(cuda, torch.full_like(like, float("nan")), align)
 
 
@@ -66,19 +66,19 @@ def expected(
 
 
 class ToyLoop:
-    """advkd.graph.Loop over the toy network, all of it in emulation."""
+    """advkd.engine.cuda.Loop over the toy network, all of it in emulation."""
 
     def __init__(
         self, cuda: Any, batch: int, shape: tuple[int, int, int], dtype: torch.dtype,
         memory_format: torch.memory_format, on_device: bool = False, align: int | None = None,
     ):  # fmt: skip
         like = torch.empty(batch, *shape).contiguous(memory_format=memory_format)
-        x_t = poison(cuda, like, align)
+        x_t = nan_fill(cuda, like, align)
         narrow = like.to(dtype)
-        x_in = x_t if dtype == torch.float32 else poison(cuda, narrow, align)
-        told = poison(cuda, torch.empty(4))
+        x_in = x_t if dtype == torch.float32 else nan_fill(cuda, narrow, align)
+        told = nan_fill(cuda, torch.empty(4))
         self.cuda = cuda
-        self.buffers = Buffers(x_t, x_in, told, poison(cuda, narrow, align))
+        self.buffers = Buffers(x_t, x_in, told, nan_fill(cuda, narrow, align))
         assert self.buffers.model_out is not None
         self.graph = cuda.toy_network(
             x_in.data_ptr(), self.buffers.model_out.data_ptr(), TYPES.index(dtype),

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from advkd import graph, ops, sampling
+from advkd import ops
 from advkd.config import load_preset
 from advkd.diffusion import ddim_table
+from advkd.engine import cuda as graph
+from advkd.engine import sampling
 from advkd.models.unet import UNet, config_to_diffusers
 from advkd.ops import use_backend
 
@@ -46,7 +48,7 @@ def loops(unet: UNet, batch: int) -> Iterator[tuple[str, Loop]]:
         )
 
     def plainly(network: Callable[..., Tensor], indices: Tensor) -> Tensor:
-        x_t = sampling.draw_x_T(0, indices.cuda(), (3, 32, 32))
+        x_t = sampling.sample_x_T(0, indices.cuda(), (3, 32, 32))
         for i, t in enumerate(table.timesteps.tolist()):
             out = network(x_t.to(unet.conv_in.weight.dtype), torch.tensor(t, device="cuda"))
             a_x, a_m, c_0, c_x, c_m, _ = (float(c) for c in table.coefficients[i])

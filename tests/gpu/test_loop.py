@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from advkd import graph, ops, sampling
+from advkd import ops
 from advkd.config import load_preset
 from advkd.diffusion import Schedule, ddim_table
+from advkd.engine import cuda as graph
+from advkd.engine import sampling
 from advkd.models.unet import UNet
 from advkd.pretrained import load_teacher
 
@@ -100,7 +102,7 @@ def test_the_graph_draws_what_the_plain_loop_draws(dtype: torch.dtype, tolerance
     unet = cifar10(dtype)
     table = ddim_table(unet.schedule, 10, eta=0.0)
     indices = torch.arange(4)
-    want = sampling.sample_plainly(unet, table, 3, indices, kept=[10])[0]
+    want = sampling.sample_eagerly(unet, table, 3, indices, kept=[10])[0]
     engines = [graph.CudaEngine(unet, 4, 32, on_device=where) for where in (False, True)]
     found = [e.sample(table, 3, indices, None, kept=[10], target="denoised")[0] for e in engines]
     assert torch.equal(found[0], found[1])

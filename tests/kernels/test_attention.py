@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advkd import ops, reference
+from advkd import ops
 from advkd.config import DiscriminatorConfig
 from advkd.models.discriminator import Discriminator
+from advkd.ops import reference
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
 
@@ -81,7 +82,7 @@ def both_ways(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_is_the_formula(
-    shape: tuple[int, ...], dtype: torch.dtype, isa: str, poisoned: None
+    shape: tuple[int, ...], dtype: torch.dtype, isa: str, nan_filled: None
 ) -> None:
     args = inputs(shape, dtype)
     truth, _ = exact(*args)
@@ -160,7 +161,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0)])
-def test_nothing_passes(batch: int, queries: int, poisoned: None) -> None:
+def test_nothing_passes(batch: int, queries: int, nan_filled: None) -> None:
     q, k, v, grad = (x.requires_grad_() for x in inputs((batch, 2, queries, 3, 8)))
     out = ops.attention(q, k, v)
     assert out.shape == q.shape

@@ -70,7 +70,7 @@ def assert_close(got: Tensor, truth: Tensor, terms: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_is_the_formula(shape: tuple[int, ...], isa: str, poisoned: None) -> None:
+def test_fused_is_the_formula(shape: tuple[int, ...], isa: str, nan_filled: None) -> None:
     args = inputs(shape)
     B, C, H, W, D = shape
     terms = (9 * C, 9 * D, B * H * W, B * H * W)
@@ -140,7 +140,7 @@ def test_an_image_does_not_depend_on_its_neighbours(set_threads: Any, threads: i
     assert torch.equal(whole[3:19], part)
 
 
-def test_no_images(poisoned: None) -> None:
+def test_no_images(nan_filled: None) -> None:
     out, *grads = both_ways(inputs((0, 5, 7, 7, 4)), "fused")
     assert out.shape == (0, 4, 7, 7)
     assert all(not grad.any() for grad in grads)

@@ -98,7 +98,7 @@ class Problem:
         plan, _weights = self.plan(algorithm)
         plan.run(
             x=x.data_ptr(), y=y.data_ptr(), row=0, labels=0, images=x.shape[0], threads=threads,
-            poison=True,
+            nan_fill=True,
         )  # fmt: skip
         return y
 

@@ -17,12 +17,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from advkd import ops, sampling
+from advkd import ops
 from advkd.config import UNetConfig
-from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
+from advkd.diffusion import (
+    Schedule,
+    StepTable,
+    ddim_table,
+    ddpm_table,
+)
+from advkd.engine import sampling
+from advkd.engine.cpu import Engine, lower
+from advkd.engine.sampling import (
+    engine_for,
+    generate,
+    sample,
+    sample_into,
+    sample_x_T,
+)
 from advkd.models.unet import UNet
-from advkd.plan import Engine, lower
-from advkd.sampling import draw_x_T, engine_for, generate, sample, sample_into
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
 
@@ -72,7 +84,7 @@ def drawn(
 def exactly(table: StepTable, indices: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """States and clean estimates after every step, in float64 from the table's definition."""
     unet = copy.deepcopy(teacher()).double()
-    x_t = draw_x_T(9, indices, SHAPE).double()
+    x_t = sample_x_T(9, indices, SHAPE).double()
     states, estimates = [], []
     with ops.use_backend("reference"):
         for i, t in enumerate(table.timesteps.tolist()):
@@ -121,10 +133,10 @@ def test_a_trajectory_of_50_steps_stays_close() -> None:
 @pytest.mark.parametrize("cycles", [1e3, 1e4, 1e5])
 def test_operations_of_one_pass_may_be_shared_or_not(engine: Engine, cycles: float) -> None:
     table, indices = TABLES["ddpm"], numbers(0, 1)
-    alone = drawn(engine, table, indices, threads=1, poison=True)
+    alone = drawn(engine, table, indices, threads=1, nan_fill=True)
     assert ops.extension is not None
     ops.extension.set_worth_sharing(cycles)
-    assert torch.equal(drawn(engine, table, indices, threads=3, poison=True), alone)
+    assert torch.equal(drawn(engine, table, indices, threads=3, nan_fill=True), alone)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -142,7 +154,7 @@ def test_bits_depend_neither_on_batch_nor_on_threads(engine: Engine, name: str) 
 def test_nothing_is_read_that_was_not_written(engine: Engine) -> None:
     table, indices = TABLES["ddim, eta 0.5"], torch.arange(6)
     clean = drawn(engine, table, indices, (3, 6))
-    assert torch.equal(drawn(engine, table, indices, (3, 6), poison=True), clean)
+    assert torch.equal(drawn(engine, table, indices, (3, 6), nan_fill=True), clean)
     assert clean.isfinite().all()
 
 
@@ -286,7 +298,7 @@ def test_sample_and_generate_run_on_the_engine(monkeypatch: pytest.MonkeyPatch) 
     table = ddim_table(SCHEDULE, 4)
     with ops.use_backend("reference"):
         expected = sample(unet, table, 0, torch.arange(3), keep=(2,))
-    monkeypatch.setattr(sampling, "sample_plainly", refuse)
+    monkeypatch.setattr(sampling, "sample_eagerly", refuse)
     found = sample(unet, table, 0, torch.arange(3), keep=(2,))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -369,7 +381,7 @@ def test_a_changed_network_has_another_engine(what: str) -> None:
     after = engine_for(unet, 8, 4)
     assert after is not None
     assert after is not before
-    x = draw_x_T(0, torch.arange(2), SHAPE)
+    x = sample_x_T(0, torch.arange(2), SHAPE)
     with ops.use_backend("reference"):
         torch.testing.assert_close(after.run(x, 3), unet(x, 3), rtol=1e-4, atol=1e-4)
 
@@ -447,7 +459,7 @@ def test_group_norm(isa: str, channels: int, groups: int, pixels: int, mean: flo
         weights_size=packed.numel(),
     )  # fmt: skip
     y = torch.empty_like(x)
-    plan.run(x=x.data_ptr(), y=y.data_ptr(), row=0, labels=0, images=3, threads=2, poison=True)
+    plan.run(x=x.data_ptr(), y=y.data_ptr(), row=0, labels=0, images=3, threads=2, nan_fill=True)
     nchw = x.transpose(1, 2).double()
     truth = torch.nn.functional.group_norm(nchw, groups, weight.double(), bias.double(), 1e-5)
     # x * scale + shift rounds relative to its two terms, which are large where the mean is.

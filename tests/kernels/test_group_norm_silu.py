@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advkd import ops, reference
+from advkd import ops
 from advkd.config import DiscriminatorConfig
 from advkd.models.discriminator import Discriminator
+from advkd.ops import reference
 
 needs_extension = pytest.mark.skipif(
     ops.extension is None, reason="the C++ extension is not installed"
@@ -140,7 +141,7 @@ def assert_close(got: list[Any], args: Inputs, groups: int, silu: bool = True) -
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_both_ways_are_the_formula(
     shape: tuple[int, ...], groups: int, memory_format: torch.memory_format, mean: float,
-    activation: str, isa: str, poisoned: None,
+    activation: str, isa: str, nan_filled: None,
 ) -> None:  # fmt: skip
     args = inputs(shape, memory_format, mean=mean)
     results = both_ways(args, groups, activation)
@@ -153,7 +154,7 @@ def test_both_ways_are_the_formula(
 @pytest.mark.parametrize(("shape", "groups"), SHAPES[:5] + SHAPES[7:8])
 def test_other_dtypes(
     shape: tuple[int, ...], groups: int, memory_format: torch.memory_format, dtype: torch.dtype,
-    isa: str, poisoned: None,
+    isa: str, nan_filled: None,
 ) -> None:  # fmt: skip
     args = inputs(shape, memory_format, dtype)
     results = both_ways(args, groups)
@@ -201,7 +202,7 @@ def test_outliers_and_scales(memory_format: torch.memory_format, scale: float) -
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("activation", ["silu", "none"])
 def test_stores_that_pass_the_cache_write_the_same(
-    memory_format: torch.memory_format, activation: str, isa: str, poisoned: None
+    memory_format: torch.memory_format, activation: str, isa: str, nan_filled: None
 ) -> None:
     args = inputs((5, 8, 240, 240), memory_format)  # 9 MiB, and one image 1.8
     whole = both_ways(args, 4, activation)[:2]
@@ -292,7 +293,7 @@ def test_film_may_have_sizes_of_one_behind() -> None:
     ("shape", "backend"),
     [((0, 8, 4, 4), "reference"), ((0, 8, 4, 4), "fused"), ((2, 8, 0, 4), "fused")],
 )
-def test_nothing_passes(shape: tuple[int, ...], backend: str, poisoned: None) -> None:
+def test_nothing_passes(shape: tuple[int, ...], backend: str, nan_filled: None) -> None:
     y, *slopes = both_ways(inputs(shape), 2, backend=backend)
     assert y.shape == shape
     assert not any(slope.any() for slope in slopes)

@@ -1,4 +1,4 @@
-"""The sampling step: against float64, its twin's bits, layouts, threads, bad arguments."""
+"""The sampling step: against float64, its reference's bits, layouts, threads, bad arguments."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def in_float64(args: dict[str, Any], coefficients: np.ndarray) -> tuple[Tensor, 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_step_is_the_formula(
     shape: tuple[int, ...], memory_format: torch.memory_format, coefficients: np.ndarray,
-    clip: float, isa: str, poisoned: None,
+    clip: float, isa: str, nan_filled: None,
 ) -> None:  # fmt: skip
     args = inputs(shape, memory_format) | {"clip": clip}
     fused = ops.sampling_step(coefficients=coefficients, backend="fused", **args)
     plain = ops.sampling_step(coefficients=coefficients, backend="reference", **args)
-    for got, twin, exact in zip(fused, plain, in_float64(args, coefficients), strict=True):
-        assert got.stride() == args["x_t"].stride() == twin.stride()
-        assert torch.equal(got, twin)
+    for got, reference, exact in zip(fused, plain, in_float64(args, coefficients), strict=True):
+        assert got.stride() == args["x_t"].stride() == reference.stride()
+        assert torch.equal(got, reference)
         # Up to 7 roundings of numbers below 8.
         assert (got.double() - exact).abs().max() < 7 * 8 * 2**-24
 

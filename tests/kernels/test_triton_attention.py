@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from advkd.kernels import attention as module
 
-from advkd import reference
+from advkd.ops import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -229,7 +229,7 @@ def interpret() -> dict[str, Any]:
 
 
 def as_a_script() -> None:
-    """Prints what `interpret` returns, with Triton's bfloat16 repaired and torch.empty poisoned."""
+    """Prints what `interpret` returns, with Triton's bfloat16 repaired, torch.empty NaN-filled."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -362,7 +362,7 @@ def test_only_what_needs_it_is_copied() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CASES + DEVICE_CASES, ids=str)
 def test_kernels_on_a_device_are_the_formula(
-    shape: Shape, dtype: torch.dtype, poisoned: None
+    shape: Shape, dtype: torch.dtype, nan_filled: None
 ) -> None:
     worst = formula(shape, dtype, "cuda")
     assert within(worst), worst

@@ -136,7 +136,7 @@ def outcome(case, module, device="cpu"):
 '''
 
 INTERPRETED = """
-from advkd.kernels import group_norm_silu as module
+from advkd.kernels import group_norm_silu as module  # noqa: E402
 
 # Unwritten results are NaN.
 for name in ("empty", "empty_like"):

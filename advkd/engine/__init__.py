@@ -1,0 +1,1 @@
+"""Engines: a network made ready to run, and the sampling loops over it."""

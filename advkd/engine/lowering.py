@@ -1,0 +1,289 @@
+"""The operations of modules: convolutions, norms, attention, residual blocks, and concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from advkd.engine.plan import Builder, Part
+from advkd.models.layers import (
+    Attention,
+    Conv3x3,
+    GroupNormSiLU,
+    ResnetBlock,
+)
+from advkd.ops import extension
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class LoweringError(ValueError):
+    """A network that a plan cannot express; the message names the module."""
+
+
+class Lowering:
+    """Appends the operations of modules, one method for each kind of module."""
+
+    def __init__(self, model: nn.Module, batch: int, threads: int):
+        self.names = {module: name for name, module in model.named_modules()}
+        self.seen: set[nn.Module] = set()
+        self.plan = Builder(batch, threads)
+        # Where each residual block's projection of time and class begins, and their total width.
+        self.projections: dict[ResnetBlock, int] = {}
+        self.projected = 0
+        for module in model.modules():
+            if isinstance(module, ResnetBlock) and module.time_emb_proj is not None:
+                self.projections[module] = self.projected
+                self.projected += module.time_emb_proj.out_features
+        self.conditioning: Part | None = None  # the projections of each image, with classes
+
+    def known(self, module: nn.Module | None, kind: type[Module]) -> Module:
+        """The module, if it is exactly of this kind and nothing hooks into it."""
+        name = "the network" if module is None else self.names.get(module) or "the network"
+        if type(module) is not kind:
+            raise LoweringError(
+                f"{name} is a {type(module).__name__} where a plan knows {kind.__name__} only"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise LoweringError(f"{name} has hooks, which a plan cannot call")
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+                raise LoweringError(f"{name} is not float32 on the CPU")
+        self.seen.add(module)
+        return module
+
+    def check_complete(self, ignored: Sequence[nn.Module] = ()) -> None:
+        """LoweringError for a module that took no part."""
+        left_out = {inner for module in ignored for inner in module.modules()}
+        for module, name in self.names.items():
+            passive = isinstance(module, nn.ModuleList | nn.Dropout)
+            if passive and module.training and getattr(module, "p", 0) > 0:
+                raise LoweringError(f"{name} drops values: call eval() first")
+            if not (passive or module in self.seen or module in left_out):
+                raise LoweringError(f"{name} is a {type(module).__name__}, unknown to a plan")
+
+    # Convolutions.
+
+    def convolution(
+        self,
+        name: str,
+        weight: Tensor,
+        x: Part,
+        bias: Tensor | int | Part | None = None,
+        *,
+        stride: int = 1,
+        pad: tuple[int, int] = (0, 0),
+        upsample: bool = False,
+        norm: tuple[Part, Part] | None = None,
+        silu: bool = False,
+        residual: Part | None = None,
+        scale: float = 1.0,
+        into: Part | None = None,
+    ) -> Part:
+        """y = (conv(act(x * scale + shift of norm)) + bias + residual) * scale; y, or `into`.
+
+        The bias is weights, an offset into the row, or a vector of each image.
+        """
+        assert extension is not None
+        C_out, C_in, kernel, _ = weight.shape
+        sides = [side * (2 if upsample else 1) for side in (x.height, x.width)]
+        H, W = ((side + sum(pad) - kernel) // stride + 1 for side in sides)
+        y = self.plan.new(C_out, H, W) if into is None else into
+        assert (y.height, y.width, y.channels, x.channels) == (H, W, C_out, C_in), name
+        sizes = (self.plan.batch, x.height, x.width, C_in, C_out)
+        shape = (sizes, kernel, stride, *pad, upsample)
+        algorithm, size = extension.convolution_plan(*shape, self.plan.threads)
+
+        def pack(out: Tensor) -> None:
+            dense = weight.detach().contiguous()
+            extension.convolution_pack(*shape, dense.data_ptr(), out.data_ptr())
+
+        reads = {"x": x}
+        numbers = {}
+        if norm is not None:
+            reads |= {"x_scale": norm[0], "x_shift": norm[1]}
+        if isinstance(bias, Part):
+            reads["bias_buffer"] = bias
+        elif isinstance(bias, int):
+            numbers["bias_row"] = bias
+        elif bias is not None:
+            numbers["bias"] = self.plan.vector(bias)
+        if residual is not None:
+            reads["residual"] = residual
+        self.plan.add(
+            "convolution", name, reads, {"y": y}, scale,
+            flops=2 * weight.numel() * H * W, weights=size,
+            height=x.height, width=x.width, in_channels=C_in, out_channels=C_out, kernel=kernel,
+            stride=stride, pad_before=pad[0], pad_after=pad[1], upsample=upsample, silu=silu,
+            algorithm=algorithm, packed=self.plan.weights(size, pack), **numbers,
+        )  # fmt: skip
+        return y
+
+    def conv2d(
+        self,
+        module: nn.Module | None,
+        x: Part,
+        *,
+        pad: tuple[int, int] | None = None,
+        bias: Tensor | int | Part | None = None,
+        weight: Tensor | None = None,
+        **options: Any,
+    ) -> Part:
+        """An nn.Conv2d or Conv3x3; `bias` and `weight` replace its own, `pad` its padding."""
+        kind = Conv3x3 if isinstance(module, Conv3x3) else nn.Conv2d
+        conv: nn.Conv2d = self.known(module, kind)
+        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        square = (conv.kernel_size, conv.stride, conv.padding) == (
+            (kernel, kernel),
+            (stride, stride),
+            (padding, padding),
+        )
+        if not square or (conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), 1, "zeros"):
+            raise LoweringError(f"{self.names[conv]} is a convolution that a plan does not know")
+        return self.convolution(
+            self.names[conv],
+            conv.weight if weight is None else weight,
+            x,
+            conv.bias if bias is None else bias,
+            stride=stride,
+            pad=(int(padding), int(padding)) if pad is None else pad,
+            **options,
+        )
+
+    def linear(self, name: str, layers: Sequence[nn.Linear], x: Part, **options: Any) -> Part:
+        """Linear layers side by side, over the channels of every pixel."""
+        for layer in layers:
+            self.known(layer, nn.Linear)
+        weight = torch.cat([layer.weight.detach() for layer in layers])[:, :, None, None]
+        if "bias" not in options:
+            options["bias"] = torch.cat([layer.bias.detach() for layer in layers])
+        return self.convolution(name, weight, x, **options)
+
+    # Blocks.
+
+    def norm(self, module: GroupNormSiLU, x: Part) -> tuple[tuple[Part, Part], bool]:
+        """Scale and shift for whoever reads x, and whether SiLU follows."""
+        norm = self.known(module, GroupNormSiLU)
+        scale, shift = self.plan.new(x.channels), self.plan.new(x.channels)
+        self.plan.add(
+            "norm", self.names[norm], {"x": x}, {"scale": scale, "shift": shift}, norm.eps,
+            channels=x.channels, pixels=x.pixels, groups=norm.num_groups,
+            weight=self.plan.vector(norm.weight), bias=self.plan.vector(norm.bias),
+            weights=2 * x.channels, flops=3 * x.pixels * x.channels,
+        )  # fmt: skip
+        return (scale, shift), norm.activation == "silu"
+
+    def resnet(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
+        """A residual block, with time and class in the first convolution's bias."""
+        block = self.known(module, ResnetBlock)
+        bias: int | Part | None = None
+        if block in self.projections:
+            first = self.projections[block]
+            self.known(block.time_emb_proj, nn.Linear)
+            bias = first  # of the row
+            if self.conditioning is not None:
+                bias = self.conditioning.cut(first, block.conv1.out_channels)
+        norm, silu = self.norm(block.norm1, x)
+        h = self.conv2d(block.conv1, x, norm=norm, silu=silu, bias=bias)
+        norm, silu = self.norm(block.norm2, h)
+        if block.conv_shortcut is not None:
+            x = self.conv2d(block.conv_shortcut, x)
+        return self.conv2d(
+            block.conv2, h, norm=norm, silu=silu, residual=x, scale=1 / block.scale, into=into
+        )
+
+    def attention(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
+        """Self-attention over the pixels, with its norm and its residual."""
+        block = self.known(module, Attention)
+        name = self.names[block]
+        C, head_dim = x.channels, x.channels // block.heads
+        norm, silu = self.norm(block.group_norm, x)
+        qkv = self.linear(
+            f"{name}.to_qkv", (block.to_q, block.to_k, block.to_v), x, norm=norm, silu=silu
+        )
+        h = self.plan.new(C, x.height, x.width)
+        lse = self.plan.new(block.heads * x.pixels)
+        self.plan.add(
+            "attention", name, {"qkv": qkv}, {"y": h, "lse": lse}, head_dim**-0.5,
+            flops=4 * x.pixels**2 * C, heads=block.heads, head_dim=head_dim, pixels=x.pixels,
+        )  # fmt: skip
+        return self.linear(
+            f"{name}.to_out.0",
+            [self.known(block.to_out[0], nn.Linear)],
+            h,
+            residual=x,
+            scale=1 / block.scale,
+            into=into,
+        )
+
+    def upsampled(self, x: Part, name: str, into: Part | None = None) -> Part:
+        y = self.plan.new(x.channels, 2 * x.height, 2 * x.width) if into is None else into
+        self.plan.add(
+            "upsample", name, {"x": x}, {"y": y},
+            channels=x.channels, height=x.height, width=x.width,
+        )  # fmt: skip
+        return y
+
+    def embedding(self, module: nn.Embedding, hidden: int, row: int | None) -> None:
+        """The projections of each image's class (and time, from the row), by one product."""
+        embedding = self.known(module, nn.Embedding)
+        name = self.names[embedding]
+        self.plan.classes = embedding.num_embeddings
+        temb = self.plan.new(hidden)
+        self.plan.add(
+            "embed", name, {}, {"y": temb}, channels=hidden,
+            table=self.plan.vector(embedding.weight), weights=embedding.weight.numel(),
+            **({} if row is None else {"row": row}),
+        )  # fmt: skip
+        self.conditioning = self.project(temb)
+
+    def project(self, temb: Part, into: Part | None = None) -> Part:
+        """All residual blocks' projections of SiLU(temb), with the bias of their convolutions."""
+        layers, biases = [], []
+        for block in self.projections:
+            assert block.time_emb_proj is not None
+            assert block.conv1.bias is not None
+            layers.append(block.time_emb_proj)
+            biases.append(block.time_emb_proj.bias.detach() + block.conv1.bias.detach())
+        return self.linear(
+            "time_emb_proj", layers, temb, bias=torch.cat(biases), silu=True, into=into
+        )
+
+    def affine_input(self, x: Part, scale: float, shift: float) -> tuple[Part, Part]:
+        """Constants in the place of a norm."""
+        parts = []
+        for value in (scale, shift):
+            part = self.plan.new(x.channels)
+            values = self.plan.vector(torch.full((x.channels,), value))
+            self.plan.add(
+                "constant", "center_input_sample", {}, {"y": part}, channels=x.channels,
+                values=values, weights=x.channels,
+            )  # fmt: skip
+            parts.append(part)
+        return parts[0], parts[1]
+
+
+class Slots:
+    """Concatenation by placement: the buffers that skips and what meets them are written into."""
+
+    def __init__(self, lowering: Lowering, totals: Sequence[int]):
+        self._plan = lowering.plan
+        self._totals = list(totals)  # channels of what is concatenated, in the order of skips
+        self._open: list[Part] = []
+
+    def skip(self, channels: int, height: int, width: int) -> Part:
+        """Where the next skip goes: the last channels of a buffer."""
+        total = self._totals[len(self._open)]
+        whole = self._plan.new(total, height, width)
+        self._open.append(whole)
+        return whole.cut(total - channels, channels)
+
+    def top(self, channels: int) -> Part | None:
+        """Where what meets the last skip goes: the buffer's first channels."""
+        return self._open[-1].cut(0, channels) if self._open else None
+
+    def pop(self) -> Part:
+        return self._open.pop()

@@ -1,0 +1,217 @@
+"""The plans of a teacher, of what its passes are told of the time, and of a student."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from advkd.engine.lowering import Lowering, Slots
+from advkd.engine.plan import (
+    INPUT,
+    OUTPUT,
+    Builder,
+    Part,
+    Plan,
+)
+from advkd.models.layers import (
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+)
+from advkd.models.student import (
+    Encoder,
+    Head,
+    Stem,
+    Student,
+    Submodule,
+)
+from advkd.models.unet import (
+    DownBlock,
+    MidBlock,
+    UNet,
+    UpBlock,
+)
+
+_TIME_BATCH = 64  # of the plan for what depends on the time
+
+# Teachers.
+
+
+def lower_unet(unet: UNet, size: tuple[int, int], batch: int, threads: int) -> Lowering:
+    """The plan, being made, of one pass of a teacher."""
+    low = Lowering(unet, batch, threads)
+    low.known(unet, UNet)
+    plan, config = low.plan, unet.config
+    x = plan.new(config.in_channels, *size)
+    out = plan.new(config.out_channels, *size)
+    assert (x.buffer, out.buffer) == (INPUT, OUTPUT)
+    _lower_time(low, unet)
+    ups = [low.known(up, UpBlock) for up in unet.up_blocks]
+    resnets = [low.known(resnet, ResnetBlock) for up in ups for resnet in up.resnets]
+    totals = [resnet.norm1.num_channels for resnet in resnets]
+    slots = Slots(low, totals[::-1])
+    norm = low.affine_input(x, 2.0, -1.0) if config.center_input_sample else None
+    width = config.block_out_channels[0]
+    h = low.conv2d(unet.conv_in, x, norm=norm, into=slots.skip(width, *size))
+    for down in unet.down_blocks:
+        h = _lower_down(low, down, h, slots)
+    h = _lower_mid(low, unet.mid_block, h, slots)
+    for up in ups:
+        h = _lower_up(low, up, h, slots)
+    last, silu = low.norm(unet.conv_norm_out, h)
+    low.conv2d(unet.conv_out, h, norm=last, silu=silu, into=out)
+    low.check_complete()
+    return low
+
+
+def _lower_time(low: Lowering, unet: UNet) -> None:
+    """What the row holds: all projections of the time, or with classes the time's own vector."""
+    embedding = low.known(unet.time_embedding, TimestepEmbedding)
+    for layer in (embedding.linear_1, embedding.linear_2):
+        low.known(layer, nn.Linear)
+    if unet.class_embedding is None:
+        low.plan.row = low.projected
+        return
+    low.plan.row = embedding.linear_2.out_features
+    low.embedding(unet.class_embedding, low.plan.row, 0)
+
+
+def _lower_layer(
+    low: Lowering, block: DownBlock | UpBlock, i: int, x: Part, into: Part | None
+) -> Part:
+    """Residual block number i, and the attention behind it where the block has some."""
+    if block.attentions is None:
+        return low.resnet(block.resnets[i], x, into)
+    return low.attention(block.attentions[i], low.resnet(block.resnets[i], x), into)
+
+
+def _lower_down(low: Lowering, module: nn.Module, h: Part, slots: Slots) -> Part:
+    block = low.known(module, DownBlock)
+    for i, module in enumerate(block.resnets):
+        resnet = low.known(module, ResnetBlock)
+        into = slots.skip(resnet.norm2.num_channels, h.height, h.width)
+        h = _lower_layer(low, block, i, h, into)
+    if block.downsamplers is not None:
+        down = low.known(block.downsamplers[0], Downsample)
+        pad = (0, 1) if down.padding == 0 else (down.padding, down.padding)
+        sides = ((side + sum(pad) - 3) // 2 + 1 for side in (h.height, h.width))
+        h = low.conv2d(down.conv, h, pad=pad, into=slots.skip(h.channels, *sides))
+    return h
+
+
+def _lower_mid(low: Lowering, module: nn.Module, h: Part, slots: Slots) -> Part:
+    block = low.known(module, MidBlock)
+    h = low.resnet(block.resnets[0], h)
+    if block.attentions is not None:
+        h = low.attention(block.attentions[0], h)
+    return low.resnet(block.resnets[1], h, slots.top(h.channels))
+
+
+def _lower_up(low: Lowering, block: UpBlock, h: Part, slots: Slots) -> Part:
+    last = len(block.resnets) - 1
+    for i, module in enumerate(block.resnets):
+        resnet = low.known(module, ResnetBlock)
+        x = slots.pop()
+        # What ends the block meets the next skip, unless it is doubled first.
+        C = resnet.norm2.num_channels
+        meets = i < last or block.upsamplers is None
+        into = slots.top(C) if meets else None
+        h = _lower_layer(low, block, i, x, into)
+    if block.upsamplers is not None:
+        up = low.known(block.upsamplers[0], Upsample)
+        h = low.conv2d(up.conv, h, upsample=True, into=slots.top(h.channels))
+    return h
+
+
+def time_plan(low: Lowering, unet: UNet) -> Plan:
+    """From sinusoids (N, dim) to the rows of N passes."""
+    plan = Builder(_TIME_BATCH, low.plan.threads)
+    main, low.plan = low.plan, plan
+    embedding = unet.time_embedding
+    x = plan.new(embedding.linear_1.in_features)
+    out = plan.new(main.row)
+    h = low.linear("time_embedding.linear_1", [embedding.linear_1], x)
+    if unet.class_embedding is not None:
+        low.linear("time_embedding.linear_2", [embedding.linear_2], h, silu=True, into=out)
+    else:
+        temb = low.linear("time_embedding.linear_2", [embedding.linear_2], h, silu=True)
+        low.project(temb, into=out)
+    low.plan = main
+    return plan.finished()
+
+
+# Students.
+
+
+def lower_student(
+    student: Student, size: tuple[int, int], batch: int, threads: int, exit_at: int | None
+) -> Lowering:
+    """The plan, being made, of one pass of a student to head `exit_at` (None: the last)."""
+    depth = student.depth_of(exit_at)
+    low = Lowering(student, batch, threads)
+    low.known(student, Student)
+    plan = low.plan
+    x = plan.new(student.channels, *size)
+    side = student.config.stages[depth - 1]
+    out = plan.new(student.channels, side, side)
+    if student.class_embedding is not None:
+        low.embedding(student.class_embedding, student.class_embedding.embedding_dim, None)
+    submodules = [low.known(module, Submodule) for module in student.submodules[:depth]]
+    resnets = [low.known(s.blocks[0], ResnetBlock) for s in submodules if s.doubles]
+    totals = [resnet.norm1.num_channels for resnet in resnets]
+    slots = Slots(low, totals[::-1] if student.encoder is not None else [])
+    if student.encoder is not None:
+        h = _lower_encoder(low, student.encoder, x, slots, len(totals))
+    else:
+        h = _lower_stem(low, student.stem, x)
+    for submodule in submodules:
+        h = _lower_submodule(low, submodule, h, slots)
+    head = low.known(student.heads[depth - 1], Head)
+    norm, silu = low.norm(head.norm, h)
+    low.conv2d(head.conv, h, norm=norm, silu=silu, into=out)
+    low.check_complete(
+        [m for k, m in enumerate(student.heads) if k != depth - 1] + [*student.submodules[depth:]]
+    )
+    return low
+
+
+def _lower_encoder(low: Lowering, module: nn.Module, x: Part, slots: Slots, skips: int) -> Part:
+    """Its maps but the last become skips; so many of them, the lowest, are met again."""
+    encoder = low.known(module, Encoder)
+    last = len(encoder.downs)
+
+    def place(i: int, like: Part) -> Part | None:
+        met = last - skips <= i < last
+        return slots.skip(like.channels, like.height, like.width) if met else None
+
+    width = encoder.conv_in.out_channels
+    h = low.conv2d(encoder.conv_in, x, into=place(0, x._replace(channels=width)))
+    for i, (down, block) in enumerate(zip(encoder.downs, encoder.blocks, strict=True), 1):
+        h = low.conv2d(down, h)
+        h = low.resnet(block, h, place(i, h))
+    return h
+
+
+def _lower_stem(low: Lowering, module: nn.Module | None, x: Part) -> Part:
+    stem = low.known(module, Stem)
+    f, C = stem.factor, x.channels
+    deep = low.plan.new(C * f * f, x.height // f, x.width // f)
+    low.plan.add(
+        "space_to_depth", low.names[stem], {"x": x}, {"y": deep},
+        channels=C, block=f, height=x.height, width=x.width,
+    )  # fmt: skip
+    # pixel_unshuffle puts channels first, the plan the place in the square.
+    weight = stem.conv.weight.detach().unflatten(1, (C, f * f)).transpose(1, 2).flatten(1, 2)
+    return low.conv2d(stem.conv, deep, weight=weight)
+
+
+def _lower_submodule(low: Lowering, block: Submodule, h: Part, slots: Slots) -> Part:
+    if block.reduce is not None:
+        h = low.conv2d(block.reduce, h)
+    if block.doubles:
+        into = slots.top(h.channels)
+        doubled = low.upsampled(h, low.names[block], into)
+        h = doubled if into is None else slots.pop()
+    for resnet in block.blocks:
+        h = low.resnet(resnet, h)
+    return h if block.attention is None else low.attention(block.attention, h)

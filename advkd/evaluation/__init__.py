@@ -1,0 +1,1 @@
+"""How good generated images are, and how fast they are made."""

@@ -1,0 +1,1 @@
+"""Trainings: of a teacher, and of a student by distillation."""

@@ -1,0 +1,182 @@
+"""Training a teacher: DDPM's simple loss (Ho et al. 2020, eq. 14) on a UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advkd.config import Config, ConfigError
+from advkd.data.images import ImageSet
+from advkd.device import autocast, pick_device
+from advkd.diffusion import Schedule
+from advkd.models.unet import UNet
+from advkd.parallel import Workers
+from advkd.pretrained import load_teacher, save_teacher
+from advkd.training.checkpoint import drop_checkpoints
+from advkd.training.ema import Ema
+from advkd.training.loop import (
+    Training,
+    check_finite,
+    generator_at,
+    learning_rate,
+    run_training,
+)
+
+STAGE = "teacher"
+
+# Settings of a network or schedule that its weights do not depend on.
+_NOT_LEARNT = {
+    *("sample_size", "dropout"),
+    *("clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset"),
+    "set_alpha_to_one",
+}
+
+
+def noised(x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t from x_0 (DDPM eq. 4); alpha_bar (B,) at each image's time."""
+    level = alpha_bar[:, None, None, None]
+    return level.sqrt() * x_0 + (1 - level).sqrt() * eps
+
+
+def target_of(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the network has to predict: eps, x_0, or v = sqrt(ab)*eps - sqrt(1-ab)*x_0."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "sample":
+        return x_0
+    level = alpha_bar[:, None, None, None]
+    return level.sqrt() * eps - (1 - level).sqrt() * x_0
+
+
+class TeacherTraining(Training):
+    """Network, average, optimiser and data of a teacher in training."""
+
+    stage = STAGE
+
+    def __init__(self, config: Config, images: ImageSet):
+        _check_data(config, images)
+        self.config = config
+        self.settings = config.teacher
+        self.images = images
+        self.device = pick_device(config.run.device)
+        unet = _initial_unet(config).to(self.device)
+        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = Ema(self.unet, self.settings.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(),
+            betas=(0.9, self.settings.beta2),
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        self.modules = {"unet": self.unet, "ema": self.ema.model}
+        self.optimizers = {"optimizer": self.optimizer}
+        alpha_bar = self.unet.schedule.alpha_bar
+        self.alpha_bar = torch.tensor(alpha_bar, dtype=torch.float32, device=self.device)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The clean images, noise, times and labels that belong to `step`."""
+        generator = generator_at(self.config.run.seed, step, STAGE)
+        B = self.settings.batch
+        indices = torch.randint(len(self.images), (B,), generator=generator).numpy()
+        flip = torch.rand(B, generator=generator).numpy() < (0.5 if self.config.data.flip else 0)
+        x_0 = self.images.batch(indices, flip)
+        eps = torch.randn(x_0.shape, generator=generator)
+        t = torch.randint(len(self.alpha_bar), (B,), generator=generator)
+        y = None
+        if self.unet.class_embedding is not None and self.images.labels is not None:
+            y = torch.as_tensor(self.images.labels[indices], device=self.device)
+        return x_0.to(self.device), eps.to(self.device), t.to(self.device), y
+
+    def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The simple loss of (a share of) a batch."""
+        alpha_bar = self.alpha_bar[t]
+        x_t = noised(x_0, eps, alpha_bar).contiguous(memory_format=torch.channels_last)
+        with autocast(self.settings.autocast, self.device):
+            predicted = self.unet(x_t, t, y)
+        target = target_of(self.unet.schedule.prediction_type, x_0, eps, alpha_bar)
+        return F.mse_loss(predicted.float(), target)
+
+    def step(self, step: int, workers: Workers) -> dict[str, float]:
+        """One optimiser step; returns what is logged."""
+        s = self.settings
+        lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(step)  # of dropout, the only other user of randomness
+        batch = self.batch(step)
+        parameters = list(self.unet.parameters())
+
+        def gradients_of(share: slice) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+            x_0, eps, t, y = batch
+            loss = self.loss(x_0[share], eps[share], t[share], None if y is None else y[share])
+            return torch.autograd.grad(loss, parameters), {"loss": loss.detach()}
+
+        values = workers.gradients(gradients_of, s.batch, parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
+        loss = check_finite("the teacher's loss", values["loss"], step)
+        grad_norm = check_finite("the teacher's gradient", norm, step)
+        self.optimizer.step()
+        self.ema.update(self.unet, step)
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+
+    def brief(self, values: dict[str, float]) -> dict[str, str]:
+        return {"loss": f"{values['loss']:.4f}"}
+
+
+def _check_data(config: Config, images: ImageSet) -> None:
+    unet = config.unet
+    if {unet.in_channels, unet.out_channels} != {images.channels}:
+        raise ConfigError(
+            f"the teacher takes {unet.in_channels} channels and gives {unet.out_channels}; "
+            f"{images.source} has {images.channels}"
+        )
+    if unet.num_class_embeds is None:
+        return
+    if images.labels is None or images.num_classes is None:
+        raise ConfigError(f"a class-conditional teacher needs labels; {images.source} has none")
+    if images.num_classes > unet.num_class_embeds:
+        raise ConfigError(
+            f"unet.num_class_embeds={unet.num_class_embeds} is too small: {images.source} has "
+            f"labels up to {images.num_classes - 1}"
+        )
+
+
+def _initial_unet(config: Config) -> UNet:
+    schedule = Schedule(**vars(config.schedule))
+    torch.manual_seed(config.run.seed)
+    unet = UNet(config.unet, schedule)
+    if config.teacher.init:
+        given = load_teacher(config.teacher.init)
+        differing = [
+            name
+            for ours, theirs in ((unet.config, given.config), (schedule, given.schedule))
+            for name, value in vars(theirs).items()
+            if name not in _NOT_LEARNT and getattr(ours, name, value) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{config.teacher.init} was trained with another {', '.join(differing)} than this "
+                "configuration asks for"
+            )
+        unet.load_state_dict(given.state_dict())
+    return unet
+
+
+def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
+    """Train from scratch, from `teacher.init`, or on from the last checkpoint; save `run/teacher`.
+
+    Returns the seconds of training, earlier sessions included. Raises TrainingError on a
+    non-finite loss and Interrupted after a signal, both with the state on disk.
+    """
+    training = TeacherTraining(config, images)
+    s = config.teacher
+    # Dropout draws from one generator: several threads would take its numbers in any order.
+    threads = 1 if config.unet.dropout else config.run.threads
+    seconds = run_training(training, run, s.steps, s.log_every, s.checkpoint_every, threads)
+    save_teacher(training.ema.model, run / "teacher")
+    drop_checkpoints(run / "checkpoints", STAGE)
+    return seconds

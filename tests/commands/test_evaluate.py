@@ -1,0 +1,311 @@
+"""The command that judges: its figures are the metrics', its options go together or are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import advkd.evaluation.protocol
+from advkd.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    StudentConfig,
+    UNetConfig,
+    to_toml,
+)
+from advkd.data.images import load_images, shipped
+from advkd.diffusion import Schedule
+from advkd.engine.sampling import EVALUATION_SEED, generate
+from advkd.evaluate import (
+    main,
+    mode_of,
+    parser,
+    quality_table,
+)
+from advkd.evaluation.metrics import (
+    accuracy,
+    extract,
+    frechet_distance,
+    load_features,
+    precision_recall,
+)
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pretrained import (
+    load_student,
+    load_teacher,
+    save_student,
+    save_teacher,
+)
+from advkd.run.stages import Run, has_images, hold_out
+
+STUDENT = StudentConfig(stages=(4, 8), widths=(8, 8), attention=(4,), groups=4)
+TEACHER = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 8),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+IMAGES, NUM, STEPS = 60, 20, 3
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of two classes, features, a student and a teacher, all 1x8x8."""
+    folder = tmp_path_factory.mktemp("given")
+    draw = np.random.default_rng(0)
+    labels = np.arange(IMAGES) % 2
+    pixels = draw.integers(0, 128, (IMAGES, 1, 8, 8)) + 100 * labels[:, None, None, None]
+    np.savez(folder / "images.npz", images=pixels.astype(np.uint8), labels=labels)
+    np.savez(folder / "unlabelled.npz", images=pixels.astype(np.uint8))
+    torch.manual_seed(0)
+    save_student(Student(STUDENT, 8, 1), folder / "student")
+    save_teacher(UNet(TEACHER, Schedule()), folder / "teacher")
+    arguments = ["--fit-features", str(folder / "images.npz"), "--steps", "20"]
+    assert main([*arguments, "--out", str(folder / "features")]) == 0
+    return folder
+
+
+@pytest.fixture
+def networks(given: Path) -> list[str]:
+    """Arguments that judge the networks on their own."""
+    options = {"data": "images.npz", "features": "features"}
+    files = [word for name, file in options.items() for word in (f"--{name}", str(given / file))]
+    return [*files, "--num", str(NUM), "--teacher-steps", str(STEPS)]
+
+
+def _figures(output: str) -> dict[str, dict[str, str]]:
+    """The printed table as text by row and column."""
+    header, *rows = output.split("\n\n")[0].splitlines()
+    columns = header.split()
+    cells = {row.rsplit(maxsplit=len(columns))[0]: row.split()[-len(columns) :] for row in rows}
+    return {name: dict(zip(columns, row, strict=True)) for name, row in cells.items()}
+
+
+def test_fitted_features(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "features"
+    arguments = ["--fit-features", str(given / "images.npz"), "--out", str(out)]
+    assert main([*arguments, "--steps", "20", "--seed", "1", "--no-flip"]) == 0
+    net = load_features(out)
+    images = hold_out(load_images(given / "images.npz"))
+    right = accuracy(net, images.held_out)
+    assert capsys.readouterr().out == (
+        f"{out}: a small classifier, {100 * right:.2f}% right on 12 held-out images\n"
+    )
+    assert net.record["steps"] == 20 and net.record["seed"] == 1 and not net.record["flip"]
+    assert net.record["held_out_accuracy"] == right and net.record["images"] == 48
+
+    assert main(arguments) == 1
+    assert "holds features already" in capsys.readouterr().err
+
+
+def test_fitted_autoencoder(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "features"
+    data = given / "unlabelled.npz"
+    assert main(["--fit-features", str(data), "--out", str(out), "--steps", "5"]) == 0
+    net = load_features(out)
+    assert net.num_classes is None
+    held_out = hold_out(load_images(data)).held_out
+    x = held_out.batch(np.arange(len(held_out)))
+    with torch.inference_mode():
+        error = float((net(x)[1] - x).square().mean())
+    expected = f"{out}: a small autoencoder, mean squared error {error:.4f} on 12 held-out images\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_networks_on_their_own(
+    given: Path, networks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--student", str(given / "student"), "--teacher", str(given / "teacher")]
+    assert main([*both, *networks]) == 0
+    said = capsys.readouterr().out
+    figures = _figures(said)
+    assert list(figures["FD ↓"]) == ["real", "teacher", "student"]
+
+    images = hold_out(load_images(given / "images.npz"))
+    net = load_features(given / "features")
+    real = extract(net, images.held_out).values
+    drawn = {
+        "teacher": generate(load_teacher(given / "teacher"), NUM, EVALUATION_SEED, STEPS),
+        "student": generate(load_student(given / "student"), NUM, EVALUATION_SEED),
+    }
+    for side, samples in drawn.items():
+        fake = extract(net, samples)
+        expected = frechet_distance(real, fake.values)
+        assert float(figures["FD ↓"][side]) == pytest.approx(expected, rel=1e-3)
+        precision, recall = precision_recall(real, fake.values)
+        assert float(figures["Precision ↑"][side]) == pytest.approx(precision, rel=1e-3)
+        assert float(figures["Recall ↑"][side]) == pytest.approx(recall, rel=1e-3)
+        assert fake.classes is not None
+        share = 100 * float((fake.classes == 1).mean())
+        assert float(figures["class 1, %"][side]) == pytest.approx(share, abs=0.06)
+    words = " ".join(said.split("\n\n")[1].split())
+    assert words.startswith("20 images of each network, drawn from a seed that training refuses")
+    assert f"DDIM in {STEPS} steps" in words and "12 held-out images" in words
+    assert f"a small classifier ({given / 'features'})" in words
+
+
+def test_a_student_alone(
+    given: Path, networks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--student", str(given / "student"), *networks]) == 0
+    said = capsys.readouterr().out
+    assert list(_figures(said)["FD ↓"]) == ["real", "student"]
+    assert "DDIM" not in said
+
+
+def test_a_run_and_its_stored_judgement(
+    given: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = _run(given, tmp_path / "run")
+    drawn = _watch_drawing(monkeypatch)
+    assert main(["--run", str(run.folder)]) == 0
+    first = capsys.readouterr().out
+    assert drawn == [UNet, Student]
+    assert (run.folder / "judged" / "judged.json").is_file()
+
+    assert main(["--run", str(run.folder)]) == 0
+    assert drawn == [UNet, Student, Student]
+    assert main(["--run", str(run.folder), "--fresh"]) == 0
+    assert drawn == [UNet, Student, Student, UNet, Student]
+    assert capsys.readouterr().out == first * 2  # the very same figures, stored or drawn
+    assert list(_figures(first)["KID ↓"]) == ["real", "teacher", "student"]
+    assert f"{NUM} images of each network" in first
+
+    # Another judge is another protocol: what is stored does not count.
+    other = dataclasses.replace(run.config.evaluate, teacher_steps=STEPS + 1)
+    config = dataclasses.replace(run.config, evaluate=other)
+    (run.folder / "config.toml").write_text(to_toml(config))
+    assert main(["--run", str(run.folder)]) == 0
+    assert drawn[-2:] == [UNet, Student]
+
+
+def _run(given: Path, folder: Path) -> Run:
+    """A run whose teacher and student stand."""
+    config = Config(
+        data=DataConfig(path=str(given / "images.npz"), size=8),
+        evaluate=EvaluateConfig(num=NUM, teacher_steps=STEPS, features=str(given / "features")),
+    )
+    run = Run(config, folder)
+    with run.opened():
+        save_teacher(load_teacher(given / "teacher"), folder / "teacher")
+        save_student(load_student(given / "student"), folder / "student")
+        run.finish("teacher", 1.0)
+        run.finish("distill", 1.0)
+    return run
+
+
+def _watch_drawing(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The kinds of networks that judging draws from, in order."""
+    drawn: list[type] = []
+
+    def watched(model: Any, *arguments: Any, **settings: Any) -> Any:
+        drawn.append(type(model))
+        return generate(model, *arguments, **settings)
+
+    monkeypatch.setattr(advkd.judging, "generate", watched)
+    return drawn
+
+
+def test_runs_that_cannot_be_judged(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(tmp_path)]) == 1
+    assert "is no run of advkd train" in capsys.readouterr().err
+    run = _run(given, tmp_path / "run")
+    run.marker("distill").unlink()
+    assert main(["--run", str(run.folder)]) == 1
+    assert "has not finished stage distill" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [("", "", True), ("", "zoo:x", True), ("", "/a/teacher", False), ("x.npz", "/a/teacher", True)],
+)
+def test_which_runs_have_images(path: str, source: str, expected: bool) -> None:
+    config = Config(data=DataConfig(path=path))
+    teacher = dataclasses.replace(config.teacher, source=source)
+    assert has_images(dataclasses.replace(config, teacher=teacher)) is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --run, or --student and --teacher, or --fit-features"),
+        (["--run", "a", "--student", "b"], "give either --run"),
+        (["--run", "a", "--num", "5"], "--num does not go with --run"),
+        (["--student", "a", "--steps", "5"], "--steps does not go with --student or --teacher"),
+        (["--fit-features", "a", "--fresh"], "--fresh does not go with --fit-features"),
+        (["--fit-features", "shipped"], "--fit-features needs --out FOLDER"),
+        (["--student", "absent"], "there is no folder absent"),
+    ],
+)
+def test_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and said.err.count("\n") == 1
+
+
+def test_networks_that_do_not_fit(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = ["--student", str(given / "student")]
+    assert main(student) == 1
+    assert "those that ship 1x28x28: give --data" in capsys.readouterr().err
+    assert main([*student, "--data", str(given / "images.npz")]) == 1
+    assert "give --features FOLDER" in capsys.readouterr().err
+    save_student(Student(STUDENT, 8, 3), tmp_path / "rgb")
+    assert main(["--student", str(tmp_path / "rgb"), "--teacher", str(given / "teacher")]) == 1
+    assert "different sizes or channels" in capsys.readouterr().err
+
+
+def test_modes() -> None:
+    assert mode_of(parser().parse_args(["--run", "a", "--fresh"])) == "run"
+    assert mode_of(parser().parse_args(["--teacher", "a", "--num", "9", "--fresh"])) == "networks"
+    assert mode_of(parser().parse_args(["--fit-features", "a", "--no-crop"])) == "fit_features"
+
+
+def test_table() -> None:
+    figures = {
+        "fd": {"real": 1.23456, "student": 1234.5678},
+        "kid": {"real": -0.000012345, "student": 0.5},
+        "precision": {"real": 1.0, "student": 0.25},
+        "recall": {"real": 0.5, "student": 0.0},
+        "swd": {"real": 0.125, "student": None},
+        "classes": {"real": [0.25, 0.75], "student": None},
+    }
+    assert quality_table(figures, ["bag", "coat"]).splitlines() == [
+        "                  real    student",
+        "FD ↓             1.235       1235",
+        "KID ↓       -1.234e-05        0.5",
+        "Precision ↑          1       0.25",
+        "Recall ↑           0.5          0",
+        "SWD ↓            0.125          –",
+        "bag, %            25.0          –",
+        "coat, %           75.0          –",
+    ]
+    figures["classes"]["real"] = None
+    assert len(quality_table(figures).splitlines()) == 6
+
+
+def test_holding_out_takes_every_image_once() -> None:
+    images = shipped("test")
+    parts = hold_out(images)
+    assert len(parts.held_out) == 400 and len(parts.train) == 1600
+    together = np.concatenate([parts.train.pixels, parts.held_out.pixels])
+    assert sorted(p.tobytes() for p in together) == sorted(p.tobytes() for p in images.pixels)
+    again = hold_out(images)
+    assert np.array_equal(again.held_out.pixels, parts.held_out.pixels)

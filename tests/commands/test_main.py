@@ -1,0 +1,56 @@
+"""`advkd COMMAND`: every command starts, and passes on its arguments and its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from advkd.__main__ import COMMANDS, main
+
+
+def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "advkd", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+
+
+def test_every_command_has_help(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        helps = list(pool.map(lambda name: run(name, "--help", folder=tmp_path), COMMANDS))
+    for name, helped in zip(COMMANDS, helps, strict=True):
+        assert helped.returncode == 0, helped.stderr
+        assert helped.stdout.startswith(f"usage: advkd {name} ")
+    options = helps[list(COMMANDS).index("sample")].stdout
+    assert "--exit-at" in options and "--teacher" in options
+
+
+def test_arguments_and_status_are_passed_on(tmp_path: Path) -> None:
+    failed = run("sample", "--student", "absent", folder=tmp_path)
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr == "advkd: there is no folder absent\n"
+
+
+def test_help_and_unknown_commands_do_without_torch() -> None:
+    code = "import sys, advkd.__main__ as m; s = m.main(); print(s, 'torch' in sys.modules)"
+    helped = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=300
+    )
+    assert helped.stdout.endswith("0 False\n"), helped.stderr
+    for name in COMMANDS:
+        assert f"\n  {name} " in helped.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["distill"]])
+def test_no_such_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["advkd", *arguments])
+    assert main() == 2
+    said = capsys.readouterr()
+    if arguments:
+        assert said.err == "advkd: there is no command 'distill'; see advkd --help\n"
+    else:
+        assert said.out.startswith("usage: advkd COMMAND")

@@ -1,0 +1,116 @@
+"""The Python interface: three functions that no module shadows, reproducible images."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import advkd
+from advkd.config import StudentConfig, UNetConfig
+from advkd.diffusion import Schedule
+from advkd.engine.sampling import sample_labels, sample_x_T
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pretrained import save_student, save_teacher
+
+STUDENT = StudentConfig(stages=(4, 8), widths=(8, 8), attention=(4,), groups=4)
+TEACHER = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 8),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+NUM = 7
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    save_student(Student(STUDENT, 8, 1), folder / "student")
+    save_student(Student(STUDENT, 8, 1, num_classes=3), folder / "conditional")
+    save_teacher(UNet(TEACHER, Schedule()), folder / "teacher")
+    return folder
+
+
+def load(folders: Path, name: str) -> UNet | Student:
+    loader = advkd.load_teacher if name == "teacher" else advkd.load_student
+    return loader(folders / name)
+
+
+def test_no_module_shadows_a_function(folders: Path) -> None:
+    for module in pkgutil.walk_packages(advkd.__path__, "advkd."):
+        importlib.import_module(module.name)
+    teacher = advkd.load_teacher(str(folders / "teacher"))
+    student = advkd.load_student(str(folders / "student"))
+    x = torch.zeros(2, 1, 8, 8)
+    assert teacher(x, 10).shape == x.shape
+    assert student(x).shape == x.shape and student(x, exit_at=1).shape == (2, 1, 4, 4)
+    for model in (teacher, student):
+        images = advkd.generate(model, num=3, seed=0, steps=2)
+        assert images.shape == (3, 1, 8, 8) and images.dtype == torch.float32
+        assert images.is_contiguous() and images.abs().max() <= 1 and images.std() > 0
+
+
+def test_names() -> None:
+    assert set(advkd.__all__) == {"generate", "load_student", "load_teacher"}
+    with pytest.raises(AttributeError, match="no attribute 'load_studnet'"):
+        _ = advkd.load_studnet  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "conditional"])
+@pytest.mark.parametrize("settings", [{"batch": 1}, {"batch": 3, "threads": 1}, {"threads": 2}])
+def test_an_image_does_not_depend_on_its_batch(
+    folders: Path, name: str, settings: dict[str, Any]
+) -> None:
+    model = load(folders, name)
+    together = advkd.generate(model, NUM, seed=5, steps=4, eta=0.5)
+    divided = advkd.generate(model, NUM, seed=5, steps=4, eta=0.5, **settings)
+    alone = [
+        advkd.generate(model, 1, seed=5, steps=4, eta=0.5, first=number) for number in range(NUM)
+    ]
+    scale = float(together.abs().max())
+    assert scale > 0
+    assert (divided - together).abs().max() <= 1e-4 * scale
+    assert (torch.cat(alone) - together).abs().max() <= 1e-4 * scale
+
+
+def test_x_T_and_labels_are_the_same_bits_in_any_batch() -> None:
+    numbers = torch.arange(NUM)
+    together = sample_x_T(5, numbers, (3, 8, 8))
+    labels = sample_labels(5, numbers, 10)
+    for number in range(NUM):
+        assert torch.equal(
+            sample_x_T(5, numbers[number : number + 1], (3, 8, 8))[0], together[number]
+        )
+        assert torch.equal(sample_labels(5, numbers[number : number + 1], 10)[0], labels[number])
+    backwards = sample_x_T(5, numbers.flip(0), (3, 8, 8)).flip(0)
+    assert torch.equal(backwards, together)
+
+
+def test_seeds_and_numbers_give_other_images(folders: Path) -> None:
+    student = advkd.load_student(folders / "student")
+    images = advkd.generate(student, 2, seed=0)
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images, advkd.generate(student, 2, seed=1))
+    assert torch.equal(images, advkd.generate(student, 2, seed=0))
+
+
+def test_given_labels_are_followed(folders: Path) -> None:
+    student = advkd.load_student(folders / "conditional")
+    numbers = torch.arange(NUM)
+    drawn = advkd.generate(student, NUM, seed=0)
+    assert torch.equal(drawn, advkd.generate(student, NUM, seed=0, y=sample_labels(0, numbers, 3)))
+    others = advkd.generate(student, NUM, seed=0, y=(sample_labels(0, numbers, 3) + 1) % 3)
+    assert ((others - drawn).abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_no_images(folders: Path) -> None:
+    assert advkd.generate(advkd.load_student(folders / "student"), 0, seed=0).shape == (0, 1, 8, 8)

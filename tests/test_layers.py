@@ -1,0 +1,119 @@
+"""The house's layers: a file imports only from layers below its own, wherever the import stands."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the top down. Places of one layer may not import each other; a package's own files may.
+LAYERS: dict[int, tuple[str, ...]] = {
+    10: ("train", "sample", "evaluate", "export", "info", "__main__"),
+    9: ("api", "run", "cli"),
+    8: ("report",),
+    7: ("evaluation",),
+    6: ("training",),
+    5: ("data",),
+    4: ("engine",),
+    3: ("pretrained",),
+    2: ("models",),
+    1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
+    0: ("kernels", "_C"),
+}
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+EXEMPT = ("__init__",)  # re-exports the API lazily
+
+
+def sources() -> dict[str, str]:
+    """Module name below advkd -> source."""
+    package = ROOT / "advkd"
+    found = {
+        ".".join(path.relative_to(package).with_suffix("").parts): path.read_text()
+        for path in package.rglob("*.py")
+    }
+    kernels = {f"kernels.{p.stem}": p.read_text() for p in (ROOT / "kernels").rglob("*.py")}
+    return {name: text for name, text in (found | kernels).items() if name not in EXEMPT}
+
+
+def place(name: str) -> str | None:
+    """The entry of LAYERS that a dotted name below advkd lies in."""
+    parts = name.split(".")
+    candidates = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((candidate for candidate in candidates if candidate in LAYER_OF), None)
+
+
+def imported(module: str, source: str) -> set[str]:
+    """Dotted names below advkd that a file imports, at the top or inside of functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["advkd", *module.split(".")][: -node.level] if node.level else []
+            base = [*package, *([node.module] if node.module else [])]
+            found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name.removeprefix("advkd.") for name in found if name.startswith("advkd.")}
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Imports of a file that do not go down."""
+    here = place(module)
+    assert here is not None, f"{module} has no layer: give it one in LAYERS"
+    found = []
+    for name in sorted(imported(module, source)):
+        there = place(name)
+        if there is None:
+            found.append(f"{module} imports {name}, which has no layer")
+        elif there != here and LAYER_OF[there] >= LAYER_OF[here]:
+            found.append(f"{module} ({LAYER_OF[here]}) imports {name} ({LAYER_OF[there]})")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_imports_go_down(module: str) -> None:
+    assert violations(module, sources()[module]) == []
+
+
+def test_a_floor_for_every_file_and_a_file_for_most_entries() -> None:
+    places = {place(module) for module in sources()}
+    assert None not in places
+    assert len(places) > 15
+
+
+def test_the_packages_own_file_imports_only_the_api() -> None:
+    text = (ROOT / "advkd" / "__init__.py").read_text()
+    assert {place(name) for name in imported("__init__", text)} <= {"api"}
+
+
+def test_kernels_stand_on_nothing() -> None:
+    for module, source in sources().items():
+        if module.startswith("kernels."):
+            assert {place(name) for name in imported(module, source)} <= {"kernels"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "count"),
+    [
+        ("ops", "import advkd.config", 1),
+        ("ops", "from advkd import config, kernels", 1),
+        ("ops", "from advkd.kernels.group_norm_silu import f", 0),
+        ("ops", "import numpy\nfrom torch import nn", 0),
+        ("ops", "from advkd.models import layers", 1),
+        ("ops", "from advkd.models.layers import Attention", 1),
+        ("ops", "def f():\n    from advkd import sampling", 1),
+        ("ops", "def f():\n    import advkd.engine.sampling as s, advkd.train", 2),
+        ("diffusion", "from advkd.config import Config", 1),
+        ("models.unet", "from .layers import Attention", 0),
+        ("models.unet", "from ..sampling import sample", 1),
+        ("models.unet", "from .. import train", 1),
+        ("models.unet", "if TYPE_CHECKING:\n    from advkd.engine.cpu import Engine", 1),
+        ("data", "from advkd import something_new", 1),
+        ("kernels.group_norm_silu", "from advkd.kernels.common import f", 0),
+        ("kernels.group_norm_silu", "from advkd import ops", 1),
+    ],
+)
+def test_the_check_itself(module: str, source: str, count: int) -> None:
+    assert len(violations(module, source)) == count

@@ -1,0 +1,440 @@
+"""Files are whole or absent, whatever happens while they are written; nothing is a pickle."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import advkd
+from advkd.files import (
+    KEPT,
+    CheckpointError,
+    load_strictly,
+    read_json,
+    read_tensors,
+    replacing,
+    tensors_hash,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from advkd.training.checkpoint import (
+    Checkpoint,
+    drop_checkpoints,
+    latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def checkpoint(step: int) -> Checkpoint:
+    tensors = {"weight": torch.full((3, 2), float(step)), "count": torch.tensor(step)}
+    return Checkpoint(step, tensors, {"seconds": 0.1 * step, "note": "ü"})
+
+
+def latest_without_warning(folder: Path) -> Checkpoint | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return latest_checkpoint(folder, "stage")
+
+
+def test_write_replaces_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    for content in (b"first", b"second", b""):
+        write_bytes(path, content)
+        assert path.read_bytes() == content
+        assert files(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failing_writer_leaves_the_old_file_and_no_other(tmp_path: Path, error: type) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert files(tmp_path) == ["file"]
+
+
+def fill_disk_in_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+
+
+def fill_disk_in_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("fill_disk", [fill_disk_in_write, fill_disk_in_fsync])
+def test_full_disk_is_an_error_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fill_disk: Callable
+) -> None:
+    save_checkpoint(tmp_path, "stage", checkpoint(1))
+    save_checkpoint(tmp_path, "stage", checkpoint(2))
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        with pytest.raises(OSError) as caught:
+            save_checkpoint(tmp_path, "stage", checkpoint(3))
+    assert caught.value.errno == errno.ENOSPC
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    found = latest_without_warning(tmp_path)
+    assert found is not None and found.step == 2
+
+
+def test_json_round_trip_and_errors(tmp_path: Path) -> None:
+    content = {"b": [1, 2.5, None], "a": {"ü": "ß\n"}}
+    write_json(tmp_path / "x.json", content)
+    assert read_json(tmp_path / "x.json") == content
+    assert list(read_json(tmp_path / "x.json")) == ["b", "a"]
+    with pytest.raises(CheckpointError, match=r"absent\.json does not exist"):
+        read_json(tmp_path / "absent.json")
+    for broken in (b'{"a": 1', b"\xff\xfe{}", b"[1]", b"3"):
+        (tmp_path / "x.json").write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"x\.json cannot be read"):
+            read_json(tmp_path / "x.json")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_tensors_round_trip_bit_for_bit(tmp_path: Path) -> None:
+    base = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(0))
+    tensors = {
+        "channels_last": base.contiguous(memory_format=torch.channels_last),
+        "strided": base[:, ::2, 1:, :],
+        "transposed": base.transpose(0, 3),
+        "scalar": torch.tensor(float("nan")),
+        "empty": torch.zeros(0, 3),
+        "half": base.half(),
+        "bfloat16": base.bfloat16(),
+        "double": base.double(),
+        "int64": torch.tensor([2**62, -1]),
+        "uint8": torch.arange(9, dtype=torch.uint8),
+        "bool": base > 0,
+        "parameter": nn.Parameter(base[0]),
+    }
+    sha256 = write_tensors(tmp_path / "x.safetensors", tensors)
+    again = read_tensors(tmp_path / "x.safetensors", sha256)
+    assert set(again) == set(tensors)
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype, name
+        torch.testing.assert_close(again[name], tensor.detach(), rtol=0, atol=0, equal_nan=True)
+    assert tensors_hash(again) == tensors_hash(tensors)
+
+
+def test_tensors_hash_sees_every_difference() -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.zeros(1)},
+        {"a": torch.zeros(2, 3).double(), "b": torch.zeros(1)},
+        {"a": -torch.zeros(2, 3), "b": torch.zeros(1)},
+        {"a": torch.zeros(2, 3), "c": torch.zeros(1)},
+        {"a": torch.zeros(2, 3)},
+    ]
+    hashes = {tensors_hash(tensors), *(tensors_hash(other) for other in others)}
+    assert len(hashes) == 1 + len(others)
+    assert tensors_hash(dict(reversed(tensors.items()))) == tensors_hash(tensors)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied", "absent"])
+def test_damaged_tensors_are_detected(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "x.safetensors"
+    sha256 = write_tensors(path, {"a": torch.zeros(100)})
+    break_file(path, damage)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        read_tensors(path, sha256)
+    if damage != "altered":  # a flipped bit of a weight shows only in the checksum
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            read_tensors(path)
+
+
+def break_file(path: Path, damage: str) -> None:
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) * 2 // 3])
+    elif damage == "altered":
+        # A digit of JSON, or a bit of a tensor.
+        at = len(content) - 5 if path.suffix == ".safetensors" else re.search(rb"\d", content)
+        at = at if isinstance(at, int) else at.start()
+        content[at] ^= 1
+        path.write_bytes(content)
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path, "stage") is None
+    assert latest_checkpoint(tmp_path / "absent", "stage") is None
+    saved = checkpoint(7)
+    save_checkpoint(tmp_path, "stage", saved)
+    found = latest_without_warning(tmp_path)
+    assert found is not None
+    assert (found.step, found.values) == (7, saved.values)
+    assert found.tensors.keys() == saved.tensors.keys()
+    assert all(torch.equal(found.tensors[k], v) for k, v in saved.tensors.items())
+
+
+def test_the_last_two_are_kept_and_other_names_left_alone(tmp_path: Path) -> None:
+    assert KEPT == 2
+    save_checkpoint(tmp_path, "other", checkpoint(1))
+    for step in (5, 90, 100):
+        save_checkpoint(tmp_path, "stage", checkpoint(step))
+    assert files(tmp_path) == [
+        "other-00000001.json",
+        "other-00000001.safetensors",
+        "stage-00000090.json",
+        "stage-00000090.safetensors",
+        "stage-00000100.json",
+        "stage-00000100.safetensors",
+    ]
+    drop_checkpoints(tmp_path, "stage")
+    assert files(tmp_path) == ["other-00000001.json", "other-00000001.safetensors"]
+    drop_checkpoints(tmp_path, "other")
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied", "absent"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, suffix: str, damage: str) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, "stage", checkpoint(step))
+    break_file(tmp_path / f"stage-00000002.{suffix}", damage)
+    if (suffix, damage) == ("json", "absent"):  # never closed: nothing to warn of
+        found = latest_without_warning(tmp_path)
+    else:
+        with pytest.warns(UserWarning, match=r"passed over.*stage-00000002"):
+            found = latest_checkpoint(tmp_path, "stage")
+    assert found is not None and found.step == 1
+    assert torch.equal(found.tensors["weight"], torch.full((3, 2), 1.0))
+
+
+def test_every_altered_character_of_the_closing_file_is_detected(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "stage", checkpoint(3))
+    closing = tmp_path / "stage-00000003.json"
+    content = closing.read_bytes()
+    meaning = json.loads(content)
+    for at in range(0, len(content), 3):
+        altered = bytearray(content)
+        altered[at] ^= 1
+        closing.write_bytes(altered)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = latest_checkpoint(tmp_path, "stage")
+        if found is not None:
+            assert json.loads(altered) == meaning  # white space
+
+
+def test_two_damaged_checkpoints_leave_none(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, "stage", checkpoint(step))
+        break_file(tmp_path / f"stage-0000000{step}.safetensors", "truncated")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert latest_checkpoint(tmp_path, "stage") is None
+
+
+def test_a_new_checkpoint_is_never_pushed_out_by_damaged_later_ones(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save_checkpoint(tmp_path, "stage", checkpoint(step))
+        break_file(tmp_path / f"stage-000000{step}.safetensors", "truncated")
+    save_checkpoint(tmp_path, "stage", checkpoint(5))
+    found = latest_without_warning(tmp_path)
+    assert found is not None and found.step == 5
+    assert files(tmp_path) == ["stage-00000005.json", "stage-00000005.safetensors"]
+
+
+def test_what_a_crash_left_half_written_goes(tmp_path: Path) -> None:
+    (tmp_path / ".stage-00000004.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / "stage-00000003.safetensors").write_bytes(b"never closed")
+    save_checkpoint(tmp_path, "stage", checkpoint(5))
+    assert files(tmp_path) == ["stage-00000005.json", "stage-00000005.safetensors"]
+
+
+KILLED = """
+    import sys
+    from pathlib import Path
+    import torch
+    from advkd.files import Checkpoint, save_checkpoint
+    folder = Path(sys.argv[1])
+    step = int(sys.argv[2])
+    while True:
+        step += 1
+        tensors = {"weight": torch.full((200_000,), float(step))}
+        save_checkpoint(folder, "stage", Checkpoint(step, tensors, {"twice": 2 * step}))
+        if not (folder / "started").exists():
+            (folder / "started").touch()
+"""
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    script = textwrap.dedent(KILLED)
+    rng = random.Random(0)
+    step = 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(step)])
+        try:
+            while not (tmp_path / "started").exists():
+                assert process.poll() is None
+                time.sleep(0.001)
+            time.sleep(0.02 * rng.random())
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        (tmp_path / "started").unlink()
+        found = latest_without_warning(tmp_path)
+        assert found is not None and found.step > step
+        assert found.values == {"twice": 2 * found.step}
+        assert torch.equal(found.tensors["weight"], torch.full((200_000,), float(found.step)))
+        step = found.step
+    save_checkpoint(tmp_path, "stage", checkpoint(step + 1))
+    assert len(files(tmp_path)) <= 2 * KEPT
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 3))
+    return network.to(memory_format=torch.channels_last)
+
+
+def step_with(network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    x = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    network(x.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_optimizer_round_trip_is_bitwise(tmp_path: Path, kind: type, fused: bool) -> None:
+    """The channels_last weights matter: a fused step walks the moments in memory order."""
+    straight = small_network()
+    optimizer = kind(straight.parameters(), lr=1e-2, fused=fused)
+    for step in range(3):
+        step_with(straight, optimizer, step)
+    state = {f"net.{k}": v for k, v in straight.state_dict().items()}
+    write_tensors(tmp_path / "x.safetensors", state | optimizer_tensors(optimizer, "opt"))
+
+    resumed = small_network()
+    optimizer_again = kind(resumed.parameters(), lr=1e-2, fused=fused)
+    tensors = read_tensors(tmp_path / "x.safetensors")
+    own = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
+    load_strictly(resumed, own, tmp_path)
+    restore_optimizer(optimizer_again, tensors, "opt")
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        for key, value in optimizer.state[a].items():
+            found = optimizer_again.state[b][key]
+            assert torch.equal(found, value) and found.stride() == value.stride(), key
+    for step in range(3, 6):
+        step_with(straight, optimizer, step)
+        step_with(resumed, optimizer_again, step)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_optimizers_in_one_file_do_not_mix() -> None:
+    networks = [small_network(), small_network()]
+    optimizers = [torch.optim.Adam(n.parameters(), lr=1e-2) for n in networks]
+    tensors: dict[str, Tensor] = {}
+    for i, (network, optimizer) in enumerate(zip(networks, optimizers, strict=True)):
+        for step in range(i + 1):
+            step_with(network, optimizer, step)
+        tensors |= optimizer_tensors(optimizer, "d" if i else "dd")
+    fresh = torch.optim.Adam(small_network().parameters(), lr=3e-4)
+    restore_optimizer(fresh, tensors, "d")
+    first = fresh.param_groups[0]["params"][0]
+    assert fresh.state[first]["step"] == 2
+    assert fresh.param_groups[0]["lr"] == 3e-4
+
+
+def test_load_strictly_lists_every_problem() -> None:
+    network = small_network()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    tensors = dict(before)
+    del tensors["1.bias"], tensors["2.bias"]
+    tensors["2.weight"] = torch.zeros(1, 4, 3, 3)
+    tensors["3.weight"] = torch.zeros(1)
+    tensors["0.bias"] = torch.ones(4)
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(network, tensors, Path("some/where"))
+    for part in ("some/where", "missing 1.bias", "missing 2.bias", "superfluous 3.weight"):
+        assert part in str(caught.value)
+    assert "2.weight is (1, 4, 3, 3) instead of (2, 4, 3, 3)" in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def pickling(source: str) -> list[str]:
+    """What in a file's code would read or write a pickle."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in PICKLERS]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [n for n in names if n.split(".")[0] in PICKLERS or TORCH.fullmatch(n)]
+        elif isinstance(node, ast.Attribute) and TORCH.fullmatch(ast.unparse(node)):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            if "allow_pickle" not in given or ast.unparse(given["allow_pickle"]) != "False":
+                found.append(ast.unparse(node))
+    return found
+
+
+TORCH = re.compile(r"torch\.(jit\.)?(save|load)")
+
+
+def test_no_pickle_anywhere_in_the_package() -> None:
+    sources = list(Path(advkd.__file__).parent.rglob("*.py"))
+    assert len(sources) > 10
+    found = {path.name: pickling(path.read_text()) for path in sources}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.save(x, path)",
+        "from torch import load",
+        "def f():\n    return torch.load(path, weights_only=True)",
+        "np.load(path)",
+        "np.load(path, mmap_mode='r', allow_pickle=True)",
+    ],
+)
+def test_the_search_for_pickles_finds_them(source: str) -> None:
+    assert pickling(source)
+    assert not pickling("safetensors.torch.save(x)\nnp.load(path, allow_pickle=False)")

@@ -1,0 +1,630 @@
+"""Distillation: the gradients are those of the stated losses; schedules, resuming, stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advkd.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DiscriminatorConfig,
+    DistillConfig,
+    StudentConfig,
+    TrajectoryConfig,
+    UNetConfig,
+)
+from advkd.console import Interrupted, StopSignals
+from advkd.data.images import ImageSet
+from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
+from advkd.diffusion import Schedule
+from advkd.files import read_tensors
+from advkd.models.unet import UNet
+from advkd.parallel import Workers
+from advkd.pretrained import load_student
+from advkd.training import distill
+from advkd.training.checkpoint import latest_checkpoint
+from advkd.training.distill import (
+    Batch,
+    Distillation,
+    Labelled,
+    active_heads,
+    distill_student,
+    generator_gradient,
+    head_weights,
+    judged_heads,
+    reconstruction,
+)
+from advkd.training.loop import TrainingError
+
+CPU = torch.device("cpu")
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+CONFIG = Config(
+    data=DataConfig(size=8),
+    unet=UNET,
+    trajectory=TrajectoryConfig(num=24, steps=6, dtype="float32", shard=12),
+    student=StudentConfig(stages=(4, 4, 8), widths=(16, 16, 8), attention=(4,), groups=4),
+    discriminator=DiscriminatorConfig(widths=(8, 16), attention=(4,), groups=4),
+    distill=DistillConfig(
+        steps=12, batch=6, warmup=2, r1_every=3, inner_every=2, log_every=1, checkpoint_every=4
+    ),
+)
+
+
+def changed(**changes: Any) -> Config:
+    """CONFIG with other settings of the distillation."""
+    return dataclasses.replace(CONFIG, distill=dataclasses.replace(CONFIG.distill, **changes))
+
+
+def drawn(folder: Path, num_classes: int | None = None) -> Trajectories:
+    torch.manual_seed(0)
+    config = dataclasses.replace(UNET, num_class_embeds=num_classes)
+    unet = UNet(config, Schedule(num_train_timesteps=20)).eval().requires_grad_(False)
+    index = index_of(unet, CONFIG.trajectory, 3, 0, 8)
+    store = sample_trajectories(unet, folder, index, CONFIG.trajectory.num, threads=1)
+    assert store is not None
+    return store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+    return drawn(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def store_with_classes(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+    return drawn(tmp_path_factory.mktemp("classes"), num_classes=3)
+
+
+def photos(labels: bool, size: int = 8) -> ImageSet:
+    """Training images that look like nothing a teacher made."""
+    pixels = np.random.default_rng(3).integers(0, 256, (20, 1, size, size), dtype=np.uint8)
+    return ImageSet(pixels, np.arange(20, dtype=np.int64) % 3 if labels else None, "photos")
+
+
+def in_float64(
+    config: Config, store: Trajectories, images: ImageSet | None = None
+) -> tuple[Distillation, Batch]:
+    training = Distillation(config, store, images)
+    training.student.double()
+    training.discriminator.double()
+    batch = training.batch(0)
+
+    def doubled(given: Labelled | None) -> Labelled | None:
+        return Labelled(given.x.double(), given.y) if given else None
+
+    targets = [x.double() for x in batch.targets]
+    extra = doubled(batch.fresh), doubled(batch.images)
+    return training, Batch(batch.x_T.double(), targets, batch.y, *extra)
+
+
+# The losses, written the plain way.
+
+
+def plain_rho(error: Tensor, rho: str, delta: float) -> Tensor:
+    if rho == "l2":
+        return (error**2).mean()
+    size = error.abs()
+    return torch.where(size < delta, size**2 / (2 * delta), size - delta / 2).mean()
+
+
+def plain_losses(
+    training: Distillation, batch: Batch, heads: int, judged: dict[int, float], penalise: bool
+) -> tuple[Tensor, Tensor]:
+    """L_G and L_D as the module's header states them, each with a graph of its own."""
+    s, D = training.settings, training.discriminator
+    images = training.student.states(batch.x_T, batch.y)
+    fakes, x_T, y_fake = images, batch.x_T, batch.y
+    if s.adversary == "fresh":
+        assert batch.fresh is not None
+        fakes, x_T = training.student.states(*batch.fresh), None
+        y_fake = batch.fresh.y
+    loss_g = loss_d = torch.zeros((), dtype=torch.float64)
+    for k in range(heads):
+        error = images[k] - batch.targets[k]
+        loss_g = loss_g + training.weights[k] * s.lambda_rec * plain_rho(
+            error, s.rho, s.huber_delta
+        )
+        shown, y_real = batch.targets[k], batch.y
+        if batch.images is not None and k == 2:
+            shown, y_real = batch.images
+        real = shown.clone().requires_grad_()
+        real_logits = D(real, x_T, k, y_real)
+        if k in judged:
+            fake_logits = D(fakes[k], x_T, k, y_fake)
+            adversarial = torch.log1p(torch.exp(-fake_logits)).mean()
+            loss_g = loss_g + judged[k] * s.lambda_adv * adversarial
+            apart = D(fakes[k].detach(), x_T, k, y_fake)
+            told = torch.log1p(torch.exp(-real_logits)) + torch.log1p(torch.exp(apart))
+            loss_d = loss_d + judged[k] * told.mean()
+        if penalise:
+            (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+            norm = (gradient**2).flatten(1).sum(dim=1).mean()
+            loss_d = loss_d + training.weights[k] * s.r1_gamma / 2 * s.r1_every * norm
+    return loss_g, loss_d
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("penalise", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "heads", "judged"),
+    [
+        ({"adversary": "fresh"}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
+        ({"adversary": "fresh", "real_images": False}, 3, {2: 1.0}),
+        ({}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
+        ({}, 3, {2: 1.0}),
+        ({"rho": "l2", "lambda_rec": 3.0, "lambda_adv": 0.3}, 3, {0: 0.25, 1: 0.25, 2: 1.0}),
+        ({"lambda_rec": 0.0, "head_weights": (2.0, 0.5, 1.0)}, 2, {0: 2.0, 1: 0.5}),
+    ],
+)
+def test_gradients_are_those_of_the_losses(
+    request: pytest.FixtureRequest,
+    changes: dict[str, Any],
+    heads: int,
+    judged: dict[int, float],
+    penalise: bool,
+    classes: bool,
+) -> None:
+    """One backward pass through D serves both networks; here each has two passes of its own."""
+    found_in = request.getfixturevalue("store_with_classes" if classes else "store")
+    training, batch = in_float64(changed(**changes), found_in, photos(classes))
+    assert (batch.y is not None) == classes
+    assert (batch.fresh is not None) == ("adversary" in changes)
+    assert (batch.images is not None) == (changes == {"adversary": "fresh"})
+    with torch.no_grad():  # a head that is told apart well: logits away from 0
+        training.discriminator.out.bias.add_(2.0)
+    found, _ = training.gradients(batch, heads, judged, penalise)
+    loss_g, loss_d = plain_losses(training, batch, heads, judged, penalise)
+    unused = {"allow_unused": True, "materialize_grads": True}
+    of_g, of_d = training.student.named_parameters(), training.discriminator.named_parameters()
+    names_g, parameters_g = zip(*of_g, strict=True)
+    names_d, parameters_d = zip(*of_d, strict=True)
+    expected = [
+        *torch.autograd.grad(loss_g, parameters_g, **unused),
+        *torch.autograd.grad(loss_d, parameters_d, **unused),
+    ]
+    largest = max(gradient.abs().max().item() for gradient in expected)
+    tolerance = 1e4 * torch.finfo(torch.float64).eps * largest  # long sums, a few networks deep
+    for name, ours, theirs in zip((*names_g, *names_d), found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance, name
+    used = [name for name, g in zip(names_g, expected, strict=False) if g.abs().max() > 0]
+    assert len(used) > len(names_g) // 2
+
+
+def test_fresh_noise_is_never_seen_twice(store: Trajectories) -> None:
+    training = Distillation(changed(adversary="fresh"), store, photos(False))
+    stored = training.trajectories.x_T(torch.arange(24))
+    seen = [*stored]
+    for step in range(4):
+        batch = training.batch(step)
+        assert batch.fresh is not None
+        assert batch.images is not None
+        assert all(any(torch.equal(x, known) for known in stored) for x in batch.x_T)
+        seen += [*batch.fresh.x]
+        again = training.batch(step)
+        assert again.fresh is not None
+        assert again.images is not None
+        torch.testing.assert_close(again.fresh.x, batch.fresh.x, rtol=0, atol=0)
+        torch.testing.assert_close(again.images.x, batch.images.x, rtol=0, atol=0)
+    apart = torch.cdist(torch.stack(seen).flatten(1), torch.stack(seen).flatten(1))
+    assert (apart + 100 * torch.eye(len(seen))).min() > 1
+
+
+def test_real_images_must_fit(store: Trajectories, store_with_classes: Trajectories) -> None:
+    config = changed(adversary="fresh")
+    with pytest.raises(ConfigError, match="photos has images of 16x16 with 1 channels, the"):
+        Distillation(config, store, photos(False, size=16))
+    with pytest.raises(ConfigError, match="3 classes and photos no labels that fit"):
+        Distillation(config, store_with_classes, photos(False))
+    # Where they are not asked for, they may be anything.
+    Distillation(changed(), store, photos(False, size=16))
+    Distillation(changed(adversary="fresh", real_images=False), store_with_classes, photos(False))
+    with pytest.raises(ConfigError, match=r"distill\.adversary='both' is not one of"):
+        Distillation(changed(adversary="both"), store)
+
+
+def test_generator_gradient_over_the_whole_range() -> None:
+    logits = torch.linspace(-25, 25, 51, dtype=torch.float64).requires_grad_()
+    (told,) = torch.autograd.grad(F.softplus(logits).sum(), logits)
+    (wanted,) = torch.autograd.grad(F.softplus(-logits).sum(), logits)
+    found = generator_gradient(told[:, None, None, None], logits.detach())[:, 0, 0, 0]
+    # torch's softplus is linear from 20 on, which leaves out exp(-20).
+    torch.testing.assert_close(found, wanted, rtol=2.1e-9, atol=0)
+    far = torch.tensor([-200.0, 200.0])
+    extreme = generator_gradient(torch.sigmoid(far)[:, None, None, None], far)
+    assert extreme.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [0.001, 0.05, 0.1, 0.5, 3.0])
+def test_reconstruction(size: float) -> None:
+    error = torch.tensor([[size, -size]], dtype=torch.float64)
+    assert reconstruction(error, "l2", 0.1).item() == pytest.approx(size**2, rel=1e-12)
+    expected = size**2 / 0.2 if size < 0.1 else size - 0.05
+    assert reconstruction(error, "huber", 0.1).item() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ConfigError, match="'l1' is not one of"):
+        reconstruction(error, "l1", 0.1)
+
+
+def test_r1_is_the_plain_formula(store: Trajectories) -> None:
+    training, batch = in_float64(CONFIG, store)
+    total = 0.0
+    for k, (x, weight) in enumerate(zip(batch.targets, training.weights, strict=True)):
+        for i in range(len(x)):  # one image after the other, by finite differences in one direction
+            image = x[i : i + 1].clone().requires_grad_()
+            logit = training.discriminator(image, batch.x_T[i : i + 1], k)
+            (gradient,) = torch.autograd.grad(logit.sum(), image)
+            h = 1e-6
+            with torch.no_grad():
+                there = training.discriminator(image + h * gradient, batch.x_T[i : i + 1], k)
+                back = training.discriminator(image - h * gradient, batch.x_T[i : i + 1], k)
+            total += weight * ((there - back) / (2 * h)).item() / len(x)
+    found = training.r1(batch, 3).item()
+    assert found > 0
+    assert found == pytest.approx(total, rel=1e-6)
+
+
+# Schedules and weights.
+
+
+def test_head_weights() -> None:
+    assert head_weights((), 3) == (0.25, 0.25, 1.0)
+    assert head_weights((), 1) == (1.0,)
+    assert head_weights((1.0, 2.0), 2) == (1.0, 2.0)
+    with pytest.raises(ConfigError, match="2 entries, the student 3 heads"):
+        head_weights((1.0, 2.0), 3)
+
+
+def test_active_heads() -> None:
+    assert [active_heads("joint", 3, step, 10) for step in range(10)] == [3] * 10
+    found = [active_heads("progressive", 3, step, 10) for step in range(10)]
+    assert found == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert active_heads("progressive", 11, 199_999, 200_000) == 11
+    with pytest.raises(ConfigError, match="'random' is not one of"):
+        active_heads("random", 3, 0, 10)
+
+
+def test_judged_heads_weigh_the_same_over_the_steps() -> None:
+    weights = (0.25, 0.5, 1.0)
+    total = dict.fromkeys(range(3), 0.0)
+    for step in range(12):
+        judged = judged_heads(weights, 3, step, 4)
+        assert judged[2] == 1.0
+        for k, weight in judged.items():
+            total[k] += weight / 12
+    assert total == pytest.approx(dict(enumerate(weights)))
+    assert judged_heads(weights, 2, 1, 4) == {1: 0.5}
+    assert judged_heads(weights, 1, 0, 4) == {0: 0.25}
+
+
+def weights_of(training: Distillation) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}": tensor.clone()
+        for prefix, module in (
+            ("student", training.student),
+            ("ema", training.ema.model),
+            ("d", training.discriminator),
+        )
+        for name, tensor in module.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("family", ["unet", "pyramid"])
+def test_progressive_leaves_later_submodules_untouched(family: str, store: Trajectories) -> None:
+    config = changed(schedule="progressive", steps=6, warmup=1)
+    student = dataclasses.replace(config.student, family=family)
+    training = Distillation(dataclasses.replace(config, student=student), store)
+    before = weights_of(training)
+    with Workers(1, CPU) as workers:
+        for step, heads in ((0, 1), (1, 1), (2, 2), (3, 2), (4, 3)):
+            logged = training.step(step, workers)
+            assert {key for key in logged if key.startswith("rec_")} == {
+                f"rec_{k + 1}" for k in range(heads)
+            }
+            now = weights_of(training)
+            moved = {name for name in now if not torch.equal(now[name], before[name])}
+            for part in ("student", "ema"):
+                for k in range(3):
+                    module = (f"{part}.submodules.{k}.", f"{part}.heads.{k}.")
+                    touched = [name for name in moved if name.startswith(module)]
+                    assert bool(touched) == (k < heads), (part, k, step)
+            assert ("d.entrances.8.weight" in moved) == (heads == 3)
+
+
+def test_the_adversary_enters_late(store: Trajectories) -> None:
+    training = Distillation(
+        changed(adversary="fresh", adversary_after=2 / 12), store, photos(False)
+    )
+    before = weights_of(training)
+    with Workers(1, CPU) as workers:
+        for step in range(4):
+            batch = training.batch(step)
+            assert (batch.fresh is None) == (batch.images is None) == (step < 2)
+            logged = training.step(step, workers)
+            assert {"adv_3", "margin_3", "loss_d", "grad_d"}.isdisjoint(logged) == (step < 2)
+            assert set(training.brief(logged)) >= {"rec"}
+            now = weights_of(training)
+            moved = {name for name in now if not torch.equal(now[name], before[name])}
+            assert any(name.startswith("d.") for name in moved) == (step >= 2)
+            assert any(name.startswith("student.") for name in moved)
+            rate = training.optimizer_d.param_groups[0]["lr"]
+            if step >= 2:  # it has a warm-up of 2 steps of its own
+                assert rate == pytest.approx(training.settings.lr_d * (step - 1) / 2)
+    with pytest.raises(ConfigError, match="leaves steps without a loss"):
+        Distillation(changed(adversary_after=0.5, lambda_rec=0.0), store)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="is not a share"):
+            Distillation(changed(adversary_after=share), store)
+
+
+@pytest.mark.parametrize("stopped_after", [3, 5])
+def test_late_and_fresh_is_resumed_to_the_bit(
+    store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
+) -> None:
+    config = changed(adversary="fresh", adversary_after=0.6, steps=7)
+    distill_student(config, store, tmp_path / "whole", photos(False))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stopped_after)
+        with pytest.raises(Interrupted):
+            distill_student(config, store, tmp_path / "cut", photos(False))
+    distill_student(config, store, tmp_path / "cut", photos(False))
+    assert_same_student(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_joint_moves_everything_at_once(store: Trajectories) -> None:
+    training = Distillation(CONFIG, store)
+    before = weights_of(training)
+    with Workers(1, CPU) as workers:
+        training.step(0, workers)
+    now = weights_of(training)
+    still = [name for name in now if torch.equal(now[name], before[name])]
+    assert [name for name in still if not name.endswith("to_k.bias")] == []
+
+
+def test_workers_and_their_number_change_rounding_only(store: Trajectories) -> None:
+    steps = []
+    for threads in (1, 2, 2):
+        training = Distillation(CONFIG, store)
+        with Workers(threads, CPU) as workers:
+            logged = training.step(0, workers)
+        gradients = [p.grad for p in training.discriminator.parameters()]
+        steps.append((logged, gradients, weights_of(training)))
+    (one, gradients_one, _), (two, gradients_two, weights_two), (_, _, again) = steps
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    largest = max(g.abs().max() for g in gradients_one)
+    for a, b in zip(gradients_one, gradients_two, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * largest
+    assert all(torch.equal(weights_two[name], again[name]) for name in again)
+
+
+def test_a_batch_is_resized_targets_of_its_own_noise(store: Trajectories) -> None:
+    training = Distillation(CONFIG, store)
+    batch = training.batch(3)
+    assert [tuple(x.shape) for x in batch.targets] == [(6, 1, 4, 4), (6, 1, 4, 4), (6, 1, 8, 8)]
+    every = store.x_T(torch.arange(24))
+    rows = [int((every == x).flatten(1).all(dim=1).nonzero()) for x in batch.x_T]
+    targets = store.targets(torch.tensor(rows))
+    assert torch.equal(batch.targets[2], targets[:, 2])
+    torch.testing.assert_close(batch.targets[0], F.avg_pool2d(targets[:, 0], 2))
+    assert torch.equal(training.batch(3).x_T, batch.x_T)
+    assert not torch.equal(training.batch(4).x_T, batch.x_T)
+
+
+def test_another_number_of_heads_than_targets_is_an_error(store: Trajectories) -> None:
+    student = StudentConfig(stages=(4, 8), widths=(16, 8), attention=(), groups=4)
+    with pytest.raises(ConfigError, match="keeps 3 targets, the student has 2"):
+        Distillation(dataclasses.replace(CONFIG, student=student), store)
+
+
+@pytest.mark.parametrize(
+    "key", ["steps", "batch", "r1_every", "inner_every", "log_every", "checkpoint_every"]
+)
+def test_settings_that_count_are_positive(store: Trajectories, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"distill\.{key}=0 is below 1"):
+        Distillation(changed(**{key: 0}), store)
+
+
+def test_settings_with_names_are_checked_at_once(store: Trajectories) -> None:
+    with pytest.raises(ConfigError, match=r"distill\.rho='l1'"):
+        Distillation(changed(rho="l1"), store)
+    with pytest.raises(ConfigError, match=r"distill\.schedule='random'"):
+        Distillation(changed(schedule="random"), store)
+
+
+# Whole distillations.
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_to_reconstruct(store: Trajectories, tmp_path: Path) -> None:
+    config = changed(steps=60, lr=3e-3, batch=12, lambda_adv=0.0, r1_gamma=0.0, ema=0.9)
+    distill_student(config, store, tmp_path)
+    entries = metrics(tmp_path)
+    first, last = entries[0], entries[-1]
+    for k in range(1, 4):
+        assert last[f"rec_{k}"] < 0.5 * first[f"rec_{k}"]
+    # And so does what is saved, the average.
+    student = load_student(tmp_path / "student")
+    indices = torch.arange(24)
+    with torch.no_grad():
+        error = student(store.x_T(indices)) - store.targets(indices)[:, -1]
+    assert reconstruction(error, "huber", 0.1) < 0.6 * first["rec_3"]
+
+
+def test_the_log(store: Trajectories, tmp_path: Path) -> None:
+    config = changed(steps=6, log_every=2)
+    seconds = distill_student(config, store, tmp_path)
+    entries = metrics(tmp_path)
+    assert [(entry["stage"], entry["step"]) for entry in entries] == [
+        ("distill", step) for step in (2, 4, 6)
+    ]
+    per_head = {f"{name}_{k}" for name in ("rec", "adv", "margin") for k in (1, 2, 3)}
+    for entry in entries:
+        assert per_head | {"loss_d", "lr", "grad_g", "grad_d", "seconds", "r1"} <= set(entry)
+    assert 0 < entries[0]["seconds"] <= entries[-1]["seconds"] <= seconds
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ask for a stop, as a signal would, once so many steps of the session are done."""
+    done = 0
+    step = Distillation.step
+
+    def counting(self: Distillation, *args: Any) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        return step(self, *args)
+
+    monkeypatch.setattr(Distillation, "step", counting)
+    asked = property(lambda self: done >= steps, lambda self, value: None)
+    monkeypatch.setattr(StopSignals, "requested", asked, raising=False)
+
+
+CASES = {
+    "joint": CONFIG,
+    "progressive pyramid": dataclasses.replace(
+        changed(schedule="progressive", lambda_rec=0.0, beta1=0.5),
+        student=dataclasses.replace(CONFIG.student, family="pyramid"),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def whole(
+    request: pytest.FixtureRequest, store: Trajectories, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Path]:
+    """An uninterrupted distillation."""
+    config = CASES[request.param]
+    run = tmp_path_factory.mktemp("whole")
+    distill_student(config, store, run)
+    return config, run
+
+
+def assert_same_student(a: Path, b: Path) -> None:
+    ours, theirs = (read_tensors(run / "student" / "model.safetensors") for run in (a, b))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("stopped_after", [1, 4, 7, 12])
+def test_stopped_and_resumed_is_bit_identical(
+    whole: tuple[Config, Path],
+    store: Trajectories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_after: int,
+) -> None:
+    config, uninterrupted = whole
+    with monkeypatch.context() as patch:
+        stop_after(patch, stopped_after)
+        with pytest.raises(Interrupted, match=f"step {stopped_after} of 12"):
+            distill_student(config, store, tmp_path)
+    assert not (tmp_path / "student").exists()
+    found = latest_checkpoint(tmp_path / "checkpoints", "distill")
+    assert found is not None
+    assert found.step == stopped_after
+    distill_student(config, store, tmp_path)
+    assert_same_student(tmp_path, uninterrupted)
+    steps = [entry["step"] for entry in metrics(tmp_path)]
+    assert steps == list(range(1, 13))
+    # Also what is logged of earlier steps: r1 and the inner heads.
+    for ours, theirs in zip(metrics(tmp_path), metrics(uninterrupted), strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: tuple[Config, Path],
+    store: Trajectories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, uninterrupted = whole
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(Interrupted):
+            distill_student(config, store, tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.glob("*.json")) == [
+        "distill-00000008.json",
+        "distill-00000010.json",
+    ]
+    last = folder / "distill-00000010.safetensors"
+    last.write_bytes(last.read_bytes()[:-5])
+    with pytest.warns(UserWarning, match="passed over"):
+        distill_student(config, store, tmp_path)
+    assert_same_student(tmp_path, uninterrupted)
+    assert [entry["step"] for entry in metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_two_runs_agree_bit_for_bit(
+    whole: tuple[Config, Path], store: Trajectories, tmp_path: Path
+) -> None:
+    config, uninterrupted = whole
+    distill_student(config, store, tmp_path)
+    assert_same_student(tmp_path, uninterrupted)
+    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    shutil.rmtree(tmp_path / "student")
+    distill_student(other, store, tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_student(tmp_path, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(
+    store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_of = Distillation.batch
+
+    def batch(self: Distillation, step: int) -> Batch:
+        batch = batch_of(self, step)
+        if step == 9:
+            batch.targets[1][0, 0, 0, 0] = float("inf")
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distillation, "batch", batch)
+        with pytest.raises(TrainingError, match=r"rec_2 is inf at step 9.*checkpoint"):
+            distill_student(CONFIG, store, tmp_path)
+    found = latest_checkpoint(tmp_path / "checkpoints", "distill")
+    assert found is not None
+    assert found.step == 8
+    assert all(tensor.isfinite().all() for tensor in found.tensors.values())
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    store: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Distillation(CONFIG, store)
+    before = weights_of(training)
+    monkeypatch.setattr(
+        distill, "generator_gradient", lambda gradient, logits: gradient * float("nan")
+    )
+    with Workers(1, CPU) as workers, pytest.raises(TrainingError, match="grad_g is nan at step 1"):
+        training.step(1, workers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(training).items())
+
+
+def test_class_conditional_distillation(store_with_classes: Trajectories, tmp_path: Path) -> None:
+    distill_student(changed(steps=2), store_with_classes, tmp_path)
+    student = load_student(tmp_path / "student")
+    assert student.num_classes == 3
+    x_T = store_with_classes.x_T(torch.arange(2))
+    assert student(x_T, torch.tensor([0, 2])).shape == (2, 1, 8, 8)
