@@ -96,16 +96,21 @@ def philox_normal(
 
 
 def philox_labels(
-    seed: int, image_index: Tensor, num_classes: int, *, backend: str | None = None
+    seed: int,
+    image_index: Tensor,
+    num_classes: int,
+    *,
+    step: int = LABEL_STEP,
+    backend: str | None = None,
 ) -> Tensor:
     """A class label for each image, uniform in [0, num_classes), (B,) int64.
 
     Raises:
-        ValueError, TypeError: a bad seed or index, or num_classes outside [1, 2^31).
+        ValueError, TypeError: a bad seed, index or step, or num_classes outside [1, 2^31).
     """
     if not 1 <= num_classes < 1 << 31:
         raise ValueError(f"num_classes={num_classes} is not in [1, 2^31).")
-    first = philox_uint32(seed, image_index, LABEL_STEP, 1, backend=backend)
+    first = philox_uint32(seed, image_index, step, 1, backend=backend)
     return (first[:, 0] * num_classes) >> 32
 
 

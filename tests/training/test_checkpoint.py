@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import advkd
 from advkd.files import (
-    KEPT,
     CheckpointError,
     load_strictly,
     read_json,
@@ -35,6 +34,7 @@ from advkd.files import (
     write_tensors,
 )
 from advkd.training.checkpoint import (
+    KEPT,
     Checkpoint,
     drop_checkpoints,
     latest_checkpoint,

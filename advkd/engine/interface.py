@@ -1,0 +1,119 @@
+"""What every engine is: a network made ready to sample. Who calls one never asks which it is."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from advkd.diffusion import StepTable
+from advkd.engine.noise import Noise
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+TARGETS = ("denoised", "state")
+
+OnStep = Callable[[int, int], object]  # (steps done, steps in all); may raise to stop
+
+
+class Engine(abc.ABC):
+    """A teacher or a student for inputs of one size. An engine is a file that subclasses this and
+    an entry of `advkd.engine.ENGINES`.
+
+    Noise is counter-based: an image depends on (seed, purpose, image number) alone, not on the
+    batch it is sampled in.
+    """
+
+    reads_in_place: bool  # whether new values of the weights need no new engine
+    name: str  # of what decides an image's last bits, beside network and instruction set
+    shape: tuple[int, int, int]  # (C, H, W) of x_T
+    classes: int | None  # None: takes no labels
+
+    @classmethod
+    @abc.abstractmethod
+    def unavailable(cls, model: UNet | Student) -> str | None:
+        """Why this engine cannot run the network, as a clause; None where it can."""
+
+    @classmethod
+    @abc.abstractmethod
+    def batch_for(cls, images: int) -> int:
+        """The batch size to make an engine for, to sample so many images at once (>= 1)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def make(
+        cls, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None
+    ) -> Engine:
+        """The engine for inputs of `size` (H, W); `exit_at`: the student's head to leave by.
+
+        Raises LoweringError where this engine cannot express the network after all, ValueError for
+        a size or an `exit_at` that the network does not have.
+        """
+
+    @abc.abstractmethod
+    def run(
+        self, x: Tensor, y: Tensor | None = None, *, t: int | None = None, threads: int = 0
+    ) -> Tensor:
+        """One network pass: x (B, C, H, W) float32 -> (B, C', H', W') float32.
+
+        y (B,) int64 are labels for a class-conditional network, t is a teacher's time. `threads`:
+        0 as many as torch has. Raises ValueError for a shape, dtype or label that does not fit.
+        """
+
+    @abc.abstractmethod
+    def sample(
+        self,
+        table: StepTable,
+        noise: Noise,
+        indices: Tensor,
+        y: Tensor | None = None,
+        *,
+        saved: Sequence[int],
+        target: str = "denoised",
+        out: Tensor | None = None,
+        threads: int = 0,
+        on_step: OnStep | None = None,
+        poll: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Run a teacher's sampler over the images `indices` (B,) int64 and return what it saves.
+
+        `saved` are numbers of steps (1 .. N, ascending) after which the target is saved: x0_hat
+        ("denoised") or x_t ("state"); after step N it is the final sample either way. `out`
+        (B, K, C, H, W) float32 or float16, each image contiguous, takes the targets and is
+        returned; without it the result is a new float32 tensor on the network's device. `on_step`
+        is called after every step, `poll` at least as often; what they raise ends the sampling.
+        Raises ValueError for a target, a step or labels that do not fit.
+        """
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], threads: int = 0
+    ) -> Iterator[Result]:
+        """Apply `function` to batches, in order: one after another where each takes all threads."""
+        return map(function, items)
+
+
+def check_saved(steps: int, saved: Sequence[int], target: str) -> None:
+    """ValueError unless `saved` are ascending numbers of steps and the target exists."""
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} is not one of {TARGETS}")
+    if any(not a < b for a, b in zip((0, *saved), (*saved, steps + 1), strict=True)):
+        raise ValueError(f"saved={list(saved)} are not ascending numbers of steps, 1 to {steps}")
+
+
+def check_labels(y: Tensor | None, images: int, classes: int | None) -> None:
+    """ValueError for labels that are missing, superfluous, out of range or not (B,) int64."""
+    if classes and y is None:
+        raise ValueError("this network is class-conditional: pass labels y (B,)")
+    if not classes and y is not None:
+        raise ValueError("this network is unconditional: it takes no labels")
+    if y is None or classes is None:
+        return
+    if y.shape != (images,) or y.is_floating_point():
+        raise ValueError(f"y {tuple(y.shape)} {y.dtype} is not ({images},) int64")
+    if images and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"y holds a label that is not one of 0 .. {classes - 1}")
