@@ -115,10 +115,9 @@ def runs_eagerly_backward(*tensors: Tensor) -> bool:
 
     Those are batches of an older kind than torch.func's, which only the tensors know of.
     """
-    for x in tensors:
-        if torch._C._functorch.is_legacy_batchedtensor(x):
-            return False
-    return runs_eagerly(*tensors)
+    if not runs_eagerly(*tensors):
+        return False
+    return not any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def fused_extension() -> ModuleType:
