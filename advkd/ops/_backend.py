@@ -74,6 +74,11 @@ def cpu_unavailable(*tensors: Tensor) -> str | None:
     return None
 
 
+def address(tensor: Tensor) -> int:
+    """Where C++ finds a tensor's elements."""
+    return tensor.data_ptr()
+
+
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether these are plain tensors that nothing traces, transforms or casts on the way.
 
