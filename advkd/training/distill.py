@@ -23,7 +23,7 @@ from advkd.config import Config, ConfigError, DistillConfig
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
 from advkd.device import pick_device
-from advkd.engine.sampling import sample_labels, sample_x_T
+from advkd.engine.noise import FIRST_FRESH
 from advkd.models.discriminator import Discriminator
 from advkd.models.layers import area_resized
 from advkd.models.student import Student
@@ -43,9 +43,6 @@ STAGE = "distill"
 STREAM = "distil"  # of its random numbers; version 0.1 called the stage so
 SCHEDULES = ("joint", "progressive")
 ADVERSARIES = ("paired", "fresh")
-
-# Fresh noise has the run's seed and image numbers that no store reaches.
-FIRST_FRESH = 1 << 40
 
 # Submodules that are not yet active take no part in a step.
 _UNUSED_IS_ZERO: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
@@ -233,8 +230,8 @@ class Distillation(Training):
         first, index = FIRST_FRESH + step * self.settings.batch, self.trajectories.index
         numbers = torch.arange(first, first + self.settings.batch)
         C, H, W = index.shape
-        y = sample_labels(index.seed, numbers, index.num_classes)
-        x_T = sample_x_T(index.seed, numbers, (C, H, W))
+        y = index.noise.labels(numbers, index.num_classes)
+        x_T = index.noise.x_T(numbers, (C, H, W))
         return Labelled(x_T.to(self.device), None if y is None else y.to(self.device))
 
     def _real_images(self, images: ImageSet, generator: torch.Generator) -> Labelled:
