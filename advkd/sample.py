@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eta", type=float, help="teacher, ddim: 0 (default) adds no noise, 1 most")
     p.add_argument("--sampler", choices=SAMPLERS, help="teacher: default ddim; ddpm = all steps")
     p.add_argument("--scheduler", metavar="FOLDER", help="teacher: where scheduler_config.json is")
-    p.add_argument("--size", type=int, metavar="S", help="teacher: pixels of a side, if it names none")
+    p.add_argument("--size", type=int, metavar="S", help="teacher that names none: pixels a side")
     add_threads(p)
     return p
 
