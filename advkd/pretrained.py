@@ -6,17 +6,27 @@ memory and compared with the header of its weights' file; only what fits is read
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from advkd.config import ConfigError, StudentConfig, build
+from advkd.config import (
+    MAX_CLASSES,
+    MAX_SIDE,
+    TARGETS,
+    ConfigError,
+    StudentConfig,
+    build,
+    one_of,
+    within,
+)
 from advkd.diffusion import Schedule
 from advkd.files import (
     CheckpointError,
@@ -216,7 +226,7 @@ class _StudentFile:
     """What a student's config.json says."""
 
     size: int = within(28, 1, MAX_SIDE)
-    channels: int = within(1, 1, MAX_CHANNELS)
+    channels: int = within(1, 1, 1024)
     target: str = one_of("denoised", TARGETS)
     num_classes: int | None = within(None, 1, MAX_CLASSES)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
