@@ -23,9 +23,10 @@ from advkd.diffusion import (
     ddim_table,
     ddpm_table,
 )
-from advkd.engine import cache, cuda
+from advkd.engine import cache
 from advkd.engine.cpu import Engine
 from advkd.engine.cuda import CudaEngine
+from advkd.engine.noise import Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
@@ -45,7 +46,9 @@ def engine_for(
     """The engine that draws so many images of side x side pixels: a plan on the CPU, a captured
     graph for a teacher on a CUDA device; None where torch draws them."""
     if next(model.parameters()).is_cuda:
-        return cuda.engine_for(model, side, images)
+        if CudaEngine.unavailable(model) is not None:
+            return None
+        return CudaEngine.make(model, (side, side), CudaEngine.batch_for(images))
     return cache.engine_for(model, side, images, exit_at)
 
 
@@ -110,10 +113,9 @@ def sample(
             unet, table, seed, indices, y=y, kept=kept, target=target, callback=callback, size=size
         )
     if isinstance(engine, CudaEngine):
-        found = engine.sample(
-            table, seed, indices, y, kept=kept, target=target, callback=callback
-        )
-        return list(found)
+        noise = Noise(seed, Purpose.TRAINING)
+        found = engine.sample(table, noise, indices, y, saved=kept, target=target, on_step=callback)
+        return list(found.transpose(0, 1))
     out = torch.empty(len(kept), len(indices), *shape)
     sample_into(
         out.transpose(0, 1), engine, table, seed, indices, y=y, kept=kept, target=target,
@@ -220,7 +222,7 @@ def sample_into(
 def _image_of(engine: Engine | CudaEngine) -> tuple[int, ...]:
     """(C, H, W) of an engine's input."""
     if isinstance(engine, CudaEngine):
-        return tuple(engine.loop.buffers.x_t.shape[1:])
+        return engine.shape
     source = engine.plan.buffers[0]
     return source.channels, source.height, source.width
 
@@ -237,18 +239,10 @@ def _sample_on_cuda(
     callback: Callback | None,
     poll: Callable[[], object] | None,
 ) -> None:
-    def on_step(done: int, steps: int) -> None:
-        if poll is not None:
-            poll()
-        if callback is not None:
-            callback(done, steps)
-
-    if len(indices):
-        found = engine.sample(
-            table, seed, indices, y, kept=kept, target=target, half=out.dtype is torch.float16,
-            callback=on_step if callback or poll else None,
-        )  # fmt: skip
-        out.copy_(found.transpose(0, 1))
+    engine.sample(
+        table, Noise(seed, Purpose.TRAINING), indices, y, saved=kept, target=target, out=out,
+        on_step=callback, poll=poll,
+    )  # fmt: skip
 
 
 def generate(
