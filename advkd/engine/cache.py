@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from advkd.engine.cpu import CpuEngine
+from advkd.engine.cuda import CudaEngine
 from advkd.engine.eager import EagerEngine
 from advkd.engine.interface import Engine, input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops._backend import address, fused_extension, use_fused
+from advkd.ops import address
+from advkd.ops._backend import fused_extension, use_fused
 
 # Tried in this order; what none of them takes is the eager engine's.
-ENGINES: list[type[Engine]] = [CpuEngine]
+ENGINES: list[type[Engine]] = [CpuEngine, CudaEngine]
 
 _KEPT = 2  # engines of one network, the newest
 _Key = tuple[tuple[int, int], int, int | None]  # (H, W), batch, exit_at
@@ -137,7 +139,7 @@ class _Snapshot:
         self._values = self._all_values()
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._layouts = self._all_layouts()
-        self._runs = [(address(t), t.numel()) for t in self._tensors if _is_dense(t)]
+        self._runs = [(address(t, torch.float32), t.numel()) for t in self._tensors if _is_dense(t)]
         self._others = [t for t in self._tensors if not _is_dense(t)]
         self._content = self._fingerprint()
 
@@ -168,7 +170,7 @@ class _Snapshot:
         if not self._reads_content:
             return 0
         copies = [t.detach().contiguous() for t in self._others]
-        runs = [*self._runs, *((address(t), t.numel()) for t in copies)]
+        runs = [*self._runs, *((address(t, torch.float32), t.numel()) for t in copies)]
         number: int = fused_extension().fingerprint(runs)
         return number
 

@@ -26,7 +26,10 @@ from advkd.engine.plan import ALGORITHMS, INPUT, OUTPUT, Op, Part, Plan
 from advkd.models.layers import timestep_embedding
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops._backend import address, cpu_unavailable, extension
+from advkd.ops import address, extension
+from advkd.ops._backend import cpu_unavailable
+
+FLOAT = torch.float32
 
 # Images of a pass for which the engine of few images, and that of many, is made.
 _FEW, _MANY = 1, 16
@@ -87,7 +90,7 @@ class CpuEngine(Engine):
             return out
         x = self._sinusoids(torch.tensor(timesteps, dtype=torch.int64, device="cpu")).contiguous()
         self._time.run(
-            x=address(x), y=address(out), conditioning=0, labels=0, images=N,
+            x=address(x, FLOAT), y=address(out, FLOAT), conditioning=0, labels=0, images=N,
             threads=torch.get_num_threads(), nan_fill=False,
         )  # fmt: skip
         return out
@@ -114,8 +117,8 @@ class CpuEngine(Engine):
         target = self.plan.buffers[OUTPUT]
         out = _floats(len(x), target.height, target.width, target.channels)
         self.compiled.run(
-            x=address(dense), y=address(out), conditioning=address(conditioning),
-            labels=0 if labels is None else address(labels), images=len(x),
+            x=address(dense, FLOAT), y=address(out, FLOAT), conditioning=address(conditioning, FLOAT),
+            labels=0 if labels is None else address(labels, torch.int64), images=len(x),
             threads=threads or torch.get_num_threads(), nan_fill=nan_fill,
         )  # fmt: skip
         return out.permute(0, 3, 1, 2)
@@ -148,13 +151,15 @@ class CpuEngine(Engine):
         if out is None:
             out = _floats(B, len(saved), *self.shape)
         conditioning = self.conditioning(table.timesteps.tolist())
-        coefficients = torch.tensor(table.coefficients, dtype=torch.float64, device="cpu")
+        coefficients = torch.tensor(table.coefficients, dtype=torch.float64, device="cpu").contiguous()
         numbers = indices.to("cpu", torch.int64).contiguous()
         self.compiled.sample(
-            coefficients=address(coefficients.contiguous()), conditioning=address(conditioning),
+            coefficients=address(coefficients, torch.float64),
+            conditioning=address(conditioning, FLOAT),
             steps=N, clip=table.clip, seed=noise.seed, purpose=int(noise.purpose),
-            image_index=address(numbers), labels=0 if labels is None else address(labels),
-            images=B, saved=list(saved), save_denoised=target == "denoised", out=address(out),
+            image_index=address(numbers, torch.int64),
+            labels=0 if labels is None else address(labels, torch.int64), images=B,
+            saved=list(saved), save_denoised=target == "denoised", out=address(out, out.dtype),
             half=out.dtype is torch.float16, image_stride=out.stride(0), saved_stride=out.stride(1),
             threads=threads or torch.get_num_threads(), on_pass=poll,
             on_step=None if on_step is None else lambda done: on_step(done, N), nan_fill=nan_fill,
@@ -168,8 +173,9 @@ class CpuEngine(Engine):
         conditioning = _floats(max(1, self.plan.conditioning)).zero_()
         labels = torch.zeros(images, dtype=torch.int64, device="cpu")
         seconds: list[float] = self.compiled.profile(
-            x=address(x.normal_()), y=address(y), conditioning=address(conditioning),
-            labels=address(labels), images=images, repeats=repeats,
+            x=address(x.normal_(), FLOAT), y=address(y, FLOAT),
+            conditioning=address(conditioning, FLOAT),
+            labels=address(labels, torch.int64), images=images, repeats=repeats,
         )  # fmt: skip
         return seconds
 
