@@ -17,7 +17,7 @@ from advkd.config import (
     presets,
     resolutions_for,
 )
-from advkd.data import load_images
+from advkd.data import dataset_names, describe, probe
 from advkd.engine.interface import input_shape
 from advkd.files import read_json
 from advkd.pretrained import load_teacher
@@ -95,11 +95,12 @@ def _name_of(data: str | None, teacher: str | None) -> str | None:
 
 def _for_images(args: argparse.Namespace) -> Config:
     """A configuration for given images: networks by their resolution."""
-    images = load_images(args.data, size=args.size, channels=args.channels)
+    source = probe(args.data, size=args.size, channels=args.channels, crop=not args.no_crop)
     try:
-        return config_for(images.size, images.channels)
+        return config_for(source.size, source.channels)
     except ConfigError as error:
-        raise ConfigError(f"{args.data}: {error} (--size)") from None
+        notes = "".join(f"; {note}" for note in source.notes)
+        raise ConfigError(f"{args.data}: {error} by --size{notes}") from None
 
 
 def _for_teacher(folder: str, scheduler: str | None, size: int | None) -> Config:
@@ -154,8 +155,9 @@ def _assignments(args: argparse.Namespace) -> list[str]:
 
 
 def _resolved(path: str) -> str:
-    """A path that means the same from any folder; "" and "zoo:NAME" stay."""
-    return path if not path or path.startswith("zoo:") else str(Path(path).resolve())
+    """A path that means the same from any folder; "", "zoo:NAME" and a data set's name stay."""
+    is_name = path.startswith("zoo:") or (path in dataset_names() and not Path(path).exists())
+    return path if not path or is_name else str(Path(path).resolve())
 
 
 def _quoted(value: object) -> str:
@@ -169,6 +171,10 @@ def train(args: argparse.Namespace) -> None:
     config = configure(args)
     if "/" in config.name or config.name in ("", ".", ".."):
         raise ConfigError(f"{config.name!r} is not a name for a run")
+    if config.data.path:
+        d = config.data
+        source = probe(d.path, size=d.size, channels=d.channels, crop=d.crop)
+        print("\n".join(f"advkd: {line}" for line in describe(source)), file=sys.stderr)
     run = Run(args.runs / config.name, config)
     with run.opened(args.redo):
         run_stages(run, (args.stage,) if args.stage else STAGES)

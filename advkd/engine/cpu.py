@@ -117,7 +117,8 @@ class CpuEngine(Engine):
         target = self.plan.buffers[OUTPUT]
         out = _floats(len(x), target.height, target.width, target.channels)
         self.compiled.run(
-            x=address(dense, FLOAT), y=address(out, FLOAT), conditioning=address(conditioning, FLOAT),
+            x=address(dense, FLOAT), y=address(out, FLOAT),
+            conditioning=address(conditioning, FLOAT),
             labels=0 if labels is None else address(labels, torch.int64), images=len(x),
             threads=threads or torch.get_num_threads(), nan_fill=nan_fill,
         )  # fmt: skip
@@ -151,7 +152,7 @@ class CpuEngine(Engine):
         if out is None:
             out = _floats(B, len(saved), *self.shape)
         conditioning = self.conditioning(table.timesteps.tolist())
-        coefficients = torch.tensor(table.coefficients, dtype=torch.float64, device="cpu").contiguous()
+        coefficients = torch.tensor(table.coefficients, dtype=torch.float64, device="cpu")
         numbers = indices.to("cpu", torch.int64).contiguous()
         self.compiled.sample(
             coefficients=address(coefficients, torch.float64),

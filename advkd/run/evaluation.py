@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from advkd.data import ImageSet
+from advkd.data import ImageSet, for_shape
 from advkd.data.trajectories import Trajectories
 from advkd.evaluation.metrics import (
     FeatureNet,
@@ -45,8 +45,9 @@ def features_of(run: Run) -> FeatureNet:
     own = run.path / "features"
     if (own / "config.json").is_file():
         return load_features(own)
-    if (config.data.size, config.data.channels) == (28, 1):
-        return load_features()
+    dataset = run.dataset or for_shape(config.data.size, config.data.channels)
+    if dataset is not None and dataset.features_source:
+        return load_features(resolve(dataset.features_source))
     train = _sampled_images(run) if images is None else images.train
     settings = FitSettings(steps=FEATURE_STEPS, flip=config.data.flip)
     save_features(fit_features(train, settings=settings), own)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from advkd.config import Config, ConfigError
-from advkd.data import CLASS_NAMES, load_images, shipped
-from advkd.data.split import RealImages, hold_out
+from advkd.data import Dataset
+from advkd.data.split import RealImages, dataset_of, real_images
 from advkd.evaluation.protocol import images_hash
 from advkd.files import read_json, write_json
 from advkd.models.student import Student
@@ -34,7 +34,8 @@ class Run(RunFolder):
         Raises ConfigError where they are not those that the run began with.
         """
         if self._images is None and self.has_images:
-            self._images = read_images(self.config)
+            d = self.config.data
+            self._images = real_images(d.path, d.size, d.channels, d.crop)
             self._check_same(self._images)
         return self._images
 
@@ -53,10 +54,16 @@ class Run(RunFolder):
             )
 
     @property
+    def dataset(self) -> Dataset | None:
+        """The data set that the run's images are of; without images, one of their shape."""
+        d = self.config.data
+        return dataset_of(d.path, d.size, d.channels)
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, where the shipped classifier evaluates the shipped images."""
-        own = self.config.data.path or self.config.evaluate.features
-        return CLASS_NAMES if self.has_images and not own else None
+        """Names of the classes that the features tell apart; None where they have none."""
+        images = None if self.config.evaluate.features else self.images()
+        return None if images is None else images.train.classes
 
     def teacher(self) -> UNet:
         """The run's own copy of the teacher."""
@@ -65,16 +72,3 @@ class Run(RunFolder):
     def student(self) -> Student:
         """The run's student."""
         return load_student(self.path / "student")
-
-
-def read_images(config: Config) -> RealImages:
-    """The data set that ships, or `data.path` with a part held out."""
-    d = config.data
-    if not d.path:
-        if (d.size, d.channels) != (28, 1):
-            raise ConfigError(
-                f"the images that ship are 28x28 with 1 channel, not {d.size}x{d.size} with "
-                f"{d.channels}: give --data"
-            )
-        return RealImages(shipped("train"), shipped("test"))
-    return hold_out(load_images(d.path, size=d.size, channels=d.channels, crop=d.crop))

@@ -28,7 +28,7 @@ from advkd.config import (
 )
 from advkd.console import Interrupted, StopSignals
 from advkd.data import DataError, ImageSet
-from advkd.data.split import MIN_IMAGES, hold_out
+from advkd.data.split import MIN_IMAGES, hold_out, real_images
 from advkd.data.trajectories import Trajectories, sample_trajectories
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Noise, Purpose
@@ -41,7 +41,7 @@ from advkd.pretrained import save_student, save_teacher
 from advkd.run.check import check
 from advkd.run.evaluation import features_of
 from advkd.run.folder import STAGES, stored_config
-from advkd.run.run import Run, read_images
+from advkd.run.run import Run
 from advkd.run.stages import PICTURE_SEED, make_trajectories, pictures_of
 
 CONFIG = Config(
@@ -112,12 +112,22 @@ def test_too_few_images_are_an_error() -> None:
 
 
 def test_the_images_that_ship() -> None:
-    images = read_images(changed(data={"size": 28}))
-    assert (len(images.train), len(images.held_out)) == (10_000, 2000)
-    with pytest.raises(ConfigError, match="28x28 with 1 channel, not 8x8"):
-        read_images(CONFIG)
-    with pytest.raises(ConfigError, match="with 3: give --data"):
-        read_images(changed(data={"size": 28, "channels": 3}))
+    for path in ("", "fashion-mnist"):
+        images = real_images(path, 28, 1, True)
+        assert (len(images.train), len(images.held_out)) == (10_000, 2000)
+        assert images.train.classes is not None and images.train.classes[5] == "sandal"
+    with pytest.raises(DataError, match="with 8x8 pixels and 1 channels: give --data"):
+        real_images("", 8, 1, True)
+    with pytest.raises(DataError, match="28x28 pixels and 3 channels"):
+        real_images("", 28, 3, True)
+
+
+def test_a_data_set_without_test_images_has_a_part_held_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "some.npy", np.zeros((50, 8, 8), np.uint8))
+    text = 'size = 8\nchannels = 1\n[splits]\ntrain = "some.npy"\n'
+    (tmp_path / "dataset.toml").write_text(text)
+    images = real_images(str(tmp_path), 8, 1, True)
+    assert (len(images.train), len(images.held_out)) == (40, 10)
 
 
 @pytest.mark.parametrize(
