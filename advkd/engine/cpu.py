@@ -50,9 +50,9 @@ class Engine:
         if self._time is None or self._sinusoids is None:
             return torch.zeros(len(timesteps), 0)
         x = self._sinusoids(torch.tensor(timesteps, dtype=torch.int64)).contiguous()
-        out = torch.empty(len(timesteps), self.plan.row)
+        out = torch.empty(len(timesteps), self.plan.conditioning)
         self._time.run(
-            x=x.data_ptr(), y=out.data_ptr(), row=0, labels=0, images=len(timesteps),
+            x=x.data_ptr(), y=out.data_ptr(), conditioning=0, labels=0, images=len(timesteps),
             threads=torch.get_num_threads(), nan_fill=False,
         )  # fmt: skip
         return out
@@ -83,7 +83,7 @@ class Engine:
         out = torch.empty(len(x), target.height, target.width, target.channels)
         labels = None if y is None else y.contiguous()
         self.compiled.run(
-            x=dense.data_ptr(), y=out.data_ptr(), row=row.data_ptr(),
+            x=dense.data_ptr(), y=out.data_ptr(), conditioning=row.data_ptr(),
             labels=0 if labels is None else labels.data_ptr(), images=len(x),
             threads=threads or torch.get_num_threads(), nan_fill=nan_fill,
         )  # fmt: skip
@@ -93,9 +93,10 @@ class Engine:
         """Seconds of CPU time of each operation at one thread, the least of some repeats."""
         source, target = self.plan.buffers[INPUT], self.plan.buffers[OUTPUT]
         x, y = (torch.zeros(images, b.height, b.width, b.channels) for b in (source, target))
-        row, labels = torch.zeros(max(1, self.plan.row)), torch.zeros(images, dtype=torch.int64)
+        row = torch.zeros(max(1, self.plan.conditioning))
+        labels = torch.zeros(images, dtype=torch.int64)
         seconds: list[float] = self.compiled.profile(
-            x=x.normal_().data_ptr(), y=y.data_ptr(), row=row.data_ptr(),
+            x=x.normal_().data_ptr(), y=y.data_ptr(), conditioning=row.data_ptr(),
             labels=labels.data_ptr(), images=images, repeats=repeats,
         )  # fmt: skip
         return seconds

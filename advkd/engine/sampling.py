@@ -207,11 +207,11 @@ def sample_into(
     indices = indices.to("cpu", torch.int64).contiguous()
     labels = None if y is None else y.contiguous()
     engine.compiled.sample(
-        coefficients=coefficients.data_ptr(), rows=rows.data_ptr(), steps=N, clip=table.clip,
-        seed=seed, image_index=indices.data_ptr(),
-        labels=0 if labels is None else labels.data_ptr(), images=B, kept=list(kept),
-        keep_denoised=target == "denoised", out=out.data_ptr(),
-        half=out.dtype is torch.float16, image_stride=out.stride(0), kept_stride=out.stride(1),
+        coefficients=coefficients.data_ptr(), conditioning=rows.data_ptr(), steps=N,
+        clip=table.clip, seed=seed, purpose=0, image_index=indices.data_ptr(),
+        labels=0 if labels is None else labels.data_ptr(), images=B, saved=list(kept),
+        save_denoised=target == "denoised", out=out.data_ptr(),
+        half=out.dtype is torch.float16, image_stride=out.stride(0), saved_stride=out.stride(1),
         threads=threads or torch.get_num_threads(), on_pass=poll,
         on_step=None if callback is None else lambda done: callback(done, N), nan_fill=nan_fill,
     )  # fmt: skip
