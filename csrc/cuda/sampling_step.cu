@@ -3,7 +3,7 @@
 // rounded on its own.
 #include "cuda/sampling_step.h"
 
-#include "normals.h"
+#include "runtime/normals.h"
 
 namespace advkd::cuda {
 namespace {

@@ -6,7 +6,7 @@
 
 #include "controls.h"
 #include "cuda/runtime.h"
-#include "cuda_bindings.h"
+#include "python/cuda_bindings.h"
 #include "toy_network.h"
 
 namespace py = pybind11;

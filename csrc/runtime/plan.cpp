@@ -1,4 +1,4 @@
-#include "cpu/plan.h"
+#include "runtime/plan.h"
 
 #include <sys/mman.h>
 #include <time.h>
@@ -9,8 +9,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cpu/plan_step.h"
-#include "cpu/thread_pool.h"
+#include "runtime/plan_step.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd {
 namespace {
@@ -130,7 +130,9 @@ void Plan::check(const PlanPass& pass) const {
     throw std::invalid_argument("a pass of " + std::to_string(pass.batch) + " images, but the " +
                                 "plan is for at most " + std::to_string(data_.batch));
   }
-  if (data_.row > 0 && pass.row == nullptr) throw std::invalid_argument("the plan needs a row");
+  if (data_.conditioning > 0 && pass.conditioning == nullptr) {
+    throw std::invalid_argument("the plan needs a conditioning");
+  }
   if (data_.classes > 0) {
     if (pass.labels == nullptr) throw std::invalid_argument("the plan needs labels");
     for (std::int64_t b = 0; b < pass.batch; ++b) {

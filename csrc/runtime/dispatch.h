@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernel_table.h"
+#include "runtime/kernel_table.h"
 
 namespace advkd {
 

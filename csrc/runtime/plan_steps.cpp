@@ -3,10 +3,10 @@
 #include <cstring>
 #include <map>
 
-#include "cpu/convolution.h"
-#include "cpu/dispatch.h"
-#include "cpu/plan_step.h"
-#include "cpu/thread_pool.h"
+#include "runtime/convolution.h"
+#include "runtime/dispatch.h"
+#include "runtime/plan_step.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd {
 namespace {
@@ -62,7 +62,7 @@ class ConvolutionStep final : public PlanStep {
     args.x_silu = silu_;
     args.packed = packed_;
     args.bias = bias_;
-    if (bias_in_row_) args.bias = at.pass.row + bias_row_;
+    if (bias_in_conditioning_) args.bias = at.pass.conditioning + bias_offset_;
     if (bias_in_buffer_) {
       args.bias = at.input(bias_slice_);
       args.bias_stride = bias_slice_.stride;
@@ -84,24 +84,26 @@ class ConvolutionStep final : public PlanStep {
     return shape;
   }
 
-  // One of: weights, a part of the row, a vector of each image.
+  // One of: weights, a part of the conditioning, a vector of each image.
   void take_bias(Fields& fields) {
     const std::int64_t channels = shape_.out_channels;
     if (fields.has("bias")) bias_ = fields.weights("bias", channels);
-    bias_in_row_ = fields.has("bias_row");
-    if (bias_in_row_) bias_row_ = fields.row("bias_row", channels);
+    bias_in_conditioning_ = fields.has("bias_conditioning");
+    if (bias_in_conditioning_) bias_offset_ = fields.conditioning("bias_conditioning", channels);
     bias_in_buffer_ = fields.has("bias_buffer");
     if (bias_in_buffer_) bias_slice_ = reads(fields.slice("bias_buffer", channels, 1));
-    if ((bias_ != nullptr) + bias_in_row_ + bias_in_buffer_ > 1) fields.fail("it has two biases");
+    if ((bias_ != nullptr) + bias_in_conditioning_ + bias_in_buffer_ > 1) {
+      fields.fail("it has two biases");
+    }
   }
 
   ConvolutionShape shape_;
   ConvolutionAlgorithm algorithm_;
   Slice x_, y_, x_scale_{}, x_shift_{}, residual_{}, bias_slice_{};
-  bool silu_, affine_, has_residual_, bias_in_row_, bias_in_buffer_;
+  bool silu_, affine_, has_residual_, bias_in_conditioning_, bias_in_buffer_;
   const float* packed_;
   const float* bias_ = nullptr;
-  std::int64_t bias_row_ = 0;
+  std::int64_t bias_offset_ = 0;  // in the conditioning
   float scale_;
 };
 
@@ -264,7 +266,7 @@ class ConstantStep final : public PlanStep {
   const float* values_;
 };
 
-// The vector that tells an image's class, plus a part of the row.
+// The embedding of an image's class, plus a part of the conditioning.
 class EmbedStep final : public PlanStep {
  public:
   explicit EmbedStep(Fields& fields) {
@@ -272,8 +274,8 @@ class EmbedStep final : public PlanStep {
     y_ = writes(fields.vector("y", channels));
     if (fields.plan().classes < 1) fields.fail("the plan has no classes");
     table_ = fields.weights("table", product(fields.plan().classes, channels));
-    in_row_ = fields.has("row");
-    if (in_row_) row_ = fields.row("row", channels);
+    conditioned_ = fields.has("conditioning");
+    if (conditioned_) offset_ = fields.conditioning("conditioning", channels);
   }
 
   void run(const Places& at) const override {
@@ -281,7 +283,7 @@ class EmbedStep final : public PlanStep {
     for (std::int64_t b = 0; b < at.pass.batch; ++b, y += y_.channels) {
       const float* const embedded = table_ + at.pass.labels[b] * y_.channels;
       for (std::int64_t c = 0; c < y_.channels; ++c) {
-        y[c] = embedded[c] + (in_row_ ? at.pass.row[row_ + c] : 0.0f);
+        y[c] = embedded[c] + (conditioned_ ? at.pass.conditioning[offset_ + c] : 0.0f);
       }
     }
   }
@@ -289,8 +291,8 @@ class EmbedStep final : public PlanStep {
  private:
   Slice y_;
   const float* table_;
-  bool in_row_;
-  std::int64_t row_ = 0;
+  bool conditioned_;
+  std::int64_t offset_ = 0;  // in the conditioning
 };
 
 template <class Step>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/convolution.h"
+#include "runtime/convolution.h"
 
 namespace advkd {
 
@@ -14,34 +14,34 @@ constexpr std::int64_t kMostGroup = 3;  // panels that are computed together at 
 // `images` x `rows` x `columns` of them everywhere but at the ends; several images only if whole.
 struct ConvolutionPlan {
   std::int64_t in_height, in_width, out_height, out_width;
-  std::int64_t unit_rows, unit_columns;  // of an image
+  std::int64_t tile_rows, tile_columns;  // of an image
   std::int64_t images, rows, columns;
   std::int64_t image_blocks, row_blocks, column_blocks, blocks;
   std::int64_t channel_blocks, panels;  // of kPanel channels in and out
   std::int64_t group, groups;           // panels that are computed together
-  // Blocks of a wave, in which all inputs are prepared before the first product; 0: each block is
-  // done by itself, by one thread. A group's products of a wave are cut into so many parts.
-  std::int64_t wave, parts;
+  // Blocks of a tile_batch, in which all inputs are prepared before the first product; 0: each block is
+  // done by itself, by one thread. A group's products of a tile_batch are cut into so many parts.
+  std::int64_t tile_batch, parts;
   // Floats of: the prepared input of a block, and from one point of a tile to the next in it; the
   // products of a block and a group, and between points; the scratch; a panel of the packed weights;
   // one of the transformed ones, and between points in it, both 0 for direct.
-  std::int64_t left_size, left_step, product_size, product_step, scratch_size;
+  std::int64_t a_size, a_step, product_size, product_step, scratch_size;
   std::int64_t packed_panel, transformed_panel, transformed_step;
 
   // Floats that all threads share, and those of each thread beside them.
   std::int64_t shared_size() const {
-    return wave == 0 ? panels * transformed_panel : wave * left_size;
+    return tile_batch == 0 ? panels * transformed_panel : tile_batch * a_size;
   }
   std::int64_t own_size() const {
-    return product_size + scratch_size + (wave == 0 ? left_size : group * transformed_panel);
+    return product_size + scratch_size + (tile_batch == 0 ? a_size : group * transformed_panel);
   }
 };
 
 // The same for the gradient of the weights: `blocks` has its left factor, the transformed input; the
-// right one is the transformed gradient of the output, and `sum_size` is of the transformed weights'.
-struct ConvolutionGradientPlan {
+// right one is the transformed gradient of the output, and `accumulator_size` is of the transformed weights'.
+struct ConvolutionWgradPlan {
   ConvolutionPlan blocks;
-  std::int64_t right_size, right_step, sum_size;
+  std::int64_t b_size, b_step, accumulator_size;
 };
 
 // One block: where it begins and how much there is of it.
@@ -52,6 +52,6 @@ struct ConvolutionBlock {
 ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
                                  int threads);
 
-ConvolutionGradientPlan plan_gradient(const ConvolutionShape& shape);
+ConvolutionWgradPlan plan_wgrad(const ConvolutionShape& shape);
 
 }  // namespace advkd

@@ -1,11 +1,11 @@
-#include "cpu/convolution.h"
+#include "runtime/convolution.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/convolution_plan.h"
-#include "cpu/dispatch.h"
-#include "cpu/thread_pool.h"
+#include "runtime/convolution_plan.h"
+#include "runtime/dispatch.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd {
 namespace {
@@ -24,19 +24,19 @@ int points_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
 }
 
 // Floats that a block's prepared input should not exceed, to leave room in a second-level cache of
-// 1 MiB for products and weights; and units, from which on more do not help to reuse weights.
-constexpr std::int64_t kDirectLeftSize = 48 << 10, kLeftSize = 96 << 10;
-constexpr std::int64_t kFewestUnits = 16, kMostUnits = 64;
+// 1 MiB for products and weights; and tiles, from which on more do not help to reuse weights.
+constexpr std::int64_t kDirectASize = 48 << 10, kASize = 96 << 10;
+constexpr std::int64_t kFewestTiles = 16, kMostTiles = 64;
 
-constexpr std::int64_t kGradientSize = 192 << 10;
-constexpr std::int64_t kMostGradientUnits = 128;
+constexpr std::int64_t kWgradInputSize = 192 << 10;
+constexpr std::int64_t kMostWgradTiles = 128;
 
-std::int64_t most_units(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
+std::int64_t most_tiles(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   const bool direct = algorithm == ConvolutionAlgorithm::direct;
   const std::int64_t size =
       divided_up(s.in_channels, kPanel) * kPanel * (direct ? s.kernel * 2 : points_of(s, algorithm));
-  return direct ? std::clamp(kDirectLeftSize / size / 8 * 8, kFewestUnits, 4 * kMostUnits)
-                : std::clamp(kLeftSize / size / 8 * 8, kFewestUnits, kMostUnits);
+  return direct ? std::clamp(kDirectASize / size / 8 * 8, kFewestTiles, 4 * kMostTiles)
+                : std::clamp(kASize / size / 8 * 8, kFewestTiles, kMostTiles);
 }
 
 // Cuts `length` into parts as equal as can be, none longer than `most`.
@@ -46,17 +46,17 @@ std::int64_t equal_part(std::int64_t length, std::int64_t most) {
 
 void cut_into_blocks(ConvolutionPlan& plan, std::int64_t batch, std::int64_t most) {
   plan.images = plan.rows = 1;
-  plan.columns = equal_part(plan.unit_columns, most);
-  if (plan.columns == plan.unit_columns) {
-    plan.rows = equal_part(plan.unit_rows, std::max<std::int64_t>(1, most / plan.columns));
+  plan.columns = equal_part(plan.tile_columns, most);
+  if (plan.columns == plan.tile_columns) {
+    plan.rows = equal_part(plan.tile_rows, std::max<std::int64_t>(1, most / plan.columns));
   }
-  const std::int64_t units = plan.rows * plan.columns;
-  if (units == plan.unit_rows * plan.unit_columns && batch > 0) {
-    plan.images = equal_part(batch, std::max<std::int64_t>(1, most / units));
+  const std::int64_t tiles = plan.rows * plan.columns;
+  if (tiles == plan.tile_rows * plan.tile_columns && batch > 0) {
+    plan.images = equal_part(batch, std::max<std::int64_t>(1, most / tiles));
   }
   plan.image_blocks = divided_up(batch, plan.images);
-  plan.row_blocks = divided_up(plan.unit_rows, plan.rows);
-  plan.column_blocks = divided_up(plan.unit_columns, plan.columns);
+  plan.row_blocks = divided_up(plan.tile_rows, plan.rows);
+  plan.column_blocks = divided_up(plan.tile_columns, plan.columns);
   plan.blocks = plan.image_blocks * plan.row_blocks * plan.column_blocks;
 }
 
@@ -67,14 +67,14 @@ void size_inputs(ConvolutionPlan& plan, const ConvolutionShape& s, ConvolutionAl
   const std::int64_t channels = plan.channel_blocks * kPanel;
   if (algorithm == ConvolutionAlgorithm::direct) {
     const std::int64_t rows = plan.rows - 1 + divided_up(s.kernel, s.stride);
-    plan.left_step = 0;
-    plan.left_size = plan.images * channels * s.kernel * rows * s.stride * plan.columns;
+    plan.a_step = 0;
+    plan.a_size = plan.images * channels * s.kernel * rows * s.stride * plan.columns;
     plan.scratch_size = ((plan.columns - 1) * s.stride + s.kernel) * kPanel;
     return;
   }
   const std::int64_t n = outputs_of(algorithm);
-  plan.left_step = plan.images * plan.rows * plan.columns * channels + kGap;
-  plan.left_size = points_of(s, algorithm) * plan.left_step;
+  plan.a_step = plan.images * plan.rows * plan.columns * channels + kGap;
+  plan.a_size = points_of(s, algorithm) * plan.a_step;
   plan.scratch_size = (plan.rows * n + 2) * (plan.columns * n + 2) * kPanel;
 }
 
@@ -92,10 +92,10 @@ void size_products(ConvolutionPlan& plan, const ConvolutionShape& s,
 constexpr std::int64_t kFewWeights = 160 << 10;
 // What a group's should not exceed, to stay in a cache of 2 MiB.
 constexpr std::int64_t kGroupSize = 300 << 10;
-// Prepared inputs of a wave: so many that transforming the weights for each wave costs little.
-constexpr std::int64_t kWaveSize = 2 << 20;
+// Prepared inputs of a tile_batch: so many that transforming the weights for each tile_batch costs little.
+constexpr std::int64_t kTileBatchSize = 2 << 20;
 
-void plan_waves(ConvolutionPlan& plan, int threads) {
+void plan_tile_batches(ConvolutionPlan& plan, int threads) {
   const bool shared = threads > 1 && plan.blocks < 4 * threads;
   const bool heavy = plan.panels * plan.transformed_panel > kFewWeights;
   plan.group = std::min<std::int64_t>(plan.panels, shared && plan.panels <= 8 ? 2 : kMostGroup);
@@ -104,10 +104,10 @@ void plan_waves(ConvolutionPlan& plan, int threads) {
     plan.group = std::min(plan.group, most);
   }
   plan.groups = divided_up(plan.panels, plan.group);
-  plan.wave = 0;
+  plan.tile_batch = 0;
   if (shared || heavy) {
-    const std::int64_t most = std::max<std::int64_t>(1, kWaveSize / plan.left_size);
-    plan.wave = plan.blocks == 0 || shared ? plan.blocks : equal_part(plan.blocks, most);
+    const std::int64_t most = std::max<std::int64_t>(1, kTileBatchSize / plan.a_size);
+    plan.tile_batch = plan.blocks == 0 || shared ? plan.blocks : equal_part(plan.blocks, most);
   }
   plan.parts = threads == 1 ? 1 : divided_up(2 * threads, plan.groups);
 }
@@ -120,18 +120,18 @@ constexpr double kFewestRows = 3;      // of a product; fewer wait for their own
 
 double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int threads) {
   const double n = outputs_of(algorithm), in = static_cast<double>(s.in_channels);
-  const double units = static_cast<double>(s.batch) * std::ceil(s.out_height() / n) *
+  const double tiles = static_cast<double>(s.batch) * std::ceil(s.out_height() / n) *
                        std::ceil(s.out_width() / n);
   const double panels = static_cast<double>(divided_up(s.out_channels, kPanel));
   const double blocks = static_cast<double>(divided_up(s.in_channels, kPanel));
-  const double products = std::max(units, kFewestRows) * points_of(s, algorithm) * panels *
+  const double products = std::max(tiles, kFewestRows) * points_of(s, algorithm) * panels *
                           (in / kProductsPerCycle + 2);
   // What 16 channels of a unit take to prepare and to write, and 16 weights to transform.
   const double per_block[] = {8.0 * s.kernel, 80, 220}, per_panel[] = {8, 50, 130};
   const double per_weights[] = {0, 80, 180};
   const int index = static_cast<int>(algorithm);
   const double arithmetic = products + per_weights[index] * panels * in +
-                            units * (per_block[index] * blocks + per_panel[index] * panels);
+                            tiles * (per_block[index] * blocks + per_panel[index] * panels);
   const double bytes = static_cast<double>(packed_size(s)) * sizeof(float);
   return arithmetic / threads + bytes / kBytesPerCycle;
 }
@@ -168,34 +168,34 @@ ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgor
   plan.in_width = s.in_width();
   plan.out_height = s.out_height();
   plan.out_width = s.out_width();
-  plan.unit_rows = divided_up(plan.out_height, outputs_of(algorithm));
-  plan.unit_columns = divided_up(plan.out_width, outputs_of(algorithm));
+  plan.tile_rows = divided_up(plan.out_height, outputs_of(algorithm));
+  plan.tile_columns = divided_up(plan.out_width, outputs_of(algorithm));
   plan.channel_blocks = divided_up(s.in_channels, kPanel);
   plan.panels = divided_up(s.out_channels, kPanel);
   plan.packed_panel = s.in_channels * s.kernel * s.kernel * kPanel;
   const bool direct = algorithm == ConvolutionAlgorithm::direct;
   plan.transformed_step = direct ? 0 : s.in_channels * kPanel + kGap;
   plan.transformed_panel = points_of(s, algorithm) * plan.transformed_step;
-  cut_into_blocks(plan, s.batch, most_units(s, algorithm));
+  cut_into_blocks(plan, s.batch, most_tiles(s, algorithm));
   size_inputs(plan, s, algorithm);
-  plan_waves(plan, threads);
+  plan_tile_batches(plan, threads);
   size_products(plan, s, algorithm);
   return plan;
 }
 
-ConvolutionGradientPlan plan_gradient(const ConvolutionShape& s) {
+ConvolutionWgradPlan plan_wgrad(const ConvolutionShape& s) {
   constexpr int kPoints = 36;
-  ConvolutionGradientPlan plan = {plan_convolution(s, ConvolutionAlgorithm::winograd4, 1), 0, 0, 0};
+  ConvolutionWgradPlan plan = {plan_convolution(s, ConvolutionAlgorithm::winograd4, 1), 0, 0, 0};
   ConvolutionPlan& blocks = plan.blocks;
   const std::int64_t size = kPoints * kPanel * (blocks.channel_blocks + blocks.panels);
   cut_into_blocks(blocks, s.batch,
-                  std::clamp(kGradientSize / size / 8 * 8, kFewestUnits, kMostGradientUnits));
+                  std::clamp(kWgradInputSize / size / 8 * 8, kFewestTiles, kMostWgradTiles));
   size_inputs(blocks, s, ConvolutionAlgorithm::winograd4);
   blocks.group = std::min(blocks.panels, kMostGroup);
   blocks.groups = divided_up(blocks.panels, blocks.group);
-  plan.right_step = blocks.images * blocks.rows * blocks.columns * blocks.panels * kPanel + kGap;
-  plan.right_size = kPoints * plan.right_step;
-  plan.sum_size = kPoints * blocks.panels * kPanel * s.in_channels;
+  plan.b_step = blocks.images * blocks.rows * blocks.columns * blocks.panels * kPanel + kGap;
+  plan.b_size = kPoints * plan.b_step;
+  plan.accumulator_size = kPoints * blocks.panels * kPanel * s.in_channels;
   return plan;
 }
 
@@ -253,14 +253,14 @@ void convolution(const ConvolutionArgs& args) {
   }
 }
 
-std::int64_t gradient_workspace_size(const ConvolutionShape& shape, int threads) {
-  const ConvolutionGradientPlan plan = plan_gradient(shape);
-  return plan.sum_size + plan.blocks.left_size + plan.right_size + plan.blocks.panels * kPanel +
+std::int64_t wgrad_workspace_size(const ConvolutionShape& shape, int threads) {
+  const ConvolutionWgradPlan plan = plan_wgrad(shape);
+  return plan.accumulator_size + plan.blocks.a_size + plan.b_size + plan.blocks.panels * kPanel +
          threads * plan.blocks.scratch_size;
 }
 
-void convolution_gradient(const ConvolutionGradientArgs& args) {
-  kernels().convolution_gradient(args, plan_gradient(args.shape));
+void convolution_wgrad(const ConvolutionWgradArgs& args) {
+  kernels().convolution_wgrad(args, plan_wgrad(args.shape));
 }
 
 }  // namespace advkd

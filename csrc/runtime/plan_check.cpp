@@ -3,13 +3,13 @@
 #include <limits>
 #include <utility>
 
-#include "cpu/plan_step.h"
+#include "runtime/plan_step.h"
 
 namespace advkd {
 namespace {
 
 constexpr std::int64_t kLargestBatch = 1 << 20;
-constexpr std::int64_t kLargestRow = 1 << 30;
+constexpr std::int64_t kLargestTable = 1 << 30;
 
 // Channels of a buffer that have been written to, as disjoint ranges.
 class Written {
@@ -59,10 +59,10 @@ void check_one(const std::vector<Access>& accesses, const std::string& name) {
 
 void check_sizes(const PlanData& plan) {
   if (plan.buffers.size() < 2) corrupt("it has no input and output");
-  if (plan.arena < 0 || plan.row < 0 || plan.classes < 0 || plan.weights_size < 0) {
+  if (plan.arena < 0 || plan.conditioning < 0 || plan.classes < 0 || plan.weights_size < 0) {
     corrupt("a size is negative");
   }
-  if (plan.row > kLargestRow || plan.classes > kLargestRow) corrupt("a size is out of bounds");
+  if (plan.conditioning > kLargestTable || plan.classes > kLargestTable) corrupt("a size is out of bounds");
   if (plan.batch < 1 || plan.batch > kLargestBatch) corrupt("its batch is out of bounds");
   product(plan.arena, product(kLargestBatch, sizeof(float)));
   for (std::size_t i = 0; i < plan.buffers.size(); ++i) {

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/plan.h"
+#include "runtime/plan.h"
 
 namespace advkd {
 
@@ -116,10 +116,10 @@ class Fields {
     return plan_.weights + number(name, 0, plan_.weights_size - size);
   }
 
-  // The offset of `size` numbers in the row.
-  std::int64_t row(const std::string& name, std::int64_t size) {
-    if (size > plan_.row) fail(name + " needs more numbers than the row has");
-    return number(name, 0, plan_.row - size);
+  // The offset of `size` floats of the conditioning.
+  std::int64_t conditioning(const std::string& name, std::int64_t size) {
+    if (size > plan_.conditioning) fail(name + " needs more floats than the conditioning has");
+    return number(name, 0, plan_.conditioning - size);
   }
 
   void finish() const {

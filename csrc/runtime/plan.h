@@ -1,5 +1,5 @@
-// A network as plain data: operations on buffers of one arena, and packed weights. advkd/plan/
-// writes it; here it is checked, so that a corrupt plan is an exception, and carried out.
+// A network as plain data: operations on buffers of one arena, and packed weights. advkd/engine
+// writes it; here it is checked, so that a corrupt plan is an exception, and run.
 #pragma once
 
 #include <cstddef>
@@ -28,19 +28,19 @@ struct PlanOp {
 struct PlanData {
   std::vector<PlanBuffer> buffers;
   std::vector<PlanOp> ops;
-  std::int64_t arena;  // floats for each image
-  std::int64_t row;    // floats that a pass is told besides its input: what depends on the time
-  std::int64_t classes;        // labels lie in [0, classes)
-  std::int64_t batch;          // images of a pass at most
-  const float* weights;        // outlives the plan
+  std::int64_t arena;         // floats for each image
+  std::int64_t conditioning;  // floats that depend on the time, the same for all images of a pass
+  std::int64_t classes;       // labels lie in [0, classes)
+  std::int64_t batch;         // images of a pass at most
+  const float* weights;       // outlive the plan
   std::int64_t weights_size;
 };
 
-// What one pass works on.
+// What one pass reads and writes.
 struct PlanPass {
   const float* x;              // (batch, pixels, channels) of buffer 0
   float* y;                    // the same of buffer 1
-  const float* row;            // (row,)
+  const float* conditioning;   // (conditioning,)
   const std::int64_t* labels;  // (batch,), null without classes
   std::int64_t batch;
   int threads;

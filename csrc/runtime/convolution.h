@@ -36,7 +36,7 @@ struct ConvolutionWeights {
   const float* at;
   std::int64_t out, in, row, column;
 
-  ConvolutionWeights turned(int kernel) const {
+  ConvolutionWeights transposed(int kernel) const {
     return {at + (kernel - 1) * (row + column), in, out, -row, -column};
   }
 };
@@ -63,15 +63,15 @@ struct ConvolutionArgs {
 };
 
 // The gradients of weights and bias where kernel = 3 and stride = 1, without upsampling.
-struct ConvolutionGradientArgs {
+struct ConvolutionWgradArgs {
   ConvolutionShape shape;
   const float* x;
   std::int64_t x_stride;  // of pixels
   const float* grad_y;
   std::int64_t grad_y_stride;  // of pixels
-  float* grad_weights;  // (out_channels, 3, 3, in_channels), dense
-  float* grad_bias;  // (out_channels,), or null
-  float* workspace;  // gradient_workspace_size floats
+  float* dweights;  // (out_channels, 3, 3, in_channels), dense
+  float* dbias;  // (out_channels,), or null
+  float* workspace;  // wgrad_workspace_size floats
   int threads;
 };
 
@@ -103,9 +103,9 @@ std::int64_t workspace_size(const ConvolutionShape& shape, ConvolutionAlgorithm 
 // overlap x; memory on a cache line's boundary is fastest, but none is required.
 void convolution(const ConvolutionArgs& args);
 
-std::int64_t gradient_workspace_size(const ConvolutionShape& shape, int threads);
+std::int64_t wgrad_workspace_size(const ConvolutionShape& shape, int threads);
 
 // The same bits with every number of threads.
-void convolution_gradient(const ConvolutionGradientArgs& args);
+void convolution_wgrad(const ConvolutionWgradArgs& args);
 
 }  // namespace advkd

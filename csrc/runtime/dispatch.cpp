@@ -1,4 +1,4 @@
-#include "cpu/dispatch.h"
+#include "runtime/dispatch.h"
 
 #include <atomic>
 #include <cstdlib>

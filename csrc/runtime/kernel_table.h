@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/convolution_plan.h"
+#include "runtime/convolution_plan.h"
+#include "runtime/noise.h"
 
 namespace advkd {
 
@@ -13,13 +14,6 @@ struct ImageShape {
   bool channels_last;
 
   std::int64_t elements() const { return channels * pixels; }
-};
-
-// One stream of Philox numbers for each image: counter = (element / 4, step, image index).
-struct NoiseSource {
-  std::uint64_t seed;
-  const std::int64_t* image_index;  // (B,)
-  std::uint32_t step;
 };
 
 struct PhiloxUint32Args {
@@ -37,12 +31,16 @@ struct PhiloxNormalArgs {
   int threads;
 };
 
+struct StepCoefficients {
+  float a_x, a_m, c_0, c_x, c_m, sigma;
+};
+
 // x0_hat = clip(a_x x_t + a_m m);  x_prev = c_0 x0_hat + c_x x_t + c_m m + sigma z
 struct SamplingStepArgs {
   const float *x_t, *model_out;
   float *x_prev, *x0_hat;
   ImageShape shape;
-  float a_x, a_m, c_0, c_x, c_m, sigma;
+  StepCoefficients coefficients;
   float clip;  // 0: none
   NoiseSource source;
   int threads;
@@ -69,9 +67,10 @@ struct WideType<double> {
 template <class S>
 using WideOf = typename WideType<S>::type;
 
-// y = act((xhat weight + bias) (1 + scale) + shift); null where there is none.
+// Affine parameters and FiLM of y = act((xhat weight + bias) (1 + scale) + shift); null where there
+// are none.
 template <class T>
-struct Modulation {
+struct AffineParameters {
   const T *weight, *bias;  // (C,)
   const T *scale, *shift;  // (B, C)
 };
@@ -79,7 +78,7 @@ struct Modulation {
 template <class S>
 struct GroupNormSiluArgs {
   const S* x;
-  Modulation<WideOf<S>> modulation;
+  AffineParameters<WideOf<S>> affine;
   S* y;
   double *mean, *rstd;  // (B, G); null where nobody wants them
   ImageShape shape;
@@ -92,7 +91,7 @@ struct GroupNormSiluArgs {
 template <class S>
 struct GroupNormSiluBackwardArgs {
   const S *grad_y, *x;
-  Modulation<WideOf<S>> modulation;
+  AffineParameters<WideOf<S>> affine;
   const double *mean, *rstd;
   S* dx;
   WideOf<S> *dweight, *dbias;  // (C,); null where the parameter is
@@ -100,13 +99,6 @@ struct GroupNormSiluBackwardArgs {
   ImageShape shape;
   std::int64_t groups;
   bool silu;
-  int threads;
-};
-
-struct CopyArgs {
-  const float* from;
-  float* to;
-  std::int64_t count;
   int threads;
 };
 
@@ -168,7 +160,6 @@ struct KernelTable {
   GroupNormSiluKernels<double> group_norm_silu_float64;
   GroupNormSiluKernels<Float16> group_norm_silu_float16;
   GroupNormSiluKernels<BFloat16> group_norm_silu_bfloat16;
-  void (*copy_float32)(const CopyArgs&);
   void (*group_norm_affine)(const GroupNormAffineArgs&);
   void (*attention_float32)(const AttentionArgs<float>&);
   void (*attention_float64)(const AttentionArgs<double>&);
@@ -178,7 +169,7 @@ struct KernelTable {
   void (*convolution_direct)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_winograd2)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_winograd4)(const ConvolutionArgs&, const ConvolutionPlan&);
-  void (*convolution_gradient)(const ConvolutionGradientArgs&, const ConvolutionGradientPlan&);
+  void (*convolution_wgrad)(const ConvolutionWgradArgs&, const ConvolutionWgradPlan&);
 };
 
 namespace portable {

@@ -1,4 +1,4 @@
-#include "cuda_bindings.h"
+#include "python/cuda_bindings.h"
 
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
@@ -9,7 +9,7 @@
 #include <string>
 
 #include "cuda/sampling_loop.h"
-#include "pointer.h"
+#include "python/pointer.h"
 
 namespace py = pybind11;
 
