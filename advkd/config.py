@@ -149,7 +149,8 @@ class DistillConfig:
     beta2: float = 0.99
     lambda_adv: float = 1.0
     lambda_rec: float = 10.0
-    rho: str = "huber"  # huber | l2
+    rho: str = "huber"  # the reconstruction loss, by its name in advkd.training.losses
+    adversarial_loss: str = "logistic"  # by its name there too: logistic | relativistic
     huber_delta: float = 0.1
     head_weights: tuple[float, ...] = ()  # w_k; empty = 1 for the last head, 0.25 for the others
     inner_every: int = 4  # the heads before the last are judged every so many steps
