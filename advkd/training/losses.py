@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advkd.config import ConfigError
-from advkd.config import _nearest as nearest
+from advkd.config import ConfigError, nearest
 
 Loss = TypeVar("Loss")
 
