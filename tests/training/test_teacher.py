@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ from advkd.training.teacher import (
     train_teacher,
 )
 
+from ..killing import ended_at
 from .tiny import CPU, metrics, squares, teacher_config
 
 
@@ -144,38 +141,40 @@ def test_a_stop_in_the_last_step_stops_too_and_the_next_call_only_saves(
     assert (tmp_path / "teacher" / "model_index.json").exists()
 
 
-KILLED = """
-    import sys
-    from pathlib import Path
-    import numpy as np
-    from advkd.config import parse
-    from advkd.data import ImageSet
-    from advkd.training.teacher import train_teacher
-    pixels = np.load(sys.argv[2], allow_pickle=False)
-    config = parse(Path(sys.argv[1], "config.toml").read_text())
-    train_teacher(config, ImageSet(pixels, None, "squares"), Path(sys.argv[1], "resumed"))
+TRAINING = """
+from pathlib import Path
+import numpy as np
+from advkd.config import parse
+from advkd.data.images import ImageSet
+from advkd.training.teacher import train_teacher
+given = Path(arguments[0])
+images = ImageSet(np.load(given / "pixels.npy", allow_pickle=False), None, "squares")
+config = parse((given / "config.toml").read_text())
 """
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    config = teacher_config("teacher.steps=30", "teacher.checkpoint_every=1", "teacher.log_every=1")
-    data = squares()
-    np.save(tmp_path / "pixels.npy", data.pixels)
+    """Each attempt goes on from where the one before it was killed."""
+    config = teacher_config()
+    np.save(tmp_path / "pixels.npy", squares().pixels)
     (tmp_path / "config.toml").write_text(to_toml(config))
-    train_teacher(config, data, tmp_path / "straight")
-    arguments = [str(tmp_path), str(tmp_path / "pixels.npy")]
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
-    process = subprocess.Popen(command)
-    try:
-        while not list((tmp_path / "resumed" / "checkpoints").glob("teacher-0000000[5-9].json")):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-    finally:
-        process.kill()
-        process.wait()
-    train_teacher(config, data, tmp_path / "resumed")
+    train_teacher(config, squares(), tmp_path / "straight")
+    moments = [
+        ("open", "metrics.jsonl", 2),  # in step 4, before the first checkpoint
+        ("os.rename", "teacher-00000005.json", 1),  # before that checkpoint is closed
+        ("open", "metrics.jsonl", 6),  # in step 10: it has been read once
+        ("open", ".teacher-00000010.*.tmp", 1),  # as the tensors are written
+        ("os.remove", "teacher-00000005.json", 1),  # after the last step, as older ones go
+    ]
+    work = 'train_teacher(config, images, given / "resumed")'
+    codes, _ = ended_at(moments, TRAINING, work, [str(tmp_path)])
+    assert codes == [-signal.SIGKILL] * len(moments)
+    found = latest_checkpoint(tmp_path / "resumed" / "checkpoints", "teacher")
+    assert found is not None and found.step == 12
+    train_teacher(config, squares(), tmp_path / "resumed")
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
-    assert [e["step"] for e in metrics(tmp_path / "resumed")] == list(range(1, 31))
+    assert [e["step"] for e in metrics(tmp_path / "resumed")] == [2, 4, 6, 8, 10, 12]
+    assert not (tmp_path / "resumed" / "checkpoints").exists()
 
 
 def test_a_damaged_last_checkpoint_costs_steps_but_no_bits(
