@@ -283,6 +283,18 @@ def test_late_and_fresh_is_resumed_to_the_bit(
     assert_same_student(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_a_new_distillation_leaves_the_users_generator_alone(store: Trajectories) -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    training = Distillation(CONFIG, store)
+    assert torch.equal(torch.rand(3), expected)
+    before = weights_of(training)
+    assert all(
+        torch.equal(before[k], v) for k, v in weights_of(Distillation(CONFIG, store)).items()
+    )
+
+
 def test_joint_moves_everything_at_once(store: Trajectories) -> None:
     training = Distillation(CONFIG, store)
     before = weights_of(training)

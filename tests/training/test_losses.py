@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advkd.config import ConfigError
+from advkd.config import ConfigError, override
+from advkd.data.trajectories import Trajectories
 from advkd.training import losses
+from advkd.training.distill import distill_student
 from advkd.training.losses import (
     ADVERSARIAL,
     LOWEST_LOGIT,
     RECONSTRUCTION,
+    AdversarialTerms,
+    ReconstructionLoss,
+    adversarial_loss,
     find_loss,
     generator_gradient,
     held,
     reconstruction_loss,
 )
+
+from .tiny import CONFIG, metrics
 
 # Of exp, expm1 and a division, each off by an ulp or two, and of an argument of up to 30 rounded.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
@@ -31,6 +40,68 @@ def test_reconstruction(size: float) -> None:
     assert RECONSTRUCTION["l2"](error, 0.1).item() == pytest.approx(size**2, rel=1e-12)
     expected = size**2 / 0.2 if size < 0.1 else size - 0.05
     assert RECONSTRUCTION["huber"](error, 0.1).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RECONSTRUCTION)
+def test_every_reconstruction_loss_is_least_where_nothing_is_wrong(name: str) -> None:
+    check_reconstruction(RECONSTRUCTION[name])
+
+
+def check_reconstruction(rho: ReconstructionLoss) -> None:
+    """0 at 0 with slope 0, even, growing, and a mean whatever the number of entries."""
+    error = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    loss = rho(error, 0.1)
+    assert loss.shape == () and loss.item() == 0
+    assert torch.autograd.grad(loss, error)[0].tolist() == [0.0] * 5
+    sizes = torch.tensor([0.01, 0.09, 0.2, 1.0, 30.0], dtype=torch.float64)
+    values = [rho(size.repeat(3), 0.1).item() for size in sizes]
+    assert values == sorted(values) and values[0] > 0
+    assert values == [rho(-size.repeat(3), 0.1).item() for size in sizes]
+    assert rho(sizes, 0.1).item() == pytest.approx(sum(values) / len(values))
+
+
+def documented_loss() -> str:
+    """The example of docs/method.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text()
+    return text.split("### Adding a loss")[1].split("```python\n")[1].split("```")[0]
+
+
+def test_a_loss_is_added_as_the_documentation_says(
+    store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "RECONSTRUCTION", dict(RECONSTRUCTION))
+    exec(documented_loss(), dict(vars(losses)))
+    check_reconstruction(losses.RECONSTRUCTION["charbonnier"])
+    for rho in ("charbonnier", "l2"):
+        config = override(CONFIG, [f"distill.rho={rho}", "distill.steps=2"])
+        distill_student(config, store, tmp_path / rho)
+    ours, theirs = (metrics(tmp_path / rho) for rho in ("charbonnier", "l2"))
+    assert [entry["step"] for entry in ours] == [1, 2]
+    assert ours[1]["rec_3"] != theirs[1]["rec_3"]
+    with pytest.raises(ConfigError, match="nearest is 'charbonnier'"):
+        distill_student(override(config, ["distill.rho=charbonier"]), store, tmp_path / "x")
+
+
+def test_an_adversarial_loss_of_ones_own(
+    store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "ADVERSARIAL", dict(ADVERSARIAL))
+
+    @adversarial_loss("wasserstein")
+    def wasserstein(real: Tensor, fake: Tensor) -> AdversarialTerms:
+        student = -fake.detach()
+        return AdversarialTerms((fake - real).mean(), student.mean(), -torch.ones_like(student))
+
+    config = override(CONFIG, ["distill.adversarial_loss=wasserstein", "distill.steps=2"])
+    distill_student(config, store, tmp_path)
+    for entry in metrics(tmp_path):
+        assert entry["loss_d"] == pytest.approx(-sum(gaps(entry)), abs=1e-5)
+
+
+def gaps(entry: dict[str, Any]) -> list[float]:
+    """The weighted logit gaps of a step in which D saw all heads, or only the last one."""
+    weights = (0.5, 0.5, 1.0) if entry["step"] == 1 else (0, 0, 1.0)
+    return [w * entry[f"logit_gap_{k}"] for k, w in enumerate(weights, 1)]
 
 
 def pairs(limit: int = 1000) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,35 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert not (tmp_path / "resumed" / "checkpoints").exists()
 
 
+def test_dropout_follows_the_runs_seed_and_leaves_the_users_generator_alone() -> None:
+    def gradients(run_seed: int, step: int, users: int) -> torch.Tensor:
+        config = teacher_config("unet.dropout=0.5", f"run.seed={run_seed}")
+        training = TeacherTraining(config, squares())
+        batch = TeacherTraining(teacher_config(), squares()).batch(0)  # the same for all
+        training.batch = lambda step: batch  # type: ignore[method-assign]
+        training.unet.load_state_dict(
+            TeacherTraining(teacher_config(), squares()).unet.state_dict()
+        )
+        torch.manual_seed(users)
+        with Workers(1, CPU) as workers:
+            training.step(step, workers)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.manual_seed(users)))
+        return torch.cat([p.grad.flatten() for p in training.unet.parameters()])
+
+    first = gradients(0, 0, users=1)
+    assert torch.equal(gradients(0, 0, users=2), first)
+    assert not torch.equal(gradients(1, 0, users=1), first)
+    assert not torch.equal(gradients(0, 1, users=1), first)
+
+
+def test_a_new_training_leaves_the_users_generator_alone() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    TeacherTraining(teacher_config(), squares())
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_damaged_last_checkpoint_costs_steps_but_no_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
