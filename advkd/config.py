@@ -179,6 +179,7 @@ class DistillConfig:
     lambda_adv: float = within(1.0, 0, 1e9)
     lambda_rec: float = within(10.0, 0, 1e9)
     rho: str = "huber"  # the reconstruction loss, by its name in advkd.training.losses
+    adversarial_loss: str = "logistic"  # by its name there too: logistic | relativistic
     huber_delta: float = within(0.1, 0, 1e9, above=True)
     head_weights: tuple[float, ...] = within((), 0, 1e9)  # w_k; empty = 1 for the last, else 0.25
     inner_every: int = within(4, 1, MAX_COUNT)  # D sees the heads before the last every so often
