@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import eager
 from torch import Tensor, nn
 
 from advkd import ops
@@ -93,21 +94,6 @@ def table_of(unet: UNet, steps: int, eta: float = 1.0) -> StepTable:
     return ddim_table(unet.schedule, steps, eta)
 
 
-@torch.inference_mode()
-def eager(
-    unet: UNet, table: StepTable, indices: Tensor, y: Tensor | None = None, noise: Noise = NOISE
-) -> Tensor:
-    """The final samples of a loop in Python."""
-    x_t = noise.x_T(indices, (3, *SIZE))
-    for i, t in enumerate(table.timesteps.tolist()):
-        model_out = unet(x_t.to(unet.conv_in.weight.dtype), t, y).float()
-        x_t, _ = ops.sampling_step(
-            x_t, model_out, table.coefficients[i], clip=table.clip, seed=noise.seed,
-            image_index=indices, step=noise.step_word(i),
-        )  # fmt: skip
-    return x_t
-
-
 @pytest.mark.parametrize("purpose", Purpose)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_samples_what_the_eager_loop_samples(
@@ -120,7 +106,7 @@ def test_it_samples_what_the_eager_loop_samples(
     got = engine.sample(table_of(unet, 5), noise, indices, saved=[2, 5])
     assert emulated.cuda.launches() == {"graph launch": 5, "kernel": 1, "graph kernel": 5}
     assert got.shape == (3, 2, 3, *SIZE) and got.dtype == torch.float32
-    want = eager(unet, table_of(unet, 5), indices, noise=noise)
+    want = eager(unet, table_of(unet, 5), noise, indices)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     assert (got[:, 1] - want).abs().max() < tolerance
     assert (got[:, 1] - want).abs().mean() < tolerance / 10
@@ -140,7 +126,7 @@ def test_labels_parts_of_batches_and_changed_weights(emulated: Any) -> None:
             parameter.mul_(1.1)
     changed = engine.sample(table, NOISE, indices, y, saved=[3])
     assert not torch.equal(changed, whole)
-    assert (changed[:, 0] - eager(unet, table, indices, y)).abs().max() < 1e-4
+    assert (changed[:, 0] - eager(unet, table, NOISE, indices, y)).abs().max() < 1e-4
     assert engine.sample(table, NOISE, indices[:0], y[:0], saved=[3]).shape == (0, 1, 3, *SIZE)
 
 
