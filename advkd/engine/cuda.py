@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ _BLOCKS: tuple[type[nn.Module], ...] = (
 )
 _FORWARDS = {kind: kind.forward for kind in _BLOCKS}
 _UNET_METHODS = {name: getattr(UNet, name) for name in ("embed", "embed_time", "denoise")}
+
+_capturing = threading.Lock()  # one capture at a time, for they share a stream
 
 
 @dataclass(frozen=True)
@@ -137,24 +139,39 @@ def captured(
 
     An exception, of the function or of CUDA, leaves no capture under way and no memory taken.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            function()
-        stream.synchronize()
-        torch.cuda.empty_cache()  # the graph's memory is a pool of its own
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        pool = torch.cuda.graph_pool_handle()
-        try:
-            # Other threads may go on to use CUDA.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            out = function()
-            graph.capture_end()
-        except BaseException:
-            _abandon(graph, pool, device)
-            raise
-    torch.cuda.current_stream(device).wait_stream(stream)
+    with _capturing:
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            found = _captured_on(stream, function, device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+    return found
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for all captures on a device: libraries keep memory for each they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def _captured_on(
+    stream: torch.cuda.Stream, function: Callable[[], Tensor], device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`captured`, on the current stream."""
+    for _ in range(_WARM_UP):
+        function()
+    stream.synchronize()
+    torch.cuda.empty_cache()  # the graph's memory is a pool of its own
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        # Other threads may go on to use CUDA.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        out = function()
+        graph.capture_end()
+    except BaseException:
+        _abandon(graph, pool, device)
+        raise
     return graph, out
 
 

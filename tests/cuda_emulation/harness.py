@@ -1,4 +1,4 @@
-"""Memory between guard pages as tensors, and the sampling loop over the toy network."""
+"""Memory between guard pages as tensors, the sampling loop over the toy network, and in Python."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from advkd import ops
 from advkd.diffusion import StepTable
 from advkd.engine.cuda import Buffers, Loop
 from advkd.engine.noise import Noise
+from advkd.models.unet import UNet
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # as csrc/cuda/elements.h counts them
 ORDERS = (0, 1, 2, 3)  # of threads: forward, reverse, two random ones
@@ -67,6 +68,23 @@ def expected(
         if i + 1 in saved:
             found.append(x0_hat if target == "denoised" and i + 1 < len(table) else x_t)
     return found
+
+
+@torch.inference_mode()
+def eager(
+    unet: UNet, table: StepTable, noise: Noise, indices: Tensor, y: Tensor | None = None
+) -> Tensor:
+    """The final samples of a loop in Python over the network's modules, (B, C, H, W) float32."""
+    weight, size = unet.conv_in.weight, unet.config.sample_size
+    assert size is not None
+    indices = indices.to(weight.device)
+    x_t = noise.x_T(indices, (unet.config.in_channels, size, size))
+    for i, t in enumerate(table.timesteps.tolist()):
+        x_t, _ = ops.sampling_step(
+            x_t, unet(x_t.to(weight.dtype), t, y).float(), table.coefficients[i], clip=table.clip,
+            seed=noise.seed, image_index=indices, step=noise.step_word(i),
+        )  # fmt: skip
+    return x_t
 
 
 def _on_device(cuda: Any, device: int) -> Any:
