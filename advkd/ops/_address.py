@@ -51,6 +51,14 @@ def addresses(dtype: torch.dtype, *tensors: Tensor | None) -> list[int]:
     ]
 
 
+def address_and_strides(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """`address` of a tensor (B, H, N, D) on the CPU, and the strides of B, H and N."""
+    if tensor.dtype is dtype and tensor.is_cpu:
+        batch, head, row, _ = tensor.stride()
+        return tensor.data_ptr(), batch, head, row
+    _refuse(tensor, dtype, None, None)
+
+
 def _refuse(
     tensor: Tensor,
     dtype: torch.dtype,

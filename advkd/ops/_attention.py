@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advkd.ops import reference
-from advkd.ops._address import address
+from advkd.ops._address import address, address_and_strides
 from advkd.ops._backend import fused_extension, use_fused
 from advkd.ops._registry import Kernel, register
 
@@ -16,9 +16,6 @@ _HALVES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.float64, *_HALVES)
 _TRITON_DTYPES = (torch.float32, *_HALVES)
 _LARGEST_HEAD_DIM = 512
-
-# An operand as the extension takes it: its address, and the strides of B, H and N.
-_Operand = tuple[int, int, int, int]
 
 
 def attention(
@@ -45,7 +42,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not use_fused("attention", backend, _ATTENTION.unavailable(q)):
         return reference.attention(q, k, v, scale)[0]
-    out: Tensor = _ATTENTION(q, k, v, scale, True)[0]
+    out: Tensor = _ATTENTION.fused(q, k, v, scale)[0]
     return out
 
 
@@ -85,11 +82,6 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _operand(x: Tensor, dtype: torch.dtype) -> _Operand:
-    batch, head, row, _ = x.stride()
-    return address(x, dtype), batch, head, row
-
-
 def _empty_rows(like: Tensor) -> Tensor:
     """(B, H, N, D), laid out as (B, N, H, D)."""
     B, H, N, D = like.shape
@@ -108,8 +100,9 @@ def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     extension = fused_extension()
     kernel = extension.attention_float32 if dtype is torch.float32 else extension.attention_float64
     kernel(
-        _operand(q, dtype), _operand(k, dtype), _operand(v, dtype), _operand(out, dtype),
-        address(lse, dtype), (B, H, N, k.shape[2], D), scale, torch.get_num_threads(),
+        address_and_strides(q, dtype), address_and_strides(k, dtype),
+        address_and_strides(v, dtype), address_and_strides(out, dtype), address(lse, dtype),
+        (B, H, N, k.shape[2], D), scale, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -151,8 +144,11 @@ def _backward_cpu(
         else extension.attention_backward_float64
     )
     kernel(
-        *(_operand(x, dtype) for x in (grad_out, q, k, v, out)), address(lse, dtype),
-        *(_operand(x, dtype) for x in (dq, dk, dv)),
+        address_and_strides(grad_out, dtype), address_and_strides(q, dtype),
+        address_and_strides(k, dtype), address_and_strides(v, dtype),
+        address_and_strides(out, dtype), address(lse, dtype),
+        address_and_strides(dq, dtype), address_and_strides(dk, dtype),
+        address_and_strides(dv, dtype),
         (B, H, N, k.shape[2], D), scale, torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv

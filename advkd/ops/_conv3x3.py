@@ -46,7 +46,7 @@ def conv3x3(
     wanted = backend is not None or (unavailable is None and _pays(x, weight))
     if not use_fused("conv3x3", backend, unavailable) or not wanted:
         return reference.conv3x3(x, weight, bias, False)
-    out: Tensor = _CONV3X3(x, weight, bias, False, True)
+    out: Tensor = _CONV3X3.fused(x, weight, bias, False)
     return out
 
 

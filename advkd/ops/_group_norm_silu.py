@@ -132,7 +132,7 @@ def _check_arguments(x: Tensor, num_groups: int, eps: float, activation: str) ->
 
 def _check_affine(x: Tensor, affine: Affine) -> None:
     batch, channels = x.shape[:2]
-    for name, tensor in affine._asdict().items():
+    for name, tensor in zip(Affine._fields, affine, strict=True):
         if tensor is None:
             continue
         shape = tuple(tensor.shape)

@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
 
     run: Callable[..., Any]  # takes and returns what the op's reference does
     dtypes: tuple[torch.dtype, ...]  # of the op's first tensor
-    limit: Callable[[Tensor], str | None] = lambda first: None  # why not this one, as a clause
+    limit: Callable[[Tensor], str | None] | None = None  # why it takes no such one, as a clause
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +50,25 @@ class Op:
             return self._tracked(*arguments)
         return self.run(*arguments)
 
+    def fused(self, *plain: Any) -> Any:
+        """The op by the kernel that, as `unavailable` says, serves its first tensor."""
+        tensors = self._given(plain)
+        if torch.is_grad_enabled() or not runs_eagerly(*tensors):
+            return self(*plain, True) if self.optional else self(*plain)
+        kernel = self.cpu if tensors[0].is_cpu else self.cuda
+        assert kernel is not None
+        return kernel.run(*plain)
+
     def run(self, *arguments: Any) -> Any:
         """The op without torch's dispatcher and without a gradient: by a kernel where one serves.
 
         An exported program that was traced with the fused op runs without it too.
         """
-        first, plain = arguments[self.tensors[0]], self._plain(arguments)
-        if (self.optional and not arguments[-1]) or self.unavailable(first) is not None:
-            return self.reference(*plain)
+        plain, first = self._plain(arguments), arguments[self.tensors[0]]
         kernel = self.cpu if first.is_cpu else self.cuda
-        assert kernel is not None
+        off = self.optional and not arguments[-1]
+        if off or kernel is None or self._unserved(first, kernel) is not None:
+            return self.reference(*plain)
         return kernel.run(*plain)
 
     def below_autograd(self, *arguments: Any) -> Any:
@@ -73,14 +82,16 @@ class Op:
         """Why no kernel serves calls with this first tensor, as a clause; None where one does."""
         if not torch.compiler.is_compiling() and transformed():
             return "no kernel carries the tangents and batches of forward-mode AD and torch.func"
-        kernel = self.cpu if first.is_cpu else self.cuda if first.is_cuda else None
-        if kernel is None:
+        return self._unserved(first, self.cpu if first.is_cpu else self.cuda)
+
+    def _unserved(self, first: Tensor, kernel: Kernel | None) -> str | None:
+        if kernel is None or not (first.is_cpu or first.is_cuda):
             return f"no kernel serves tensors on {first.device.type}"
         if first.dtype not in kernel.dtypes:
             language = "C++" if first.is_cpu else "Triton"
             return f"the {language} kernel takes {_listed(kernel.dtypes)}, not {first.dtype}"
         missing = _backend.extension_missing if first.is_cpu else triton_missing()
-        return missing or kernel.limit(first)
+        return missing or (None if kernel.limit is None else kernel.limit(first))
 
     def _given(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         return [arguments[place] for place in self.tensors if arguments[place] is not None]
