@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from advkd.data.bounds import check_unpacked
-from advkd.data.geometry import conform
+from advkd.data.geometry import conform, resize_notes
 from advkd.data.labels import checked_labels
 from advkd.data.source import DataError, Source
 
@@ -103,22 +103,25 @@ class _File:
         except Exception as error:  # zipfile raises whatever an archive makes it
             raise self.unreadable(error) from error
 
+    def check_size(self, header: Header) -> None:
+        """Raise DataError, before memory is taken, for an array larger than its file allows."""
+        size = self.path.stat().st_size
+        if self.is_archive:
+            check_unpacked(self.path, header.nbytes)
+        elif size < header.nbytes:
+            raise self.unreadable(f"it asks for {header.nbytes:,} bytes and has {size:,}")
+
     def read(self, name: str, header: Header) -> np.ndarray:
-        """The array `name`; DataError, before memory is taken, for one larger than its file."""
+        """The array `name`, whose header has been read."""
+        self.check_size(header)
         try:
             if not self.is_archive:
                 with self.path.open("rb") as file:
                     read_header(file)
-                    left = self.path.stat().st_size - file.tell()
-                    if left < header.nbytes:
-                        raise ValueError(f"it ends after {left:,} of {header.nbytes:,} bytes")
                     return read_array(file, header, exact=False)
-            check_unpacked(self.path, header.nbytes)
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
                 read_header(member)  # type: ignore[arg-type]
                 return read_array(member, header, exact=True)  # type: ignore[arg-type]
-        except DataError:
-            raise
         except Exception as error:  # as above
             raise self.unreadable(error) from error
 
@@ -184,17 +187,20 @@ def open_array(path: Path, size: int | None, channels: int | None, crop: bool) -
         raise DataError(f"{path} holds no images: its shape is {header.shape}")
     if header.dtype != np.uint8 and header.dtype.kind != "f":
         raise DataError(f"{path} holds {header.dtype} where uint8 or floats are needed")
+    file.check_size(header)
     others = {other: headers[other] for other in headers if other != name}
-    labels = _labels(file, others, layout[0])
-    passed = ", ".join(sorted(set(others) - {labels[0]}))
+    labels_name, labels = _labels(file, others, layout[0])
+    passed = ", ".join(sorted(set(others) - {labels_name}))
+    chosen = size or min(layout[2:])
+    notes = [f"arrays passed over: {passed}"] if passed else []
     return ArraySource(
-        path,
-        layout[0],
-        size or min(layout[2:]),
-        channels or layout[1],
-        crop,
-        labels[1],
-        notes=(f"arrays passed over: {passed}",) if passed else (),
+        path=path,
+        count=layout[0],
+        size=chosen,
+        channels=channels or layout[1],
+        crop=crop,
+        labels=labels,
+        notes=(*notes, *resize_notes([(layout[3], layout[2])], chosen, crop)),
         name=name,
         header=header,
     )

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from advkd.data.geometry import resize_notes
 from advkd.data.picture import Head, Interval, interval_of, read_head, read_picture, suffixes
-from advkd.data.source import DataError, Source
+from advkd.data.source import DataError, Source, plural
 
 Parts = tuple[str, ...]  # a file's path below the folder
 
@@ -81,10 +82,7 @@ def _sort_in(
     links: deque[Parts],
 ) -> None:
     """Put one entry of a folder where it belongs."""
-    try:
-        is_folder, is_file = entry.is_dir(), entry.is_file()
-    except OSError:  # a link to itself
-        is_folder = is_file = False
+    is_folder, is_file = os.path.isdir(entry), os.path.isfile(entry)  # False for a broken link
     hidden = entry.name.startswith(".")
     if is_folder and (hidden or entry.name.lower() in _SYSTEM_FOLDERS):
         found.passed["hidden or system folders"] += 1
@@ -192,7 +190,8 @@ def open_folder(path: Path, size: int | None, channels: int | None, crop: bool) 
         *_split_notes(split),
         *([f"passed over: {_counted(listing.passed)}"] if listing.passed else []),
         *_interval_notes(numeric, intervals),
-        *_head_notes(heads, chosen, crop),
+        *_frame_notes(heads),
+        *resize_notes([head[:2] for head in heads], chosen, crop),
     ]
     return FolderSource(
         path=path,
@@ -236,28 +235,19 @@ def _default_size(files: Sequence[Path], heads: Sequence[Head]) -> int:
 def _split_notes(split: Split) -> list[str]:
     if not split.left_out:
         return []
-    kept = f"the training split alone is read ({len(split.files):,} images)"
+    kept = f"the training split alone is read ({plural(len(split.files), 'image')})"
     return [f"{kept}; left out: {_counted(split.left_out)}"]
 
 
 def _interval_notes(numeric: dict[str, list[Path]], intervals: dict[str, Interval]) -> list[str]:
     kinds = {"I": "whole numbers of more than 8 bits", "F": "floats"}
     return [
-        f"{len(files):,} images of {kinds[kind]}: {intervals[kind][0]:g} is taken for black and "
-        f"{intervals[kind][1]:g} for white"
+        f"{plural(len(files), 'image')} of {kinds[kind]}: {intervals[kind][0]:g} is black and "
+        f"{intervals[kind][1]:g} is white"
         for kind, files in sorted(numeric.items())
     ]
 
 
-def _head_notes(heads: Sequence[Head], size: int, crop: bool) -> list[str]:
-    notes = []
-    frames = sum(head.has_frames for head in heads)
-    if frames:
-        notes.append(f"{frames:,} files hold more images than the first, which is read")
-    small, large = min(head[:2] for head in heads), max(head[:2] for head in heads)
-    if (small, large) != ((size, size), (size, size)):
-        how = "the center is cut out" if crop else "both sides are scaled"
-        sizes = f"{small[0]}x{small[1]}"
-        sizes += "" if small == large else f" to {large[0]}x{large[1]}"
-        notes.append(f"resized from {sizes} to {size}x{size} pixels; {how} where not square")
-    return notes
+def _frame_notes(heads: Sequence[Head]) -> list[str]:
+    count = sum(head.has_frames for head in heads)
+    return [f"{plural(count, 'file')} with several images: the first is read"] if count else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from PIL import Image
 
@@ -21,6 +23,16 @@ def resized(image: Image.Image, size: int, crop: bool) -> Image.Image:
     shrinks = side >= size
     filter_ = Image.Resampling.HAMMING if shrinks else Image.Resampling.BICUBIC
     return image.resize((size, size), filter_, box=box)
+
+
+def resize_notes(sides: Collection[tuple[int, int]], size: int, crop: bool) -> list[str]:
+    """A line on what is resized, where any of these (width, height) is not (size, size)."""
+    small, large = min(sides), max(sides)
+    if small == large == (size, size):
+        return []
+    shapes = [f"{width}x{height}" for width, height in dict.fromkeys((small, large))]
+    how = "the center of what is not square is cut out" if crop else "both sides are scaled"
+    return [f"resized from {' to '.join(shapes)} pixels to {size}x{size}; {how}"]
 
 
 def conform(pixels: np.ndarray, size: int, channels: int, crop: bool) -> np.ndarray:

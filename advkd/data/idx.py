@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from advkd.data.bounds import check_unpacked
-from advkd.data.geometry import conform
+from advkd.data.geometry import conform, resize_notes
 from advkd.data.labels import checked_labels
 from advkd.data.picture import suffixes
 from advkd.data.source import DataError, Source
@@ -88,9 +88,17 @@ def open_idx(path: Path, size: int | None, channels: int | None, crop: bool) -> 
     shape = _read_shape(path, 3)
     if 0 in shape:
         raise DataError(f"{path} holds no images: its shape is {shape}")
-    side = min(shape[1:])
-    labels = _labels_beside(path, shape[0])
-    return IdxSource(path, shape[0], size or side, channels or 1, crop, labels, shape=shape)
+    chosen = size or min(shape[1:])
+    return IdxSource(
+        path=path,
+        count=shape[0],
+        size=chosen,
+        channels=channels or 1,
+        crop=crop,
+        labels=_labels_beside(path, shape[0]),
+        notes=tuple(resize_notes([(shape[2], shape[1])], chosen, crop)),
+        shape=shape,
+    )
 
 
 def _labels_beside(path: Path, count: int) -> np.ndarray | None:
@@ -110,7 +118,7 @@ def idx_of_folder(folder: Path) -> tuple[Path, int] | None:
     that does not single one out.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file())
+        names = sorted(entry.name for entry in entries if os.path.isfile(entry))
     candidates = (name for name in names if os.path.splitext(name)[1].lower() not in suffixes())
     files = [folder / name for name in candidates if idx_axes(folder / name) == 3]
     chosen = [file for file in files if file.name.lower().startswith("train")] or files

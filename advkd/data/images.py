@@ -5,6 +5,7 @@ Reading is deterministic: files are taken in sorted order, and the same files gi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +74,7 @@ def probe(
     found = find(path)
     if found is not None:
         return found.open("train", size=size, channels=channels, crop=crop)
-    if not Path(path).exists():
+    if not os.path.exists(path):
         advice = nearest(str(path), dataset_names())
         raise DataError(f"{path} does not exist, and no data set has that name{advice}")
     return open_source(Path(path), size, channels, crop)

@@ -25,7 +25,8 @@ _UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY_ALPHA_16 = "LA;16B"  # raw mode of a PNG whose mode Pillow says is RGBA
 _TRANSPARENT_SCALE = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}  # PNG's depth -> 8 bits
-MAX_PIXELS = 1 << 26  # of one image; a few KB can claim any number, and each takes memory
+_ALWAYS = 1 << 24  # pixels that an image file of any size may have
+_RATIO = 64  # pixels for each byte of the file; photographs have 1 to 20
 _STRIP = 1 << 22  # pixels of a numeric image that are converted at once
 
 
@@ -52,17 +53,28 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; its size is checked below
             with Image.open(file, formats=_formats()) as image:
-                width, height = image.size
-                if not 0 < width * height <= MAX_PIXELS:
-                    raise ValueError(
-                        f"it has {width}x{height} pixels, and 1 to {MAX_PIXELS:,} are read"
-                    )
+                _check_pixels(file, image)
                 yield image
     except UnidentifiedImageError as error:
         raise DataError(f"{file} is not a readable image: Pillow knows no such format") from error
     except Exception as error:  # decoders raise whatever their format makes them
         reason = str(error) or type(error).__name__
         raise DataError(f"{file} is not a readable image: {reason}") from error
+
+
+def _check_pixels(file: Path, image: Image.Image) -> None:
+    """Raise ValueError for no pixels, or for more than the file's size vouches for.
+
+    A few hundred bytes can claim any number, and decoders take up to 24 bytes for each.
+    """
+    width, height = image.size
+    if width * height == 0:
+        raise ValueError("it has no pixels")
+    if width * height > _ALWAYS and width * height > _RATIO * file.stat().st_size:
+        raise ValueError(
+            f"it claims {width}x{height} pixels, which a file of {file.stat().st_size:,} bytes "
+            f"does not vouch for"
+        )
 
 
 class Head(NamedTuple):
@@ -166,7 +178,9 @@ def _numbers_as_bytes(image: Image.Image, interval: Interval) -> Image.Image:
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
         values = np.asarray(strip).astype(np.float64)
-        if not (values.min() >= low and values.max() <= high):  # NaN is neither
+        if not np.isfinite(values).all():
+            raise ValueError("it holds NaN or infinity")
+        if values.min() < low or values.max() > high:
             raise ValueError(
                 f"its values go from {values.min():g} to {values.max():g}, where "
                 f"{low:g} to {high:g} are expected"

@@ -8,7 +8,8 @@ from pathlib import Path
 from advkd.data.arrays import open_array
 from advkd.data.folder import open_folder
 from advkd.data.idx import idx_axes, idx_of_folder, open_idx
-from advkd.data.source import DataError, Source
+from advkd.data.picture import suffixes
+from advkd.data.source import DataError, Source, plural
 
 _ARRAY_SUFFIXES = (".npy", ".npz")
 _ARRAY_MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
@@ -25,6 +26,8 @@ def open_source(path: Path, size: int | None, channels: int | None, crop: bool) 
             return open_idx(path, size, channels, crop)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() in suffixes():
+        raise DataError(f"{path} is one image: name the folder that it lies in")
     raise DataError(f"{path} is neither a folder, nor a .npz or .npy array, nor an IDX file")
 
 
@@ -33,8 +36,9 @@ def _open_folder(path: Path, size: int | None, channels: int | None, crop: bool)
     if found is None:
         return open_folder(path, size, channels, crop)
     file, others = found
-    notes = (f"{file.name} is read, with its labels if there are any, of {others + 1} files",)
-    return dataclasses.replace(open_idx(file, size, channels, crop), notes=notes)
+    source = open_idx(file, size, channels, crop)
+    note = f"{file.name} is read, with its labels if there are any, of {plural(others + 1, 'file')}"
+    return dataclasses.replace(source, notes=(note, *source.notes))
 
 
 def _begins_as_array(path: Path) -> bool:

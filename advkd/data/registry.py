@@ -86,9 +86,13 @@ class Dataset(Description):
         if not path.exists():
             raise DataError(f"{self.folder / DESCRIPTION} names {path}, which does not exist")
         source = open_source(path, size or self.size, channels or self.channels, crop)
-        labels = self._labels(source)
         title = f"{self.title or self.name} ({split})"
-        return dataclasses.replace(source, labels=labels, classes=self.classes or None, title=title)
+        if self.classes:
+            labels = self._labels(source)
+            return dataclasses.replace(source, labels=labels, classes=self.classes, title=title)
+        note = [f"labels are left out, since {DESCRIPTION} lists no classes"]
+        notes = (*source.notes, *(note if source.labels is not None else []))
+        return dataclasses.replace(source, labels=None, classes=None, notes=notes, title=title)
 
     def train(self) -> ImageSet:
         """The images to train on."""
@@ -104,10 +108,8 @@ class Dataset(Description):
         own = self.features and not self.features.startswith("zoo:")
         return str(self.folder / self.features) if own else self.features
 
-    def _labels(self, source: Source) -> np.ndarray | None:
-        """Labels of a split by this data set's list of classes; None where it has no classes."""
-        if not self.classes:
-            return None
+    def _labels(self, source: Source) -> np.ndarray:
+        """Labels of a split by this data set's list of classes."""
         if source.labels is None:
             raise DataError(f"{source.path} has no labels for the {len(self.classes)} classes")
         if source.classes is None:
@@ -141,9 +143,9 @@ def dataset(name: str | Path) -> Dataset:
 
 def find(name: str | Path) -> Dataset | None:
     """As `dataset`, but None where neither a name nor a folder with a dataset.toml is given."""
-    if (Path(name) / DESCRIPTION).is_file():
+    if os.path.isfile(Path(name) / DESCRIPTION):
         return _read(Path(name))
-    if Path(name).exists():
+    if os.path.exists(name):
         return None
     return next((_read(folder) for folder in _registered() if folder.name == str(name)), None)
 

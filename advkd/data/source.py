@@ -137,10 +137,14 @@ def _num_classes(labels: np.ndarray | None, classes: tuple[str, ...] | None) -> 
 
 def describe(images: ImageSet | Source) -> list[str]:
     """Lines for people: the images, every class with its number of images, and the notes."""
-    kind = "greyscale" if images.channels == 1 else "RGB"
-    size = f"{images.size}x{images.size}"
-    lines = [f"{images.source}: {len(images):,} {kind} images of {size} pixels"]
-    return [*lines, _class_line(images), *images.notes]
+    count = plural(len(images), f"{'greyscale' if images.channels == 1 else 'RGB'} image")
+    first = f"{images.source}: {count} of {images.size}x{images.size} pixels"
+    return [first, _class_line(images), *images.notes]
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: `1 image`, `2,000 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _class_line(images: ImageSet | Source) -> str:
@@ -153,4 +157,4 @@ def _class_line(images: ImageSet | Source) -> str:
     if len(rest):
         more = f"and {len(rest):,} more ({rest.min():,} to {rest.max():,} images each)"
         named = [*named[:MAX_NAMED], more]
-    return f"{len(counts):,} classes: {', '.join(named)}"
+    return f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}: {', '.join(named)}"
