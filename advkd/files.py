@@ -317,10 +317,13 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: Path)
 
 
 def check_fit(
-    own: Mapping[str, Tensor], stored: Mapping[str, Tensor | TensorInfo], where: Path
+    own: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor | TensorInfo],
+    where: Path,
+    network: str = "the network",
 ) -> None:
-    """Raise CheckpointError unless the stored tensors are a module's own: by name, by shape, and
-    floating-point numbers where those are."""
+    """Raise CheckpointError unless the tensors stored in `where` are a network's own: by name, by
+    shape, and floating-point numbers where those are."""
     problems = [f"missing {name}" for name in own if name not in stored]
     problems += [f"superfluous {name}" for name in stored if name not in own]
     for name, ours in own.items():
@@ -330,7 +333,7 @@ def check_fit(
         elif theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
             problems.append(f"{name} is of {theirs.dtype} instead of {ours.dtype}")
     if problems:
-        raise CheckpointError(f"{where} does not fit the network: {listed(problems)}")
+        raise CheckpointError(f"{where} does not fit {network}: {listed(problems)}")
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -97,12 +97,12 @@ def load_network(
         with torch.device("meta"):
             network = make()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{config} describes no network: {reason}") from None
+        raise CheckpointError(f"{config} describes no network: {_brief(error)}") from None
     network = network.float().eval().requires_grad_(False)
     header = read_header(file)
     names = _names(list(header), rename, file)
-    check_fit(network.state_dict(), {names[name]: info for name, info in header.items()}, file)
+    infos = {names[name]: info for name, info in header.items()}
+    check_fit(network.state_dict(), infos, file, f"the network that {config} describes")
     tensors = read_tensors(file, sha256)
     network = network.to_empty(device="cpu")
     load_strictly(network, {names[name]: tensor for name, tensor in tensors.items()}, file)
@@ -110,6 +110,11 @@ def load_network(
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file} cannot be used: {name} holds NaN or infinity")
     return network
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, cut where it repeats long content of a file."""
+    return f"{str(error).partition(chr(10))[0]:.500}"
 
 
 def _names(stored: Sequence[str], rename: Callable[[str], str], file: Path) -> dict[str, str]:
@@ -169,7 +174,7 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {_brief(error)}") from None
 
 
 def _modern(name: str) -> str:
@@ -262,7 +267,7 @@ def load_student(source: str | Path) -> Student:
     try:
         s = build(_StudentFile, settings, "")
     except ConfigError as error:
-        raise CheckpointError(f"{file} describes no student: {error}") from None
+        raise CheckpointError(f"{file} describes no student: {_brief(error)}") from None
     return load_network(
         lambda: Student(s.student, s.size, s.channels, s.target, s.num_classes),
         file,

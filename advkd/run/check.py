@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from advkd.config import Config, ConfigError, as_tree, build
-from advkd.device import pick_device as resolve_device
+from advkd import device
 from advkd.diffusion import Schedule
 from advkd.engine.interface import input_shape
 from advkd.engine.sampling import table_of
@@ -18,7 +18,7 @@ from advkd.models.unet import UNet
 from advkd.pretrained import load_teacher, resolve
 from advkd.run.run import Run
 from advkd.training.distill import check_settings
-from advkd.training.teacher import _check_data as check_data
+from advkd.training.teacher import check_data
 
 
 def check(run: Run, stages: tuple[str, ...]) -> None:
@@ -26,7 +26,7 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     refuse after hours of earlier ones."""
     config = run.config
     build(Config, as_tree(config), "")
-    resolve_device(config.run.device)
+    device.resolve(config.run.device)
     teacher = teacher_on_meta(run)
     _check_images(run, teacher)
     if stages == ("teacher",):

@@ -109,7 +109,7 @@ class Training(abc.ABC):
             }
             load_strictly(module, own, where)
         for prefix, optimizer in self.optimizers.items():
-            restore_optimizer(optimizer, checkpoint.tensors, prefix)
+            restore_optimizer(optimizer, checkpoint.tensors, prefix, where)
 
 
 def run_training(

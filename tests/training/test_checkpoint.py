@@ -339,7 +339,7 @@ def test_optimizer_round_trip_is_bitwise(tmp_path: Path, kind: type, fused: bool
     tensors = read_tensors(tmp_path / "x.safetensors")
     own = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
     load_strictly(resumed, own, tmp_path)
-    restore_optimizer(optimizer_again, tensors, "opt")
+    restore_optimizer(optimizer_again, tensors, "opt", tmp_path)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         for key, value in optimizer.state[a].items():
             found = optimizer_again.state[b][key]
@@ -360,7 +360,7 @@ def test_two_optimizers_in_one_file_do_not_mix() -> None:
             step_with(network, optimizer, step)
         tensors |= optimizer_tensors(optimizer, "d" if i else "dd")
     fresh = torch.optim.Adam(small_network().parameters(), lr=3e-4)
-    restore_optimizer(fresh, tensors, "d")
+    restore_optimizer(fresh, tensors, "d", Path("checkpoints"))
     first = fresh.param_groups[0]["params"][0]
     assert fresh.state[first]["step"] == 2
     assert fresh.param_groups[0]["lr"] == 3e-4
