@@ -23,7 +23,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ from advkd.files import (
     CheckpointError,
     load_strictly,
     read_json,
-    tensors_hash,
     write_bytes,
     write_json,
 )
