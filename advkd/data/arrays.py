@@ -19,7 +19,7 @@ import numpy as np
 from advkd.data.bounds import check_unpacked
 from advkd.data.geometry import conform, resize_notes
 from advkd.data.labels import checked_labels
-from advkd.data.source import DataError, Source
+from advkd.data.source import DataError, Source, brief
 
 _IMAGES = ("images", "x", "x_train", "train_images", "arr_0")
 _LABELS = ("labels", "y", "y_train", "train_labels", "arr_1")
@@ -126,7 +126,8 @@ class _File:
             raise self.unreadable(error) from error
 
     def unreadable(self, reason: object) -> DataError:
-        return DataError(f"{self.path} is not a readable array: {reason or type(reason).__name__}")
+        words = brief(str(reason)) or type(reason).__name__
+        return DataError(f"{self.path} is not a readable array: {words}")
 
 
 def _header_or_reason(archive: zipfile.ZipFile, name: str) -> Header | str:
@@ -190,7 +191,7 @@ def open_array(path: Path, size: int | None, channels: int | None, crop: bool) -
     file.check_size(header)
     others = {other: headers[other] for other in headers if other != name}
     labels_name, labels = _labels(file, others, layout[0])
-    passed = ", ".join(sorted(set(others) - {labels_name}))
+    passed = brief(", ".join(sorted(set(others) - {labels_name})))
     chosen = size or min(layout[2:])
     notes = [f"arrays passed over: {passed}"] if passed else []
     return ArraySource(
@@ -216,7 +217,7 @@ def _images_name(headers: Mapping[str, Header | str], path: Path) -> str:
         shapes = {n: h.shape for n, h in headers.items() if isinstance(h, Header)}
         others = [name for name in others if _layout(shapes.get(name, ()))]
     if len(others) != 1:
-        names = ", ".join(sorted(headers)) or "none"
+        names = brief(", ".join(sorted(headers))) or "none"
         raise DataError(f"{path} does not say which array is the images (found: {names})")
     return others[0]
 

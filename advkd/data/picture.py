@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from advkd.data.geometry import resized
-from advkd.data.source import DataError
+from advkd.data.source import DataError, brief
 
 Interval = tuple[float, float]  # the values that become black and white
 _UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -58,7 +58,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise DataError(f"{file} is not a readable image: Pillow knows no such format") from error
     except Exception as error:  # decoders raise whatever their format makes them
-        reason = str(error) or type(error).__name__
+        reason = brief(str(error)) or type(error).__name__
         raise DataError(f"{file} is not a readable image: {reason}") from error
 
 
