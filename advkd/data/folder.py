@@ -212,7 +212,7 @@ def _common_channels(files: Sequence[Path], heads: Sequence[Head]) -> int:
     channels = heads[0].channels
     for file, head in zip(files, heads, strict=True):
         if head.channels != channels:
-            first, other = ("greyscale", "RGB") if channels == 1 else ("RGB", "greyscale")
+            first, other = ("grayscale", "RGB") if channels == 1 else ("RGB", "grayscale")
             raise DataError(f"{files[0]} is {first} but {file} is {other}: choose the channels")
     return channels
 

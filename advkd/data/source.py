@@ -137,7 +137,7 @@ def _num_classes(labels: np.ndarray | None, classes: tuple[str, ...] | None) -> 
 
 def describe(images: ImageSet | Source) -> list[str]:
     """Lines for people: the images, every class with its number of images, and the notes."""
-    count = plural(len(images), f"{'greyscale' if images.channels == 1 else 'RGB'} image")
+    count = plural(len(images), f"{'grayscale' if images.channels == 1 else 'RGB'} image")
     first = f"{images.source}: {count} of {images.size}x{images.size} pixels"
     return [first, _class_line(images), *images.notes]
 

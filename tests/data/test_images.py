@@ -93,7 +93,7 @@ def test_describe_names_every_class() -> None:
     pixels = np.zeros((5, 1, 8, 8), np.uint8)
     labels = np.array([0, 2, 2, 0, 0])
     named = ImageSet(pixels, labels, "garments", ("bag", "coat", "shoe"), ("a note",))
-    first, classes = "garments: 5 greyscale images of 8x8 pixels", "bag (3), coat (0), shoe (2)"
+    first, classes = "garments: 5 grayscale images of 8x8 pixels", "bag (3), coat (0), shoe (2)"
     assert describe(named) == [first, f"3 classes: {classes}", "a note"]
     assert describe(ImageSet(pixels, None, "garments")) == [first, "no classes"]
     assert describe(ImageSet(pixels, labels, "garments"))[1] == "3 classes: 0 (3), 1 (0), 2 (2)"

@@ -39,13 +39,13 @@ def test_shrinking_averages(tmp_path: Path) -> None:
 def test_folder_converts_channels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", np.full((8, 8), 50, np.uint8))
     save(tmp_path / "b.png", np.full((8, 8, 3), (200, 100, 0), np.uint8))
-    with pytest.raises(DataError, match=r"a\.png is greyscale but .*b\.png is RGB"):
+    with pytest.raises(DataError, match=r"a\.png is grayscale but .*b\.png is RGB"):
         load_images(tmp_path)
     rgb = load_images(tmp_path, channels=3).pixels
     assert rgb[0, :, 0, 0].tolist() == [50, 50, 50]
     assert rgb[1, :, 0, 0].tolist() == [200, 100, 0]
-    grey = load_images(tmp_path, channels=1).pixels
-    assert grey[:, 0, 0, 0].tolist() == [50, round(0.299 * 200 + 0.587 * 100)]
+    gray = load_images(tmp_path, channels=1).pixels
+    assert gray[:, 0, 0, 0].tolist() == [50, round(0.299 * 200 + 0.587 * 100)]
 
 
 def test_rare_modes(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_interpreter_is_not_started(tmp_path: Path) -> None:
 
 
 def _png(path: Path, depth: int, kind: int, rows: list[bytes], transparent: bytes) -> None:
-    """Write a PNG that is 4 pixels wide; kind: 0 greyscale, 2 RGB, 4 greyscale with alpha."""
+    """Write a PNG that is 4 pixels wide; kind: 0 grayscale, 2 RGB, 4 grayscale with alpha."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))
@@ -113,7 +113,7 @@ def _png(path: Path, depth: int, kind: int, rows: list[bytes], transparent: byte
         (16, struct.pack(">4H", 0, 2570, 25700, 257), 2570, [0, 255, 100, 1]),
     ],
 )
-def test_transparent_grey_is_white(
+def test_transparent_gray_is_white(
     tmp_path: Path, depth: int, row: bytes, transparent: int, expected: list[int]
 ) -> None:
     _png(tmp_path / "a.png", depth, 0, [row] * 4, struct.pack(">H", transparent))
@@ -130,7 +130,7 @@ def test_transparent_rgb_is_white(tmp_path: Path, depth: int) -> None:
     assert pixels.tolist() == [[0, 0, 0], [1, 2, 3], [255, 255, 255], [3, 2, 1]]
 
 
-def test_deep_greyscale_with_alpha_is_greyscale(tmp_path: Path) -> None:
+def test_deep_grayscale_with_alpha_is_grayscale(tmp_path: Path) -> None:
     row = struct.pack(">8H", 0, 65535, 25700, 65535, 0, 0, 65535, 65535)
     _png(tmp_path / "a.png", 16, 4, [row] * 4, b"")
     pixels = load_images(tmp_path).pixels

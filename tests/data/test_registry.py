@@ -54,7 +54,7 @@ def test_the_shipped_data_set_is_described() -> None:
     assert for_shape(28, 3) is None
     assert load_images("fashion-mnist").classes == shipped.classes
     assert describe(probe("fashion-mnist"))[0] == (
-        "Fashion-MNIST (train): 10,000 greyscale images of 28x28 pixels"
+        "Fashion-MNIST (train): 10,000 grayscale images of 28x28 pixels"
     )
 
 
