@@ -114,6 +114,7 @@ class TeacherConfig:
     """Training of a teacher."""
 
     source: str = ""  # folder of a teacher to use as it is; "zoo:NAME" = one that ships
+    scheduler: str = ""  # where scheduler_config.json is, if not beside the source
     init: str = ""  # folder of a teacher whose weights the training starts from
     steps: int = within(20_000, 1, MAX_COUNT)
     batch: int = within(64, 1, 1_000_000)
@@ -383,6 +384,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where!r} is a list of {item.__name__}, not {value!r}")
         return tuple(_checked(item, entry, where) for entry in value)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where!r} is a table, not {value!r}")
+        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

@@ -68,7 +68,7 @@ class Plan:
     buffers: list[Buffer]
     ops: list[Op]
     arena: int  # floats of an image
-    row: int  # floats that a pass is told beside its input
+    conditioning: int  # floats that a pass reads beside its input
     classes: int
     batch: int
     threads: int
@@ -81,7 +81,7 @@ class Plan:
             buffers=[(b.offset, b.height * b.width, b.channels) for b in self.buffers],
             ops=[(op.kind, op.numbers, op.factor) for op in self.ops],
             arena=self.arena,
-            row=self.row,
+            conditioning=self.conditioning,
             classes=self.classes,
             batch=self.batch,
             weights=self.weights.data_ptr(),

@@ -58,7 +58,7 @@ class TeacherTraining(Training):
 
     def __init__(self, config: Config, images: ImageSet):
         """Raises ConfigError where the images, or `teacher.init`, do not fit the configuration."""
-        _check_data(config, images)
+        check_data(config, images)
         self.config = config
         self.settings = config.teacher
         self.images = images
@@ -129,7 +129,8 @@ class TeacherTraining(Training):
         return {"loss": f"{values['loss']:.4f}"}
 
 
-def _check_data(config: Config, images: ImageSet) -> None:
+def check_data(config: Config, images: ImageSet) -> None:
+    """ConfigError where channels or labels of the images do not fit the teacher."""
     unet = config.unet
     if {unet.in_channels, unet.out_channels} != {images.channels}:
         raise ConfigError(
