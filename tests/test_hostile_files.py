@@ -6,6 +6,7 @@ side: an address space that has 1 GiB left, and for every input its error, if an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -23,7 +24,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from advkd.config import ConfigError, StudentConfig, TrajectoryConfig, UNetConfig, load_preset
+from advkd.config import (
+    ConfigError,
+    StudentConfig,
+    TrajectoryConfig,
+    UNetConfig,
+    load_preset,
+    to_toml,
+)
 from advkd.data.images import DataError, load_images
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.diffusion import Schedule, ddim_table, ddpm_table
@@ -43,7 +51,6 @@ from advkd.files import (
     CheckpointError,
     load_strictly,
     read_json,
-    tensors_hash,
     write_bytes,
     write_json,
 )
@@ -378,7 +385,9 @@ def write_trajectories(folder: Path) -> None:
 def read_trajectories(folder: Path) -> None:
     store = Trajectories(folder, 4)
     indices = torch.arange(4)
-    store.targets(indices), store.x_T(indices), store.labels(indices)
+    store.targets(indices)
+    store.x_T(indices)
+    store.labels(indices)
 
 
 def sealed_shards(folder: Path) -> None:
@@ -427,8 +436,6 @@ def sealed_judged(folder: Path) -> None:
 
 
 def write_preset(folder: Path) -> None:
-    from advkd.config import to_toml
-
     write_bytes(folder / "mine.toml", to_toml(load_preset("smoke")).encode())
 
 
@@ -534,10 +541,8 @@ def faults_of(name: str, numbers: range, folder: Path) -> list[str]:
         changed = folder / rng.choice(reader.files)
         mutate(changed, rng)
         if reader.seal is not None and rng.random() < 0.5:
-            try:
+            with contextlib.suppress(CheckpointError):  # what is no JSON cannot be sealed
                 reader.seal(folder)
-            except CheckpointError:
-                pass  # what is no JSON cannot be sealed
         fault = outcome(reader, folder)
         if fault:
             faults.append(f"input {number}, {changed.name}: {fault}")
