@@ -514,7 +514,7 @@ def outcome(reader: Reader, folder: Path) -> str:
         message = str(error)
         if not isinstance(error, (*OWN, OSError)) and type(error) is not ValueError:
             fault = f"{type(error).__name__}: {message}"
-        elif not any(Path(name).name in message for name in reader.files):
+        elif not any(path.name in message for path in folder.rglob("*")):
             fault = f"names no file: {message}"
         elif len(message) > LONGEST:
             fault = f"a message of {len(message)} characters"
@@ -613,6 +613,7 @@ def test_a_reader_at_fault_is_found(tmp_path: Path) -> None:
 
         return Reader(write_student, ("config.json",), read)
 
+    write_student(tmp_path)
     assert outcome(failing(KeyError("x")), tmp_path).startswith("KeyError")
     assert outcome(failing(json.JSONDecodeError("x", "config.json", 0)), tmp_path)
     assert outcome(failing(ValueError("math domain error")), tmp_path).startswith("names no file")

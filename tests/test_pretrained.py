@@ -436,11 +436,8 @@ def test_a_long_list_of_differences_is_cut(pipeline: Path) -> None:
 def test_weights_that_are_not_finite_are_named(tmp_path: Path, kind: str, value: float) -> None:
     if kind == "teacher":
         save_teacher(our_teacher(), tmp_path)
-        file, name, load = (
-            tmp_path / "unet" / WEIGHTS,
-            "mid_block.resnets.1.conv2.bias",
-            load_teacher,
-        )
+        file, load = tmp_path / "unet" / WEIGHTS, load_teacher
+        name = "mid_block.resnets.1.conv2.bias"
     else:
         save_student(our_student(), tmp_path)
         file, name, load = tmp_path / "model.safetensors", "heads.1.conv.weight", load_student
@@ -516,32 +513,31 @@ import resource, sys, time
 from pathlib import Path
 from advkd.files import CheckpointError
 from advkd.pretrained import load_student, load_teacher
-load = {"teacher": load_teacher, "student": load_student}[sys.argv[2]]
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (256 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    load(sys.argv[1])
-except CheckpointError as error:
-    print(error)
+for load, folder in ((load_teacher, sys.argv[1]), (load_student, sys.argv[2])):
+    try:
+        load(folder)
+    except CheckpointError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_a_network_that_asks_for_terabytes_is_refused_before_memory_is_taken(
-    tmp_path: Path, kind: str
+    tmp_path: Path,
 ) -> None:
-    if kind == "teacher":
-        save_teacher(our_teacher(), tmp_path)
-        edit(tmp_path / "unet" / "config.json", block_out_channels=(16384, 16384))
-    else:
-        save_student(our_student(), tmp_path)
-        edit(tmp_path / "config.json", student={"stages": [4, 8], "widths": [16384, 16384]})
-    done = subprocess.run(
-        [sys.executable, "-c", HUGE, str(tmp_path), kind], capture_output=True, text=True
-    )
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    save_teacher(our_teacher(), teacher)
+    edit(teacher / "unet" / "config.json", block_out_channels=(16384,) * 2, layers_per_block=30)
+    save_student(our_student(), student)
+    huge = {"stages": [4, 8], "widths": [16384] * 2, "blocks": 60}
+    edit(student / "config.json", student=huge)
+    arguments = [sys.executable, "-c", HUGE, str(teacher), str(student)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "does not fit the network" in done.stdout and "16384" in done.stdout
+    for line, file in zip(done.stdout.splitlines(), (WEIGHTS, "model.safetensors"), strict=True):
+        assert f"{file} does not fit the network" in line and "16384" in line
 
 
 def test_settings_are_refused_in_milliseconds(tmp_path: Path) -> None:

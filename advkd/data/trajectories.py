@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advkd.config import ConfigError, TrajectoryConfig
+from advkd.config import MAX_CLASSES, MAX_COUNT, MAX_SIDE, ConfigError, TrajectoryConfig
+from advkd.diffusion import Schedule
 from advkd.engine.cpu import Engine
 from advkd.engine.cuda import CudaEngine
 from advkd.engine.sampling import (
@@ -124,7 +125,7 @@ class Trajectories:
         self._maps = []
         for i in range(-(-num // self.index.shard)):
             _check_shard(folder, i)
-            self._maps.append(np.load(_shard_path(folder, i), mmap_mode="r", allow_pickle=False))
+            self._maps.append(_mapped(_shard_path(folder, i), self.index))
 
     @property
     def K(self) -> int:
@@ -148,13 +149,57 @@ class Trajectories:
 
 def _read_index(folder: Path) -> TrajectoryIndex:
     try:
-        return TrajectoryIndex(**read_json(folder / INDEX))
-    except TypeError as error:
-        raise CheckpointError(f"{folder / INDEX} is no index of trajectories: {error}") from None
+        index = TrajectoryIndex(**read_json(folder / INDEX))
+        Schedule(**index.schedule)
+        wrong = _wrong_keys(index)
+    except (TypeError, ValueError) as error:
+        reason = f"{error!s:.300}"
+        raise CheckpointError(f"{folder / INDEX} is no index of trajectories: {reason}") from None
+    if wrong:
+        raise CheckpointError(
+            f"{folder / INDEX} is no index of trajectories: its {', '.join(wrong)} cannot be"
+        )
+    return index
+
+
+def _wrong_keys(index: TrajectoryIndex) -> list[str]:
+    """The keys of an index whose values are of another type or outside their range."""
+
+    def are_counts(values: Any, high: int) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 1 <= v <= high for v in values)
+
+    texts = ("teacher", "sampler", "engine")
+    wrong = [key for key in texts if not isinstance(getattr(index, key), str)]
+    sound = {
+        "seed": type(index.seed) is int and 0 <= index.seed < 1 << 64,
+        "steps": are_counts([index.steps], MAX_COUNT),
+        "eta": type(index.eta) in (int, float) and 0 <= index.eta <= 1,
+        "target": index.target in TARGETS,
+        "shape": are_counts(index.shape, MAX_SIDE) and len(index.shape) == 3,
+        "dtype": index.dtype in ("float16", "float32"),
+        "shard": are_counts([index.shard], MAX_COUNT),
+        "num_classes": index.num_classes is None or are_counts([index.num_classes], MAX_CLASSES),
+    }
+    wrong += [key for key, fine in sound.items() if not fine]
+    if not wrong and not (are_counts(index.kept, index.steps) and index.kept[-1:] == [index.steps]):
+        wrong.append("kept")
+    return wrong
 
 
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
+
+
+def _mapped(path: Path, index: TrajectoryIndex) -> np.ndarray:
+    """A shard mapped into memory; CheckpointError unless it is what the index says."""
+    try:
+        shard: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises whatever its parser of headers makes of the file
+        raise CheckpointError(f"{path} is no array: {error!s:.300}") from None
+    expected = (index.shard, len(index.kept), *index.shape)
+    if getattr(shard, "shape", None) != expected or shard.dtype != np.dtype(index.dtype):
+        raise CheckpointError(f"{path} is not a shard of {index.dtype} and shape {expected}")
+    return shard
 
 
 def _sha256(path: Path) -> str:
