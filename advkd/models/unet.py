@@ -261,6 +261,11 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it is conditional on; None: it takes no labels."""
+        return self.config.num_class_embeds
+
     def embed_time(self, t: Tensor | int, batch: int) -> Tensor:
         """The time embedding without a class: (batch, 4 * widths[0])."""
         timesteps = torch.as_tensor(t, device=self.conv_in.weight.device).reshape(-1).expand(batch)
