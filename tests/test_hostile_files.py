@@ -6,6 +6,7 @@ side: an address space that has 1 GiB left, and for every input its error, if an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -33,7 +34,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from advkd.config import ConfigError, StudentConfig, TrajectoryConfig, UNetConfig, load_preset
+from advkd.config import (
+    ConfigError,
+    StudentConfig,
+    TrajectoryConfig,
+    UNetConfig,
+    load_preset,
+    to_toml,
+)
 from advkd.data.images import DataError, load_images
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.diffusion import Schedule, ddim_table, ddpm_table
@@ -377,7 +385,9 @@ def write_trajectories(folder: Path) -> None:
 def read_trajectories(folder: Path) -> None:
     store = Trajectories(folder, 4)
     indices = torch.arange(4)
-    store.targets(indices), store.x_T(indices), store.labels(indices)
+    store.targets(indices)
+    store.x_T(indices)
+    store.labels(indices)
 
 
 def sealed_shards(folder: Path) -> None:
@@ -426,8 +436,6 @@ def sealed_judged(folder: Path) -> None:
 
 
 def write_preset(folder: Path) -> None:
-    from advkd.config import to_toml
-
     write_bytes(folder / "mine.toml", to_toml(load_preset("smoke")).encode())
 
 
@@ -506,7 +514,7 @@ def outcome(reader: Reader, folder: Path) -> str:
         message = str(error)
         if not isinstance(error, (*OWN, OSError)) and type(error) is not ValueError:
             fault = f"{type(error).__name__}: {message}"
-        elif not any(Path(name).name in message for name in reader.files):
+        elif not any(path.name in message for path in folder.rglob("*")):
             fault = f"names no file: {message}"
         elif len(message) > LONGEST:
             fault = f"a message of {len(message)} characters"
@@ -533,10 +541,8 @@ def faults_of(name: str, numbers: range, folder: Path) -> list[str]:
         changed = folder / rng.choice(reader.files)
         mutate(changed, rng)
         if reader.seal is not None and rng.random() < 0.5:
-            try:
+            with contextlib.suppress(CheckpointError):  # what is no JSON cannot be sealed
                 reader.seal(folder)
-            except CheckpointError:
-                pass  # what is no JSON cannot be sealed
         fault = outcome(reader, folder)
         if fault:
             faults.append(f"input {number}, {changed.name}: {fault}")
@@ -607,6 +613,7 @@ def test_a_reader_at_fault_is_found(tmp_path: Path) -> None:
 
         return Reader(write_student, ("config.json",), read)
 
+    write_student(tmp_path)
     assert outcome(failing(KeyError("x")), tmp_path).startswith("KeyError")
     assert outcome(failing(json.JSONDecodeError("x", "config.json", 0)), tmp_path)
     assert outcome(failing(ValueError("math domain error")), tmp_path).startswith("names no file")
