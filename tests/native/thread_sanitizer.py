@@ -66,8 +66,8 @@ MUTATIONS = (
     Mutation(
         "threads that share their scratch memory",
         "cpu/group_norm_silu.h",
-        "thread_local std::unique_ptr<Buffer<T>> kept;",
-        "static std::unique_ptr<Buffer<T>> kept;",
+        "thread_local std::unique_ptr<Buffer<T>> memory;",
+        "static std::unique_ptr<Buffer<T>> memory;",
         compiled=("cpu/group_norm_silu.cpp", "cpu/group_norm_silu_backward.cpp"),
     ),
 )
