@@ -8,6 +8,10 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
