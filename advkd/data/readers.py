@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from advkd.data.arrays import open_array
-from advkd.data.folder import open_folder
+from advkd.data.folder import list_images, open_folder
 from advkd.data.idx import idx_axes, idx_of_folder, open_idx
 from advkd.data.picture import suffixes
 from advkd.data.source import DataError, Source, plural
@@ -32,9 +32,10 @@ def open_source(path: Path, size: int | None, channels: int | None, crop: bool) 
 
 
 def _open_folder(path: Path, size: int | None, channels: int | None, crop: bool) -> Source:
-    found = idx_of_folder(path)
+    listing = list_images(path)
+    found = idx_of_folder(path, by_name=not listing.files)
     if found is None:
-        return open_folder(path, size, channels, crop)
+        return open_folder(path, listing, size, channels, crop)
     file, others = found
     source = open_idx(file, size, channels, crop)
     note = f"{file.name} is read, with its labels if there are any, of {plural(others + 1, 'file')}"

@@ -150,7 +150,7 @@ def captured(
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream for all captures on a device: libraries keep memory for each they have seen."""
+    """The stream of all captures on a device: libraries keep memory for each they have seen."""
     return torch.cuda.Stream(device)
 
 

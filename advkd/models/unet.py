@@ -268,7 +268,9 @@ class UNet(nn.Module):
 
     def embed_time(self, t: Tensor | int, batch: int) -> Tensor:
         """The time embedding without a class: (batch, 4 * widths[0])."""
-        timesteps = torch.as_tensor(t, device=self.conv_in.weight.device).reshape(-1).expand(batch)
+        dtype = t.dtype if isinstance(t, Tensor) else torch.float32
+        timesteps = torch.as_tensor(t, dtype=dtype, device=self.conv_in.weight.device)
+        timesteps = timesteps.reshape(-1).expand(batch)
         sinusoids = timestep_embedding(
             timesteps,
             self.config.block_out_channels[0],

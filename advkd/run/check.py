@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from advkd.config import Config, ConfigError, as_tree, build
 from advkd import device
+from advkd.config import Config, ConfigError, as_tree, build
 from advkd.diffusion import Schedule
 from advkd.engine.interface import input_shape
 from advkd.engine.sampling import table_of
