@@ -21,7 +21,8 @@ from torch import nn
 
 from advkd.console import StopSignals, progress_bar
 from advkd.data.images import ImageSet
-from advkd.engine.sampling import EVALUATION_SEED, Callback, generate
+from advkd.engine.noise import Purpose
+from advkd.engine.sampling import Callback, generate
 from advkd.evaluation.metrics import (
     FeatureNet,
     Features,
@@ -41,7 +42,8 @@ from advkd.files import (
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
-REFERENCE_SEED = EVALUATION_SEED + 1  # of the teacher's samples where they stand in for real images
+EVALUATION_SEED = 0
+REFERENCE_SEED = 1  # of the teacher's samples where they stand in for real images
 TIMED_IMAGES = 64
 TIMED_ROUNDS = 3
 
@@ -133,7 +135,7 @@ def evaluate_student(
     net: FeatureNet, student: Student, reference: Judged, protocol: Protocol
 ) -> dict[str, Any]:
     """Figures of a student's images, drawn anew."""
-    images = generate(student, protocol.num, protocol.seed, batch=250)
+    images = generate(student, protocol.num, protocol.seed, purpose=Purpose.EVALUATION, batch=250)
     return judge(reference, Judged(extract(net, images), images))
 
 
@@ -156,7 +158,8 @@ def evaluate_teacher(
             features, swd = found
             return {**judge(reference, Judged(features, None)), "swd": swd}
     images = generate(
-        teacher, protocol.num, protocol.seed, protocol.teacher_steps, callback=callback, batch=125
+        teacher, protocol.num, protocol.seed, protocol.teacher_steps, callback=callback, batch=125,
+        purpose=Purpose.EVALUATION,
     )
     features = extract(net, images)
     swd = None if reference.images is None else sliced_wasserstein(reference.images, images)
@@ -207,7 +210,8 @@ def measure_milliseconds(
     def seconds(model: nn.Module, steps: int) -> float:
         assert isinstance(model, UNet | Student)
         began = time.perf_counter()
-        generate(model, images, EVALUATION_SEED, steps, batch=-(-images // torch.get_num_threads()))
+        batch = -(-images // torch.get_num_threads())
+        generate(model, images, 0, steps, purpose=Purpose.EVALUATION, batch=batch)
         return time.perf_counter() - began
 
     seconds(student, 1)  # the first call also allocates and picks algorithms
@@ -235,7 +239,10 @@ def teacher_reference(
     net: FeatureNet, teacher: UNet, num: int, steps: int, callback: Callback | None = None
 ) -> Reference:
     """The reference where there are no real images: other samples of the teacher."""
-    images = generate(teacher, num, REFERENCE_SEED, steps, batch=125, callback=callback)
+    images = generate(
+        teacher, num, REFERENCE_SEED, steps, purpose=Purpose.EVALUATION, batch=125,
+        callback=callback,
+    )  # fmt: skip
     judged = Judged(extract(net, images), images)
     return Reference(judged, "teacher", "as many other samples of the teacher", None)
 

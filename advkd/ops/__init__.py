@@ -13,7 +13,7 @@ from advkd.ops._address import address, addresses
 from advkd.ops._attention import attention
 from advkd.ops._backend import BACKENDS, extension, use_backend
 from advkd.ops._conv3x3 import conv3x3
-from advkd.ops._cuda import CudaGroupNorm, cuda_code_missing, cuda_missing
+from advkd.ops._cuda import cuda_code_missing, cuda_missing
 from advkd.ops._group_norm_silu import group_norm_silu
 from advkd.ops._noise import (
     LABEL_STEP,
@@ -29,7 +29,6 @@ __all__ = [
     "BACKENDS",
     "LABEL_STEP",
     "X_T_STEP",
-    "CudaGroupNorm",
     "Kernel",
     "address",
     "addresses",

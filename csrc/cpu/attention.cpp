@@ -9,7 +9,7 @@
 
 #include "cpu/exponential.h"
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 namespace {
@@ -65,7 +65,7 @@ struct StoreOutput {
   }
 };
 
-// One block of queries of one head. Scores are in units of log 2.
+// One block of queries of one head. Scores are base-2 logarithms.
 template <class T>
 class QueryBlock {
  public:
@@ -110,20 +110,20 @@ class QueryBlock {
     const std::int64_t head_dim = args_.shape.head_dim, block = keys * kLanes;
     const bool last = tile + 1 == keys_.count;
     for (std::int64_t i = 0; i < vectors_ * kLanes; ++i) carry_[i] = highest_[i];
-    multiply<T>(rows_of(args_.k, sample_, head_, start), Right<T>{q_, kLanes, head_dim * kLanes},
+    multiply<T>(rows_of(args_.k, sample_, head_, start), BOperand<T>{q_, kLanes, head_dim * kLanes},
                 keys, vectors_, head_dim, StoreScores<T>{scores_, block, highest_});
     for (std::int64_t v = 0; v < vectors_; ++v) {
       exponentiate(v * kLanes, scores_ + v * block, keys, last);
     }
-    const Right<T> values =
-        right_factor(rows_of(args_.v, sample_, head_, start), keys, head_dim, values_);
+    const BOperand<T> values =
+        b_operand(rows_of(args_.v, sample_, head_, start), keys, head_dim, values_);
     const StoreOutput<T> store = {out_rows_of(args_.out, sample_, head_, first_), head_dim, carry_,
                                   gain_, tile == 0};
     multiply<T>(PackedColumns<T>{scores_, block}, values, count_, head_vectors_, keys, store);
   }
 
-  // Turns the scores of the queries [lane, lane + kLanes) into weights relative to their maximum;
-  // carry: by what the sums over earlier tiles shrink, as their maximum was a lower one.
+  // Replaces the scores of the queries [lane, lane + kLanes) by weights relative to their maximum.
+  // carry: by what the sums over earlier tiles shrink, as their maximum was lower.
   void exponentiate(std::int64_t lane, T* scores, std::int64_t keys, bool last) const {
     const T infinity = std::numeric_limits<T>::infinity();
     const Vector highest = load_vector(highest_ + lane);
@@ -156,7 +156,8 @@ class QueryBlock {
   const Parts<T>& keys_;
   const std::int64_t sample_, head_, first_, count_, vectors_, head_vectors_;
   const Buffer<T> memory_;
-  // For each query: the highest score so far, the sum of weights, and StoreOutput's factors.
+  // For each query: the highest score so far, the sum of weights, and what StoreOutput multiplies
+  // by.
   T *const highest_, *const sum_, *const carry_, *const gain_;
   T *const q_, *const scores_, *const values_;  // packed: scaled queries, a tile's scores, values
 };

@@ -1,13 +1,13 @@
 // What the convolutions share: reading of inputs, products of prepared inputs and packed weights,
-// writing of outputs, and the way through the blocks.
+// writing of outputs, and the order of the blocks.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 
-#include "cpu/convolution_plan.h"
+#include "runtime/convolution_plan.h"
 #include "cpu/exponential.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 
@@ -20,8 +20,8 @@ struct Segment {
   std::int64_t offset, count;
 };
 
-// Pixels or tiles of a prepared input: rows are kPanel floats apart, and so are their channels' blocks
-// and the kernel's places, which are the segments.
+// Pixels or tiles of a prepared input: rows are kPanel floats apart. Segments are the blocks of
+// channels at each position of the kernel.
 struct PreparedRows {
   const float* at;
   const Segment* segments;
@@ -34,8 +34,8 @@ struct Panels {
   std::int64_t step, count;
 };
 
-// The product, a row of all panels' columns after the other.
-void multiply_rows(const PreparedRows& left, const Panels& right, float* to);
+// Stores the product row by row, each with the columns of all panels.
+void multiply_rows(const PreparedRows& a, const Panels& b, float* to);
 
 static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_t batch,
                                         std::int64_t block) {
@@ -43,8 +43,8 @@ static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_
   const std::int64_t row = block / plan.column_blocks % plan.row_blocks * plan.rows;
   const std::int64_t column = block % plan.column_blocks * plan.columns;
   return {image,  least(plan.images, batch - image),
-          row,    least(plan.rows, plan.unit_rows - row),
-          column, least(plan.columns, plan.unit_columns - column)};
+          row,    least(plan.rows, plan.tile_rows - row),
+          column, least(plan.columns, plan.tile_columns - column)};
 }
 
 // What is read: act(x * scale + shift), of images of height x width stored pixels.
@@ -127,7 +127,7 @@ class RowReader {
   const std::int64_t channel_, lanes_;
 };
 
-// Writes (sum + bias + residual) * scale for the channels of one vector.
+// Writes (accumulator + bias + residual) * scale for the channels of one vector.
 class OutputWriter {
  public:
   OutputWriter() = default;
@@ -165,13 +165,13 @@ class OutputWriter {
   Vector bias_ = {};
 };
 
-// Those of the vectors of a group of panels that hold channels.
+// The writers of a group of panels, one for each vector that holds channels.
 class OutputWriters {
  public:
   OutputWriters(const ConvolutionArgs& args, std::int64_t image, std::int64_t channel,
                 std::int64_t columns) {
-    const std::int64_t left = least(columns, args.shape.out_channels - channel);
-    for (; count_ * kWidth < left; ++count_) {
+    const std::int64_t channels = least(columns, args.shape.out_channels - channel);
+    for (; count_ * kWidth < channels; ++count_) {
       writers_[count_] = OutputWriter(args, image, channel + count_ * kWidth);
     }
   }
@@ -183,7 +183,8 @@ class OutputWriters {
   int count_ = 0;
 };
 
-// Calls task(0) ... task(count - 1) on the threads, telling each which thread's memory is its.
+// Calls task(index, slot) for each index in [0, count) on the threads; no two threads have the same
+// slot at a time, so that each slot may have memory of its own.
 template <class Task>
 void for_each_slot(std::int64_t count, int threads, const Task& task) {
   std::atomic<std::int64_t> next{0};
@@ -196,9 +197,9 @@ void for_each_slot(std::int64_t count, int threads, const Task& task) {
   });
 }
 
-// Goes through all blocks. Method: prepare(block, channel_block, left, scratch) makes a part of a
-// block's left factor, transform(panel, panels, right) the right factor of some panels, if it is not
-// the packed weights, and multiply(block, panel, panels, left, right, products) their output.
+// Computes all blocks. Method: prepare(block, channel_block, a, scratch) makes a part of a
+// block's A operand, transform(panel, panels, b) the B operand of some panels, if that is not the
+// packed weights, and multiply(block, panel, panels, a, b, products) their output.
 template <class Method>
 class BlockRunner {
  public:
@@ -206,9 +207,9 @@ class BlockRunner {
       : args_(args), plan_(plan), method_(method), own_(args.workspace + plan.shared_size()) {}
 
   void run() const {
-    if (plan_.wave == 0) return run_apart();
-    for (std::int64_t first = 0; first < plan_.blocks; first += plan_.wave) {
-      run_wave(first, least(plan_.wave, plan_.blocks - first));
+    if (plan_.tile_batch == 0) return run_apart();
+    for (std::int64_t first = 0; first < plan_.blocks; first += plan_.tile_batch) {
+      run_tile_batch(first, least(plan_.tile_batch, plan_.blocks - first));
     }
   }
 
@@ -221,37 +222,39 @@ class BlockRunner {
     return group * plan_.panels / plan_.groups;
   }
   float* own(std::int64_t slot) const { return own_ + slot * plan_.own_size(); }
-  const float* packed(std::int64_t panel) const { return args_.packed + panel * plan_.packed_panel; }
+  const float* packed(std::int64_t panel) const {
+    return args_.packed + panel * plan_.packed_panel;
+  }
 
-  // Few weights: they are transformed before all, and stay in the cache.
+  // Few weights: all are transformed first, and stay in the cache.
   void run_apart() const {
     float* const transformed = args_.workspace;
     if (plan_.transformed_panel != 0) method_.transform(0, plan_.panels, transformed);
     for_each_slot(plan_.blocks, args_.threads, [&](std::int64_t index, std::int64_t slot) {
-      float* const left = own(slot);
-      float* const products = left + plan_.left_size;
+      float* const a = own(slot);
+      float* const products = a + plan_.a_size;
       for (std::int64_t c = 0; c < plan_.channel_blocks; ++c) {
-        method_.prepare(block(index), c, left, products + plan_.product_size);
+        method_.prepare(block(index), c, a, products + plan_.product_size);
       }
       for (std::int64_t group = 0; group < plan_.groups; ++group) {
         const std::int64_t panel = first_panel(group);
-        const float* const right = plan_.transformed_panel == 0
+        const float* const b = plan_.transformed_panel == 0
                                        ? packed(panel)
                                        : transformed + panel * plan_.transformed_panel;
-        method_.multiply(block(index), panel, first_panel(group + 1) - panel, left, right, products);
+        method_.multiply(block(index), panel, first_panel(group + 1) - panel, a, b, products);
       }
     });
   }
 
   // Many weights, or few blocks for the threads: a group's transformed weights stay in a thread's
   // cache while the blocks pass by.
-  void run_wave(std::int64_t first, std::int64_t count) const {
-    float* const lefts = args_.workspace;
+  void run_tile_batch(std::int64_t first, std::int64_t count) const {
+    float* const inputs = args_.workspace;
     for_each_slot(count * plan_.channel_blocks, args_.threads,
                   [&](std::int64_t task, std::int64_t slot) {
                     const std::int64_t index = task / plan_.channel_blocks;
                     method_.prepare(block(first + index), task % plan_.channel_blocks,
-                                    lefts + index * plan_.left_size,
+                                    inputs + index * plan_.a_size,
                                     own(slot) + plan_.product_size);
                   });
     const std::int64_t parts = least(plan_.parts, count);
@@ -261,9 +264,9 @@ class BlockRunner {
       float* const products = own(slot);
       float* const transformed = products + plan_.product_size + plan_.scratch_size;
       if (plan_.transformed_panel != 0) method_.transform(panel, panels, transformed);
-      const float* const right = plan_.transformed_panel == 0 ? packed(panel) : transformed;
+      const float* const b = plan_.transformed_panel == 0 ? packed(panel) : transformed;
       for (std::int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i) {
-        method_.multiply(block(first + i), panel, panels, lefts + i * plan_.left_size, right,
+        method_.multiply(block(first + i), panel, panels, inputs + i * plan_.a_size, b,
                          products);
       }
     });

@@ -6,7 +6,6 @@ import ast
 import errno
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -22,11 +21,19 @@ import torch
 from torch import Tensor, nn
 
 import advkd
+from advkd import files as files_module
 from advkd.files import (
+    LISTED,
+    MAX_HEADER,
+    MAX_NESTING,
+    MAX_TEXT,
     CheckpointError,
     load_strictly,
+    read_header,
     read_json,
     read_tensors,
+    read_text,
+    remove_stale,
     replacing,
     tensors_hash,
     write_bytes,
@@ -36,12 +43,15 @@ from advkd.files import (
 from advkd.training.checkpoint import (
     KEPT,
     Checkpoint,
+    _seal,
     drop_checkpoints,
     latest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
 )
+
+from ..killing import ended_at
 
 
 def files(folder: Path) -> list[str]:
@@ -65,6 +75,39 @@ def test_write_replaces_and_makes_folders(tmp_path: Path) -> None:
         write_bytes(path, content)
         assert path.read_bytes() == content
         assert files(path.parent) == ["file"]
+
+
+KILLED_WRITER = """
+    import os, signal, sys
+    from pathlib import Path
+    from advkd.files import replacing
+    with replacing(Path(sys.argv[1]) / "shard-00000.npy") as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = textwrap.dedent(KILLED_WRITER)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = files(tmp_path)
+    assert re.fullmatch(r"\.shard-00000\.npy\.\d+\.tmp", left)
+    others = [".lock", "shard-00001.npy", ".mine.tmp", ".x.7a.tmp", f".x.{os.getppid()}.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.999999999.tmp").mkdir()
+    with replacing(tmp_path / "own") as own:
+        own.touch()
+        assert remove_stale(tmp_path) == [tmp_path / left]
+        assert files(tmp_path) == sorted([*others, ".folder.999999999.tmp", own.name])
+        # A process of the same number wrote before this one began.
+        monkeypatch.setattr(files_module, "_STARTED", time.time() + 60)
+        assert remove_stale(tmp_path) == [own]
+        own.touch()
+    assert remove_stale(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -124,6 +167,54 @@ def test_json_round_trip_and_errors(tmp_path: Path) -> None:
             read_json(tmp_path / "x.json")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xbc"}')
+    assert read_json(tmp_path / "x.json") == {"a": "ü"}
+    assert read_text(tmp_path / "x.json")[0] == "{"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 100_000, "nested"),
+        (b'{"a": ' * 33 + b"1" + b"}" * 33, "nested deeper than 32"),
+        (b'{"a": [[' * 300 + b"1" + b"]]}" * 300, "nested"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "digits"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<html></html>", "web page"),
+        (b"\x80\x02}q\x00", "pickle"),
+        (b'{"a": "\xe4"}', "UTF-8"),
+    ],
+)
+def test_what_is_no_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"x\.json cannot be read: .*{words}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_is_read_down_to_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'{"a": ' * MAX_NESTING + b"1" + b"}" * MAX_NESTING)
+    assert "a" in read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("size", [MAX_TEXT + 1, 1 << 40])
+def test_a_text_of_any_size_is_refused_at_its_bound(tmp_path: Path, size: int) -> None:
+    """The file is sparse, so a reader that takes all of it would need a terabyte."""
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(size)
+    with pytest.raises(CheckpointError, match=rf"x\.json.*larger than {MAX_TEXT}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    for read in (read_json, read_tensors, read_text):
+        with pytest.raises(CheckpointError, match="not a file"):
+            read(tmp_path / "x")
+        with pytest.raises(CheckpointError, match="not a file"):
+            read(Path("/dev/zero"))
 
 
 def test_tensors_round_trip_bit_for_bit(tmp_path: Path) -> None:
@@ -191,6 +282,61 @@ def break_file(path: Path, damage: str) -> None:
         path.write_bytes(b"")
     else:
         path.unlink()
+
+
+def with_header(header: object, data: bytes = bytes(8)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_header([1, 2]),
+        with_header(b"{"),
+        with_header(b"[" * 10_000),
+        with_header(b"\xff\xfe\x00"),
+        with_header({"a": [1]}),
+        with_header({"a": {"dtype": "F32", "shape": [2]}}),
+        with_header({"a": entry("F32", [2], 0, 8) | {"extra": 1}}),
+        with_header({"a": entry("F8_E4M3", [8], 0, 8)}),
+        with_header({"a": entry(["F32"], [2], 0, 8)}),
+        with_header({"a": entry("F32", 2, 0, 8)}),
+        with_header({"a": entry("F32", ["2"], 0, 8)}),
+        with_header({"a": entry("F32", [2.0], 0, 8)}),
+        with_header({"a": entry("F32", [-2], 0, -8)}),
+        with_header({"a": entry("F32", [True, 2], 0, 8)}),
+        with_header({"a": entry("F32", [2], 8, 0)}),
+        with_header({"a": entry("F32", [2], 0, 8, 8)}),
+        with_header({"a": entry("F32", [3], 0, 12)}),
+        with_header({"a": entry("F32", [1], 0, 4)}),
+        with_header({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}),
+        with_header({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 2, 6)}),
+        with_header({"a": entry("F32", [10**15], 0, 4 * 10**15)}),
+        with_header({"a": entry("F32", [1] * 10**5, 0, 4)}, bytes(4)),
+        (MAX_HEADER + 1).to_bytes(8, "little") + bytes(MAX_HEADER + 2),
+    ],
+)
+def test_headers_that_are_not_of_their_file_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    for read in (read_header, read_tensors):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors is not a whole safetensors"):
+            read(path)
+
+
+def test_a_header_says_what_its_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64), "c": torch.ones(0)}
+    write_tensors(path, tensors)
+    header = read_header(path)
+    assert {n: (i.shape, i.dtype) for n, i in header.items()} == {
+        n: (tuple(t.shape), t.dtype) for n, t in tensors.items()
+    }
 
 
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
@@ -280,44 +426,37 @@ def test_what_a_crash_left_half_written_goes(tmp_path: Path) -> None:
     assert files(tmp_path) == ["stage-00000005.json", "stage-00000005.safetensors"]
 
 
-KILLED = """
-    import sys
-    from pathlib import Path
-    import torch
-    from advkd.files import Checkpoint, save_checkpoint
-    folder = Path(sys.argv[1])
-    step = int(sys.argv[2])
-    while True:
-        step += 1
-        tensors = {"weight": torch.full((200_000,), float(step))}
-        save_checkpoint(folder, "stage", Checkpoint(step, tensors, {"twice": 2 * step}))
-        if not (folder / "started").exists():
-            (folder / "started").touch()
+SAVING = """
+from pathlib import Path
+import torch
+from advkd.training.checkpoint import Checkpoint, save_checkpoint
+third = Checkpoint(3, {"weight": torch.full((3, 2), 3.0), "count": torch.tensor(3)}, {"note": "x"})
 """
+# Two files are written, synced and renamed, and two of the oldest checkpoint removed.
+CHANGES = {"open": 6, "os.rename": 2, "os.remove": 4}  # at least
 
 
 def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    script = textwrap.dedent(KILLED)
-    rng = random.Random(0)
-    step = 0
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(step)])
-        try:
-            while not (tmp_path / "started").exists():
-                assert process.poll() is None
-                time.sleep(0.001)
-            time.sleep(0.02 * rng.random())
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        (tmp_path / "started").unlink()
-        found = latest_without_warning(tmp_path)
-        assert found is not None and found.step > step
-        assert found.values == {"twice": 2 * found.step}
-        assert torch.equal(found.tensors["weight"], torch.full((200_000,), float(found.step)))
-        step = found.step
-    save_checkpoint(tmp_path, "stage", checkpoint(step + 1))
-    assert len(files(tmp_path)) <= 2 * KEPT
+    moments = [(event, "*", n) for event in CHANGES for n in range(1, 16)]
+    folders = [tmp_path / f"{event}{n}" for event, _, n in moments]
+    for folder in folders:
+        for step in (1, 2):
+            save_checkpoint(folder, "stage", checkpoint(step))
+    work = 'save_checkpoint(Path(arguments[index]), "stage", third)'
+    codes, _ = ended_at(moments, SAVING, work, [str(folder) for folder in folders])
+    steps: dict[str, list[int]] = {event: [] for event in CHANGES}
+    for (event, _, n), folder, code in zip(moments, folders, codes, strict=True):
+        assert code == -signal.SIGKILL or (code == 0 and n > CHANGES[event])
+        found = latest_without_warning(folder)
+        assert found is not None and (code != 0 or found.step == 3)
+        assert torch.equal(found.tensors["weight"], torch.full((3, 2), float(found.step)))
+        steps[event].append(found.step)
+        save_checkpoint(folder, "stage", checkpoint(4))
+        assert len(files(folder)) == 2 * KEPT
+    assert codes.count(0) >= len(CHANGES)  # each list of moments reaches past the last
+    for event, found_steps in steps.items():
+        assert found_steps == sorted(found_steps), event
+        assert (found_steps[0], found_steps[-1]) == (2, 3), event
 
 
 def small_network() -> nn.Sequential:
@@ -349,7 +488,7 @@ def test_optimizer_round_trip_is_bitwise(tmp_path: Path, kind: type, fused: bool
     tensors = read_tensors(tmp_path / "x.safetensors")
     own = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
     load_strictly(resumed, own, tmp_path)
-    restore_optimizer(optimizer_again, tensors, "opt")
+    restore_optimizer(optimizer_again, tensors, "opt", tmp_path)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         for key, value in optimizer.state[a].items():
             found = optimizer_again.state[b][key]
@@ -370,10 +509,59 @@ def test_two_optimizers_in_one_file_do_not_mix() -> None:
             step_with(network, optimizer, step)
         tensors |= optimizer_tensors(optimizer, "d" if i else "dd")
     fresh = torch.optim.Adam(small_network().parameters(), lr=3e-4)
-    restore_optimizer(fresh, tensors, "d")
+    restore_optimizer(fresh, tensors, "d", Path("checkpoints"))
     first = fresh.param_groups[0]["params"][0]
     assert fresh.state[first]["step"] == 2
     assert fresh.param_groups[0]["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("d.0.step"),
+        lambda t: t.pop("d.1.exp_avg_sq"),
+        lambda t: t.update({"d.9.step": torch.tensor(1.0)}),
+        lambda t: t.update({"d.x.step": torch.tensor(1.0)}),
+        lambda t: t.update({"d.0.momentum": torch.tensor(1.0)}),
+        lambda t: t.update({"d.0.exp_avg": torch.zeros(7)}),
+        lambda t: t.update({"d.0.step": torch.zeros(4, 3, 3, 3)}),
+        lambda t: t.update({"d.0.step": torch.tensor(1)}),
+    ],
+)
+def test_what_is_not_the_state_of_an_optimizer_is_refused(change: Callable) -> None:
+    network = small_network()
+    optimizer = torch.optim.Adam(network.parameters())
+    step_with(network, optimizer, 0)
+    tensors = optimizer_tensors(optimizer, "d")
+    change(tensors)
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be used: d\.\w+"):
+        restore_optimizer(optimizer, tensors, "d", Path("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "1"}, {"step": 2}, {"step": -1}, {"step": None}, {"values": [1]}, {"sha256": 7}],
+    ids=str,
+)
+def test_a_sealed_file_that_describes_no_checkpoint_is_passed_over(
+    tmp_path: Path, changes: dict
+) -> None:
+    save_checkpoint(tmp_path, "stage", checkpoint(1))
+    closing = tmp_path / "stage-00000001.json"
+    content = {**json.loads(closing.read_text()), **changes}
+    del content["seal"]
+    write_json(closing, {**content, "seal": _seal(content)})
+    with pytest.warns(UserWarning, match=r"passed over.*stage-00000001\.json"):
+        assert latest_checkpoint(tmp_path, "stage") is None
+
+
+def test_load_strictly_names_the_first_few_problems_and_counts_the_rest() -> None:
+    network = small_network()
+    other = {f"x{i}": torch.zeros(1) for i in range(30)}
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(network, other, Path("some/where"))
+    count = len(network.state_dict()) + len(other)
+    assert str(caught.value).endswith(f"; and {count - LISTED} more")
 
 
 def test_load_strictly_lists_every_problem() -> None:

@@ -1,0 +1,33 @@
+// Runs independent tasks on a few threads that sleep between jobs.
+#pragma once
+
+#include <cstdint>
+
+namespace advkd {
+
+// How many of the threads work of so many cycles is worth waking: a little work is done before
+// another core wakes, and if that core is busy, it is waited for.
+int threads_for(double cycles, int threads);
+
+// Sets from how many cycles on work is shared, and returns the number before; with 0 all work is.
+double set_worth_sharing(double cycles);
+
+using TaskBody = void (*)(const void* context, std::int64_t task);
+
+// Calls body(context, task) once for each task in [0, tasks), on at most `threads` threads, the
+// calling one included; returns when all are done. Tasks are handed out one at a time, in order.
+// The first exception thrown by a task ends the handing out and is rethrown here. A nested call,
+// or one made while another thread's job runs, does its tasks on the calling thread.
+void parallel_for(std::int64_t tasks, int threads, TaskBody body, const void* context);
+
+template <class Function>
+void parallel_for(std::int64_t tasks, int threads, const Function& function) {
+  parallel_for(
+      tasks, threads,
+      [](const void* context, std::int64_t task) {
+        (*static_cast<const Function*>(context))(task);
+      },
+      &function);
+}
+
+}  // namespace advkd
