@@ -537,7 +537,7 @@ def test_a_given_teacher_without_data(
     assert metrics(run, "teacher") == []
 
 
-def test_a_given_teacher_with_data_to_judge_by(teacher: Path, given: Path, tmp_path: Path) -> None:
+def test_a_given_teacher_with_data_to_evaluate_by(teacher: Path, given: Path, tmp_path: Path) -> None:
     arguments = ["--teacher", str(teacher), "--size", "8", "--name", "both"]
     arguments += ["--data", str(given / "images.npz"), "--features", str(given / "features")]
     arguments += ["--runs", str(tmp_path / "runs")]
