@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--size", type=int, help="pixels of a side: of --data, or of a teacher that names none"
     )
-    p.add_argument("--channels", type=int, choices=(1, 3), help="greyscale or RGB")
+    p.add_argument("--channels", type=int, choices=(1, 3), help="grayscale or RGB")
     p.add_argument("--no-crop", action="store_true", help="resize both sides instead of cropping")
     p.add_argument("--no-flip", action="store_true", help="do not mirror training images")
     p.add_argument("--trajectories", type=int, metavar="N", help="how many to sample")

@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mid block scaled": {"mid_block_scale_factor": 1.4142},
     "dropout": {"dropout": 0.3},
     "classes": {"num_class_embeds": 5},
-    "greyscale in, two channels out": {"in_channels": 1, "out_channels": 2},
+    "grayscale in, two channels out": {"in_channels": 1, "out_channels": 2},
     "one block": {
         "block_out_channels": (8,),
         "down_block_types": ("AttnDownBlock2D",),
