@@ -28,7 +28,7 @@ from advkd import ops
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
 
-from .bench_distillation_step import CONFIG, PARTS, sampled_store, prepared
+from .bench_distillation_step import CONFIG, PARTS, prepared, sampled_store
 from .report import markdown
 
 # An event is of the first kind whose pattern is found in its name or in that of one around it.
