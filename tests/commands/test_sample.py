@@ -70,7 +70,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def test_writes_what_generate_draws(
+def test_writes_what_generate_samples(
     student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     png, npz = tmp_path / "new" / "grid.png", tmp_path / "new" / "images.npz"
@@ -161,7 +161,7 @@ def test_teacher_with_its_scheduler_elsewhere(teacher: str, tmp_path: Path) -> N
     assert np.array_equal(_arrays(npz)["images"], bare)
 
 
-def test_without_a_network_the_shipped_student_is_drawn(
+def test_without_a_network_the_shipped_student_is_sampled(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert advkd.sample.SHIPPED == "zoo:fashion-mnist-student"
