@@ -45,8 +45,6 @@ from advkd.config import (
 from advkd.data.images import DataError, load_images
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.diffusion import Schedule, ddim_table, ddpm_table
-from advkd.evaluation import protocol
-from advkd.evaluation.metrics import FeatureNet, Features, load_features, save_features
 from advkd.files import (
     CheckpointError,
     load_strictly,
@@ -57,8 +55,6 @@ from advkd.files import (
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import WEIGHTS, load_student, load_teacher, save_student, save_teacher
-from advkd.report.page import final_table
-from advkd.report.pictures import panels_of, read_metrics
 from advkd.training.checkpoint import (
     Checkpoint,
     _seal,
@@ -70,7 +66,7 @@ from advkd.training.checkpoint import (
 from advkd.training.loop import MetricsLog, TrainingError
 
 SEED = 20240531
-INPUTS = 320  # of each reader
+INPUTS = 420  # of each reader
 PARTS = 2  # processes
 LEFT = 1 << 30  # bytes of address space that a reader may take
 SECONDS = 5.0
@@ -321,17 +317,6 @@ def write_student(folder: Path) -> None:
     save_student(Student(STUDENT, 8, 1), folder)
 
 
-def write_features(folder: Path) -> None:
-    torch.manual_seed(0)
-    save_features(FeatureNet(1, 8, 3), folder)
-
-
-def sealed_config(folder: Path) -> None:
-    config = read_json(folder / "config.json")
-    config["sha256"] = sha256(folder / "model.safetensors")
-    write_json(folder / "config.json", config)
-
-
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -405,36 +390,6 @@ def read_log(folder: Path) -> None:
     MetricsLog(folder / "metrics.jsonl", "distill", 3)
 
 
-def read_curves(folder: Path) -> None:
-    panels_of(read_metrics(folder / "metrics.jsonl"))
-
-
-def write_summary(folder: Path) -> None:
-    sides = {"real": 0.5, "teacher": 12.25, "student": 30.0}
-    summary = {key: sides for key in ("fd", "kid", "precision", "recall", "swd")}
-    counts = {"teacher": 50, "student": 1}
-    costs = {"passes": counts, "ms_per_image": counts, "parameters": counts, "speed_up": 50.0}
-    write_json(folder / "summary.json", {**summary, **costs, "teacher_steps": 50})
-
-
-PROTOCOL = protocol.Protocol(4, 2, 1, "t", "f", "r")
-
-
-def write_judged(folder: Path) -> None:
-    features = Features(np.ones((4, 64)), np.zeros(4, np.int64), 3)
-    protocol._save_judged(folder, PROTOCOL, features, 0.5)
-
-
-def read_judged(folder: Path) -> None:
-    protocol._load_judged(folder, PROTOCOL)
-
-
-def sealed_judged(folder: Path) -> None:
-    closing = read_json(folder / "judged.json")
-    closing["sha256"] = sha256(folder / "judged.safetensors")
-    write_json(folder / "judged.json", closing)
-
-
 def write_preset(folder: Path) -> None:
     write_bytes(folder / "mine.toml", to_toml(load_preset("smoke")).encode())
 
@@ -468,9 +423,6 @@ READERS: dict[str, Reader] = {
     "scheduler": Reader(write_teacher, ("scheduler/scheduler_config.json",), read_teacher),
     "teacher": Reader(write_teacher, (f"unet/{WEIGHTS}", "model_index.json"), read_teacher),
     "student": Reader(write_student, ("config.json", "model.safetensors"), load_student),
-    "features": Reader(
-        write_features, ("config.json", "model.safetensors"), load_features, sealed_config
-    ),
     "checkpoint": Reader(
         write_checkpoint,
         ("stage-00000003.json", "stage-00000003.safetensors"),
@@ -484,13 +436,6 @@ READERS: dict[str, Reader] = {
         sealed_shards,
     ),
     "log": Reader(write_metrics, ("metrics.jsonl",), read_log),
-    "curves": Reader(write_metrics, ("metrics.jsonl",), read_curves),
-    "summary": Reader(
-        write_summary, ("summary.json",), lambda f: final_table(read_json(f / "summary.json"))
-    ),
-    "evaluation of the teacher": Reader(
-        write_judged, ("judged.json", "judged.safetensors"), read_judged, sealed_judged
-    ),
     "preset": Reader(write_preset, ("mine.toml",), lambda f: load_preset(str(f / "mine.toml"))),
     "folder of images": Reader(write_pngs, ("0.png",), load_images),
     "npy": Reader(write_npy, ("images.npy",), lambda f: load_images(f / "images.npy")),
