@@ -6,6 +6,7 @@ What torch.cuda would capture is called again at each replay instead.
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -401,7 +402,8 @@ def test_a_changed_network_is_left_to_its_modules(name: str) -> None:
     unet = teacher()
     assert CudaEngine.unavailable(unet) == "the network is on cpu"
     dict(changed_networks())[name](unet)
-    assert "has hooks, which a graph cannot call" in str(CudaEngine.unavailable(unet))
+    reason = str(CudaEngine.unavailable(unet))
+    assert re.search("has hooks|has been replaced|unknown to a graph", reason)
 
 
 @pytest.mark.parametrize("kind", [UNet, ResnetBlock, nn.Conv2d])
