@@ -496,7 +496,9 @@ READERS: dict[str, Reader] = {
     "npy": Reader(write_npy, ("images.npy",), lambda f: load_images(f / "images.npy")),
     "npz": Reader(write_npz, ("images.npz",), lambda f: load_images(f / "images.npz")),
     "idx": Reader(
-        write_idx, ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"), load_images
+        write_idx,
+        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"),
+        lambda f: load_images(f / "train-images-idx3-ubyte"),
     ),
 }
 

@@ -174,7 +174,7 @@ def test_unsupported_scheduler_value_is_an_error(pipeline: Path) -> None:
         load_teacher(pipeline)
 
 
-def test_a_pickle_is_not_read_but_told_how_to_convert(pipeline: Path) -> None:
+def test_a_pickle_is_refused_with_the_way_to_convert_it(pipeline: Path) -> None:
     weights = pipeline / "unet" / WEIGHTS
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(CheckpointError) as caught:

@@ -20,9 +20,10 @@ def open_source(path: Path, size: int | None, channels: int | None, crop: bool) 
     try:
         if path.is_dir():
             return _open_folder(path, size, channels, crop)
-        if path.suffix.lower() in _ARRAY_SUFFIXES or _begins_as_array(path):
+        is_file = path.is_file()  # and no pipe or device, which might never end
+        if is_file and (path.suffix.lower() in _ARRAY_SUFFIXES or _begins_as_array(path)):
             return open_array(path, size, channels, crop)
-        if idx_axes(path) is not None or "idx3" in path.name:
+        if is_file and (idx_axes(path) is not None or "idx3" in path.name):
             return open_idx(path, size, channels, crop)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -161,5 +161,6 @@ def _class_line(images: ImageSet | Source) -> str:
 
 
 def brief(text: str, most: int = 300) -> str:
-    """A text that a file provides, cut where it is longer than people read."""
-    return text if len(text) <= most else f"{text[:most]}..."
+    """A text that a file provides, on one line and cut where it is longer than people read."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= most else f"{line[:most]}..."

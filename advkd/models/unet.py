@@ -299,18 +299,6 @@ class UNet(nn.Module):
                 f"{H}x{W} pixels do not fit this network: {factor} must divide both sides"
             )
 
-    def check_channels(self) -> None:
-        """Raise ValueError unless the network predicts as many channels as it takes.
-
-        Networks that also predict a variance have twice as many and cannot be sampled here.
-        """
-        c_in, c_out = self.config.in_channels, self.config.out_channels
-        if c_in != c_out:
-            raise ValueError(
-                f"this network takes {c_in} channels and predicts {c_out}, so it cannot be "
-                "sampled: a teacher has as many out_channels as in_channels"
-            )
-
     def forward(self, x_t: Tensor, t: Tensor | int, y: Tensor | None = None) -> Tensor:
         """The prediction at x_t (B, C, H, W) and time t; see the class."""
         return self.denoise(x_t, self.embed(t, x_t.shape[0], y))

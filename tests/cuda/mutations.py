@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -23,10 +24,12 @@ from pathlib import Path
 
 import pytest
 
+import advkd.engine.cuda  # noqa: F401  once, and not in the fork of each mutant
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_emulation"))
 import build
 
-PATIENCE = 180  # seconds for the tests of a mutant
+PATIENCE = 60  # seconds of processor time for the tests of a mutant
 HERE = Path(__file__).resolve().parent
 DOCS = build.CSRC.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
@@ -112,14 +115,16 @@ def tested(module: Path, tests: list[str], folder: Path) -> tuple[int | None, st
             os.dup2(file.fileno(), 2)
             os.environ["ADVKD_CUDA_EMULATION"] = str(module)
             os.chdir(HERE.parents[1])
+            resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE, PATIENCE + 5))
             status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
             sys.stdout.flush()
         os._exit(status)
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + 20 * PATIENCE
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status), log.read_text()
+            code = os.waitstatus_to_exitcode(status)
+            return (None, "") if code == -signal.SIGXCPU else (code, log.read_text())
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

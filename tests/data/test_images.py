@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,9 @@ def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"table\.csv is neither"):
         load_images(tmp_path / "table.csv")
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(DataError, match=r"pipe\.npy is neither"):
+        load_images(tmp_path / "pipe.npy")
     with pytest.raises(DataError, match=r"one\.png is one image: name the folder"):
         load_images(tmp_path / "one.png")
     for path in (tmp_path / "gone", tmp_path / ("x" * 5000), "fashion_mnist"):
@@ -97,6 +101,8 @@ def test_describe_names_every_class() -> None:
     assert describe(named) == [first, f"3 classes: {classes}", "a note"]
     assert describe(ImageSet(pixels, None, "garments")) == [first, "no classes"]
     assert describe(ImageSet(pixels, labels, "garments"))[1] == "3 classes: 0 (3), 1 (0), 2 (2)"
+    odd = ImageSet(pixels, labels, "odd", ("a\nb", "\udcff", "x" * 500))
+    assert describe(odd)[1] == rf"3 classes: a\nb (3), \udcff (0), {'x' * 60}... (2)"
     many = ImageSet(np.zeros((300, 1, 1, 1), np.uint8), np.arange(300), "many")
     assert "199 (1), and 100 more (1 to 1 images each)" in describe(many)[1]
 

@@ -47,7 +47,7 @@ def make_toys(folder: Path, text: str = TOML, labels: tuple[int, ...] = (0, 1, 1
 
 def test_the_shipped_data_set_is_described() -> None:
     shipped = dataset("fashion-mnist")
-    assert (shipped.size, shipped.channels, shipped.flip, shipped.license) == (28, 1, True, "MIT")
+    assert (shipped.size, shipped.channels, shipped.flip, shipped.license) == (28, 1, False, "MIT")
     assert shipped.classes[0] == "T-shirt/top" and len(shipped.classes) == 10
     assert shipped.features_source == "zoo:fashion-mnist-features"
     assert for_shape(28, 1) == shipped
@@ -78,6 +78,21 @@ def test_a_data_set_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     assert toys.features_source == str(tmp_path / "mine/toys/features")
     assert np.array_equal(load_images("toys").pixels, train.pixels)
+
+
+def test_the_documented_description(tmp_path: Path) -> None:
+    """The dataset.toml that docs/data.md shows, with the folders that it names."""
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    (tmp_path / "dataset.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    for name in ("train/ball/1.png", "train/cube/1.png", "test/cube/1.png", "test/ball/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    toys = dataset(tmp_path)
+    assert toys.classes == ("ball", "cube")
+    assert toys.train().pixels.shape == (2, 3, 32, 32)
+    test = toys.test()
+    assert test.labels is not None
+    assert test.labels.tolist() == [0, 1]
 
 
 def test_a_path_to_a_data_set_serves_too(tmp_path: Path) -> None:
