@@ -90,7 +90,7 @@ def _seal(closing: Mapping[str, Any]) -> str:
 
 
 def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; of that name, only it and the KEPT - 1 before it stay.
+    """Write a checkpoint; only it and the KEPT - 1 of its name before it stay.
 
     Everything else of that name goes: later steps, which were passed over as broken, and what a
     crash left half written.
