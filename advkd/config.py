@@ -123,7 +123,7 @@ class TeacherConfig:
     warmup: int = within(500, 0, MAX_COUNT)  # steps of linear warm-up; then a cosine to lr_final
     lr_final: float = within(0.02, 0, 1)  # as a share of lr
     weight_decay: float = within(0.0, 0, 10)
-    beta2: float = within(0.99, 0, 1)
+    beta2: float = within(0.99, 0, 0.999999)
     grad_clip: float = within(1.0, 0, 1e9, above=True)
     ema: float = within(0.999, 0, 1)
     autocast: str = one_of("auto", ("auto", "on", "off"))  # bfloat16; auto: where hardware has it
@@ -175,8 +175,8 @@ class DistillConfig:
     lr_d: float = within(3e-4, 0, 10, above=True)
     warmup: int = within(100, 0, MAX_COUNT)
     lr_final: float = within(0.1, 0, 1)  # as a share of lr
-    beta1: float = within(0.5, 0, 1)
-    beta2: float = within(0.99, 0, 1)
+    beta1: float = within(0.5, 0, 0.999999)
+    beta2: float = within(0.99, 0, 0.999999)
     lambda_adv: float = within(1.0, 0, 1e9)
     lambda_rec: float = within(10.0, 0, 1e9)
     rho: str = "huber"  # the reconstruction loss, by its name in advkd.training.losses
