@@ -174,6 +174,9 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args.runs / config.name, config)
     with run.opened(args.redo):
         run_stages(run, (args.stage,) if args.stage else STAGES)
+    if args.stage:
+        seconds = run.seconds(args.stage)
+        print(f"stage {args.stage}: {run.marker(args.stage).parent}, {seconds:.1f} s")
     if args.stage in (None, "report"):
         summary = read_json(run.path / "report" / "summary.json")
         print(final_table(summary))
