@@ -119,8 +119,8 @@ def run(module, x, *rest):
 
 
 def outcome(case, module, device="cpu"):
-    """Whether layouts and dtypes are those of x, whether the gradients are of what was given, whether
-    two runs agree, and the largest error over its bound."""
+    """Whether layouts and dtypes are those of x, whether gradients fit what was given, whether two
+    runs agree, and the largest error over its bound."""
     arguments = [*inputs(case, device), case["groups"], case["silu"]]
     got, again = run(module, *arguments), run(module, *arguments)
     x = arguments[0]
