@@ -89,7 +89,7 @@ def _product(  # type: ignore[no-untyped-def]
 def _program(rows, columns, BLOCK: tl.constexpr, OUT_D: tl.constexpr):  # type: ignore[no-untyped-def]
     """This program's head (of all samples'), first row, and first column of the output.
 
-    The grid has one dimension, because the others end at 65535. Neighbours share a head.
+    The grid has one dimension, because the others end at 65535. Neighbors share a head.
     """
     parts = tl.cdiv(columns, OUT_D)
     blocks = tl.cdiv(rows, BLOCK)

@@ -274,7 +274,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x without gaps, with neighbouring pixels or neighbouring channels; whether the latter."""
+    """x without gaps, with neighboring pixels or neighboring channels; whether the latter."""
     last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
     return _aligned(x if last else x.contiguous()), last
 

@@ -2,9 +2,9 @@
 
 A mean is kept as origin + rest, two float32 numbers: one alone, far from zero, would cost x_hat
 the digits that the mean has too many. Tiles are (PIXELS, CHANNELS). LAST says that channels are
-neighbours in memory (channels_last); if not, a group is one run of memory, and kernels that need
+neighbors in memory (channels_last); if not, a group is one run of memory, and kernels that need
 whole groups take it in rows of VEC. Lengths that rows consist of arrive divided by VEC, so that
-the compiler knows that VEC elements are neighbours, begin at a multiple of VEC and are inside or
+the compiler knows that VEC elements are neighbors, begin at a multiple of VEC and are inside or
 outside together.
 """
 
@@ -188,7 +188,7 @@ def moments_kernel(  # type: ignore[no-untyped-def]
         parts = 1
         groups_in_block = 1
     tiles = chunks * parts
-    # Neighbouring programs read neighbouring memory.
+    # Neighboring programs read neighboring memory.
     block_of_all = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     start, offsets, inside = _group_tile(

@@ -40,7 +40,7 @@ class Norm(NamedTuple):
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last for 4-D and channels_last_3d for 5-D tensors whose channels are neighbours in
+    """channels_last for 4-D and channels_last_3d for 5-D tensors whose channels are neighbors in
     memory, else contiguous."""
     if x.dim() in (4, 5) and not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
         return torch.channels_last if x.dim() == 4 else torch.channels_last_3d

@@ -140,7 +140,7 @@ def _inspect_amd(text: str, warps: int, shared: int) -> Report:
         return dict(Counter(sizes.get(word, 1 if "byte" in word else 2) for word in found))
 
     vgprs = number("vgpr_count")  # accumulation registers included
-    # A SIMD has 512 registers for each lane, handed out in units of 8, and holds 8 waves at most.
+    # A SIMD has 512 registers for each lane, handed out eight at a time, and holds 8 waves at most.
     of_simd = min(8, 512 // (-(-vgprs // 8) * 8))
     programs = min(of_simd * 4 // warps, (64 << 10) // max(shared, 1))
     return Report(

@@ -112,7 +112,7 @@ def test_half_types_round_only_at_the_ends(dtype: torch.dtype) -> None:
         assert ((got.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * size).all()
 
 
-def test_scores_far_apart_keep_their_digits() -> None:
+def test_scores_far_apart_lose_no_digits() -> None:
     args = inputs((1, 2, 49, 600, 64), spread=8.0)
     args[1][0, 0, 590] *= 4  # the maximum comes in a late tile of keys
     truth, scores = exact(*args)
@@ -123,7 +123,7 @@ def test_scores_far_apart_keep_their_digits() -> None:
         assert ((got.double() - expected).abs() <= 8 * eps * size).all()
 
 
-def test_the_layout_joins_the_heads_for_nothing() -> None:
+def test_the_layout_joins_the_heads_without_a_copy() -> None:
     q, k, v, _ = inputs((2, 3, 9, 5, 16))
     for backend in ("fused", "reference"):
         out = ops.attention(q, k, v, backend=backend)
@@ -161,7 +161,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0)])
-def test_nothing_passes(batch: int, queries: int, nan_filled: None) -> None:
+def test_empty_inputs(batch: int, queries: int, nan_filled: None) -> None:
     q, k, v, grad = (x.requires_grad_() for x in inputs((batch, 2, queries, 3, 8)))
     out = ops.attention(q, k, v)
     assert out.shape == q.shape
@@ -173,7 +173,7 @@ def test_nothing_passes(batch: int, queries: int, nan_filled: None) -> None:
 @pytest.mark.parametrize("keys", [17, 600])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_what_is_not_finite_spreads_as_in_torch(keys: int, bad: float, place: int) -> None:
+def test_nonfinite_values_spread_as_in_torch(keys: int, bad: float, place: int) -> None:
     args = inputs((1, 1, 5, keys, 8))[:3]
     args[place][0, 0, 3, 2] = bad
     got = ops.attention(*args)
@@ -185,7 +185,7 @@ def test_what_is_not_finite_spreads_as_in_torch(keys: int, bad: float, place: in
 @pytest.mark.parametrize("keys", [17, 300])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
-def test_what_is_not_finite_spreads_to_the_gradients_as_in_torch(
+def test_nonfinite_values_spread_to_the_gradients_as_in_torch(
     keys: int, bad: float, place: int
 ) -> None:
     args = inputs((1, 1, 5, keys, 8))
@@ -246,8 +246,8 @@ def test_the_r1_gradient_is_the_references() -> None:
         discriminator.zero_grad()
         image = x.clone().requires_grad_()
         with ops.use_backend(backend):
-            judged = discriminator(image, noise, 0)
-            (slope,) = torch.autograd.grad(judged.sum(), image, create_graph=True)
+            logits = discriminator(image, noise, 0)
+            (slope,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
             slope.square().sum().backward()
         slopes.append([p.grad for p in discriminator.parameters() if p.grad is not None])
         assert len(slopes[-1]) > 10
@@ -322,7 +322,7 @@ def test_an_exported_op_runs_without_the_extension(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(got, expected)
 
 
-def test_heads_that_no_kernel_takes_run_plainly() -> None:
+def test_heads_that_no_kernel_takes_run_the_reference() -> None:
     q, k, v, _ = inputs((1, 2, 5, 5, 12))
     plain = ops.attention(q, k, v, backend="reference")
     assert torch.equal(ops.attention(q, k, v), plain)

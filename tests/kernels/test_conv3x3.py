@@ -1,4 +1,4 @@
-"""3x3 convolution for training: against float64, gradients of every order, the cost rule."""
+"""3x3 convolution for training: against float64, gradients of every order, the cost model."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_threads_of_python_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_image_does_not_depend_on_its_neighbours(set_threads: Any, threads: int) -> None:
+def test_an_image_does_not_depend_on_its_neighbors(set_threads: Any, threads: int) -> None:
     # Batches of about a size: much smaller ones may be convolved by another algorithm.
     set_threads(threads)
     x, weight, bias, _ = inputs((20, 16, 7, 7, 24))
@@ -148,7 +148,7 @@ def test_no_images(nan_filled: None) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
-def test_what_is_not_finite_is_not_lost(place: int, bad: float) -> None:
+def test_nonfinite_values_are_not_lost(place: int, bad: float) -> None:
     # It spreads further than in torch, over the whole of its tiles.
     args = inputs((2, 16, 7, 7, 16))
     args[place][(0,) * args[place].dim()] = bad
@@ -173,7 +173,7 @@ def test_gradients_and_their_gradients(transposed: bool) -> None:
     assert torch.autograd.gradgradcheck(conv, args)
 
 
-def test_gradients_of_the_weights_gradient() -> None:
+def test_gradients_of_wgrad() -> None:
     x, _, _, grad = (t.requires_grad_() for t in inputs((2, 3, 3, 4, 4), torch.float64))
     assert torch.autograd.gradcheck(lambda g, x: WGRAD(g, x, True), (grad, x))
     assert torch.autograd.gradgradcheck(lambda g, x: WGRAD(g, x, True), (grad, x))
@@ -206,8 +206,8 @@ def test_the_r1_gradient_is_the_references() -> None:
     for backend in (None, "reference"):
         image = x.clone().requires_grad_()
         with ops.use_backend(backend):
-            judged = discriminator(image, noise, 0)
-            (slope,) = torch.autograd.grad(judged.sum(), image, create_graph=True)
+            logits = discriminator(image, noise, 0)
+            (slope,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
             parameters = list(discriminator.parameters())
             penalty = slope.square().sum()
             found = torch.autograd.grad(penalty, parameters, allow_unused=True)
@@ -307,19 +307,19 @@ def pays(batch: int, channels: int, size: int, out: int) -> bool:
     return _conv3x3._pays(x, torch.empty(out, channels, 3, 3))
 
 
-def test_the_rule_takes_the_layers_of_the_presets() -> None:
+def test_the_cost_model_takes_the_layers_of_the_presets() -> None:
     for layer in ((16, 16, 28, 16), (16, 48, 14, 48), (16, 96, 7, 96), (16, 128, 32, 128)):
         assert pays(*layer), layer
 
 
-def test_the_rule_leaves_to_torch_what_has_little_to_save() -> None:
+def test_the_cost_model_leaves_to_torch_what_has_little_to_save() -> None:
     for layer in ((16, 1, 28, 16), (16, 2, 14, 48), (1, 256, 1, 256), (1, 256, 4, 256)):
         assert not pays(*layer), layer
     x, weight, bias, _ = inputs((16, 1, 28, 28, 16))
     assert torch.equal(ops.conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
 
 
-def test_the_rule_leaves_other_layouts_and_types_to_torch() -> None:
+def test_the_cost_model_leaves_other_layouts_and_types_to_torch() -> None:
     x, weight, bias, _ = inputs((16, 48, 14, 14, 48))
     assert _conv3x3._pays(x, weight)
     for other in (x.contiguous(), x.double(), x.bfloat16()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advkd import ops
 from advkd.config import DiscriminatorConfig
 from advkd.models.discriminator import Discriminator
-from advkd.ops import reference
+from advkd.ops import _group_norm_silu, reference
 
 needs_extension = pytest.mark.skipif(
     ops.extension is None, reason="the C++ extension is not installed"
@@ -183,8 +183,8 @@ def test_half_types_convert_as_in_torch(dtype: torch.dtype, isa: str) -> None:
 def test_absent_parameters(given: tuple[bool, ...]) -> None:
     for memory_format in LAYOUTS:
         args = inputs((2, 12, 5, 3), memory_format)
-        kept = [t if there else None for t, there in zip(args[1:5], given, strict=True)]
-        args = Inputs(args.x, *kept, args.grad_y)
+        given_only = [t if there else None for t, there in zip(args[1:5], given, strict=True)]
+        args = Inputs(args.x, *given_only, args.grad_y)
         for backend in ("fused", "reference"):
             assert_close(both_ways(args, 4, backend=backend), args, 4)
 
@@ -259,8 +259,8 @@ def test_non_contiguous_inputs_keep_their_kind_of_layout() -> None:
         for result in results[:2]:
             assert result.is_contiguous(memory_format=memory_format)
         assert_close(results, part, 4)
-    turned = args._replace(x=args.x.transpose(2, 3), grad_y=args.grad_y.transpose(2, 3))
-    assert_close(both_ways(turned, 4), turned, 4)
+    transposed = args._replace(x=args.x.transpose(2, 3), grad_y=args.grad_y.transpose(2, 3))
+    assert_close(both_ways(transposed, 4), transposed, 4)
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
@@ -293,7 +293,7 @@ def test_film_may_have_sizes_of_one_behind() -> None:
     ("shape", "backend"),
     [((0, 8, 4, 4), "reference"), ((0, 8, 4, 4), "fused"), ((2, 8, 0, 4), "fused")],
 )
-def test_nothing_passes(shape: tuple[int, ...], backend: str, nan_filled: None) -> None:
+def test_empty_inputs(shape: tuple[int, ...], backend: str, nan_filled: None) -> None:
     y, *slopes = both_ways(inputs(shape), 2, backend=backend)
     assert y.shape == shape
     assert not any(slope.any() for slope in slopes)
@@ -302,7 +302,7 @@ def test_nothing_passes(shape: tuple[int, ...], backend: str, nan_filled: None) 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", ["x", "grad_y"])
 @pytest.mark.parametrize("memory_format", LAYOUTS)
-def test_what_is_not_finite_spreads_as_in_torch(
+def test_nonfinite_values_spread_as_in_torch(
     memory_format: torch.memory_format, place: str, bad: float
 ) -> None:
     args = inputs((2, 8, 6, 6), memory_format)
@@ -385,6 +385,24 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 @needs_extension
+def test_inference_mode_goes_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, scale, shift, _ = inputs((2, 8, 4, 4))
+    expected = [
+        ops.group_norm_silu(x, weight, bias, 2, 1e-5, "silu", *film)
+        for film in ((), (scale, shift))
+    ]
+    monkeypatch.setattr(_group_norm_silu, "_GROUP_NORM_SILU", None)  # the way by the dispatcher
+    with torch.inference_mode():
+        inside = [t if t is None else t.clone() for t in (x, weight, bias)]
+        got = ops.group_norm_silu(*inside, 2, 1e-5)
+    assert got.is_inference()
+    assert torch.equal(got, expected[0])
+    monkeypatch.undo()
+    with torch.inference_mode():
+        assert torch.equal(ops.group_norm_silu(*inside, 2, 1e-5, "silu", scale, shift), expected[1])
+
+
+@needs_extension
 def test_training_runs_the_fused_op() -> None:
     x, weight, bias, *_ = inputs((2, 8, 6, 6))
     weight = nn.Parameter(weight)
@@ -407,8 +425,8 @@ def test_the_r1_gradient_is_the_references() -> None:
         discriminator.zero_grad()
         image = x.clone().requires_grad_()
         with ops.use_backend(backend):
-            judged = discriminator(image, noise, 0)
-            (slope,) = torch.autograd.grad(judged.sum(), image, create_graph=True)
+            logits = discriminator(image, noise, 0)
+            (slope,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
             slope.square().sum().backward()
         slopes.append([p.grad for p in discriminator.parameters() if p.grad is not None])
         assert len(slopes[-1]) > 10

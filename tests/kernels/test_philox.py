@@ -121,7 +121,7 @@ def test_normal_n_is_made_from_its_own_numbers() -> None:
 
 
 def hard_bits() -> torch.Tensor:
-    """Random 32-bit numbers and the neighbourhoods of all powers of two and of their multiples."""
+    """Random 32-bit numbers and the neighborhoods of all powers of two and of their multiples."""
     powers = torch.tensor([1 << k for k in range(33)])
     near = (powers[:, None] + torch.arange(-64, 65)).flatten()
     thirds = (torch.arange(1, 8)[:, None] << 29) + torch.arange(-64, 65)
@@ -172,7 +172,7 @@ def test_tails_reach_beyond_six() -> None:
 
 
 @pytest.mark.parametrize("other", ["pixel", "image", "step", "seed"])
-def test_neighbouring_normals_are_uncorrelated(other: str) -> None:
+def test_neighboring_normals_are_uncorrelated(other: str) -> None:
     args = {"seed": 5, "image_index": torch.arange(16), "step": 3, "shape": (1, 256, 256)}
     first = ops.philox_normal(**args)
     if other == "pixel":

@@ -209,9 +209,7 @@ def test_labels_choose_the_class_of_each_image() -> None:
 
 @pytest.mark.parametrize("name", ["ddim, eta 0.5", "ddpm"])
 @pytest.mark.parametrize("purpose", Purpose)
-def test_a_purpose_has_the_noise_that_noise_names(
-    loop: Loop, purpose: Purpose, name: str
-) -> None:
+def test_a_purpose_has_the_noise_that_noise_names(loop: Loop, purpose: Purpose, name: str) -> None:
     """The loop in Python, with the same network passes and the noise of `Noise`."""
     table, indices, noise = TABLES[name], numbers(5, 0, 1 << 40), Noise(SEED, purpose)
     x_t = noise.x_T(indices, SHAPE)
