@@ -18,9 +18,9 @@ from advkd.config import (
 )
 from advkd.data.images import load_images
 from advkd.engine.sampling import shape_of
-from advkd.files import read_json
 from advkd.pretrained import load_teacher
-from advkd.report.page import final_table
+from advkd.report.inputs import read_summary
+from advkd.report.tables import final_table
 from advkd.run.stages import (
     STAGES,
     Run,
@@ -134,8 +134,8 @@ def train(args: argparse.Namespace) -> None:
     with run.opened(args.redo):
         run_stages(run, (args.stage,) if args.stage else STAGES)
     if args.stage in (None, "report"):
-        summary = read_json(run.folder / "report" / "summary.json")
-        print(final_table(summary))
+        summary = read_summary(run.folder / "report" / "summary.json")
+        print(final_table(summary, sys.stdout.encoding))
         print(f"\nreport: {run.folder / 'report' / 'report.html'}")
 
 

@@ -47,7 +47,7 @@ from advkd.engine.sampling import (
     saved_steps,
     table_of,
 )
-from advkd.evaluation.metrics import (
+from advkd.evaluation.features import (
     FeatureNet,
     FitSettings,
     fit_features,
@@ -55,18 +55,14 @@ from advkd.evaluation.metrics import (
     save_features,
 )
 from advkd.evaluation.protocol import (
-    drawing,
-    evaluate_student,
-    evaluate_teacher,
-    features_kind,
+    evaluate_networks,
     images_reference,
     make_protocol,
-    measure_milliseconds,
-    parameters,
     protocol_words,
-    side_by_side,
+    sampling_bar,
     teacher_reference,
 )
+from advkd.evaluation.timing import count_parameters, measure_milliseconds
 from advkd.files import (
     CheckpointError,
     hold,
@@ -84,8 +80,9 @@ from advkd.pretrained import (
     resolve,
     save_teacher,
 )
+from advkd.report.inputs import read_metrics, read_summary
 from advkd.report.page import write_report
-from advkd.report.pictures import Pictures, read_metrics
+from advkd.report.pictures import Pictures
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.distill import check_settings, distill_student
 from advkd.training.teacher import train_teacher
@@ -336,7 +333,7 @@ def features_of(run: Run) -> FeatureNet:
     if (config.data.size, config.data.channels) == (28, 1):
         return load_features()
     train = _drawn_images(run) if images is None else images.train
-    save_features(fit_features(train, settings=FitSettings(steps=400)), own)
+    save_features(fit_features(train, settings=FitSettings(steps=400, flip=config.data.flip)), own)
     return load_features(own)
 
 
@@ -368,33 +365,30 @@ def make_evaluation(run: Run) -> float:
 
 
 def figures_of_run(run: Run, fresh: bool = False) -> tuple[dict[str, Any], str, str]:
-    """Figures of real images, teacher and student; the protocol and what judges, in words.
+    """Figures of real images, teacher and student; the protocol and the features, in words.
 
-    A stored judgement of the teacher is used where it fits, unless `fresh`; what is drawn anew is
-    stored with the run.
+    A stored evaluation of the teacher is used where it fits, unless `fresh`; what is sampled anew
+    is stored in the run's folder.
     """
     settings, images = run.config.evaluate, run.images()
     teacher, student, net = run.teacher(), run.student(), features_of(run)
     num, steps = settings.num, settings.teacher_steps
-    source, own = run.config.teacher.source, run.folder / "judged"
-    stored: tuple[Path, ...] = ()
-    if not fresh:
-        stored = (*((resolve(source),) if source else ()), own)
-    with drawing(2 if images is None else 1) as report:
+    with sampling_bar(3 if images is None else 2) as report:
         if images is None:
             reference = teacher_reference(net, teacher, num, steps, report)
         else:
             reference = images_reference(net, images.train, images.held_out)
         protocol = make_protocol(net, reference, teacher, num, steps)
-        of_teacher = evaluate_teacher(net, teacher, reference.judged, protocol, stored, own, report)
-        of_student = evaluate_student(net, student, reference.judged, protocol)
-    sides = {"real": reference.real, "teacher": of_teacher, "student": of_student}
+        own = run.folder / "evaluation"
+        figures = evaluate_networks(
+            net, reference, protocol, teacher, student, own=own, fresh=fresh, callback=report
+        )
     features = _features_words(run, net)
-    return side_by_side(sides), protocol_words(protocol, reference, features), features
+    return figures, protocol_words(protocol, reference, features), features
 
 
 def _features_words(run: Run, net: FeatureNet) -> str:
-    kind = features_kind(net)
+    kind = net.kind
     if run.config.evaluate.features:
         return f"{kind} ({run.config.evaluate.features})"
     if not (run.folder / "features" / "config.json").is_file():
@@ -406,7 +400,10 @@ def _costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:
     milliseconds = measure_milliseconds(teacher, student, steps)
     return {
         "passes": {"teacher": steps, "student": 1},
-        "parameters": {"teacher": parameters(teacher), "student": parameters(student)},
+        "parameters": {
+            "teacher": count_parameters(teacher),
+            "student": count_parameters(student),
+        },
         "ms_per_image": milliseconds,
         "speed_up": milliseconds["teacher"] / milliseconds["student"],
     }
@@ -415,7 +412,7 @@ def _costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:
 def make_report(run: Run) -> float:
     """Draw the pictures and write report/report.html."""
     began = time.monotonic()
-    summary = read_json(run.folder / "report" / "summary.json")
+    summary = read_summary(run.folder / "report" / "summary.json")
     seconds = {stage: run.seconds(stage) for stage in STAGES[:-1]}
     summary["seconds"] = {stage: value for stage, value in seconds.items() if value is not None}
     metrics = read_metrics(run.folder / "metrics.jsonl")

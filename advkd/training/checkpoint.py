@@ -7,8 +7,6 @@ the tensors' SHA-256 and its own, and so closes the checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkd.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
+from advkd.files import (
+    CheckpointError,
+    read_json,
+    read_tensors,
+    seal,
+    write_json,
+    write_tensors,
+)
 
 KEPT = 2  # checkpoints of one training that stay on disk
 
@@ -62,10 +67,6 @@ class Checkpoint:
     values: dict[str, Any]
 
 
-def _seal(closing: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(closing, sort_keys=True).encode()).hexdigest()
-
-
 def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; of that name, only it and the KEPT - 1 before it stay.
 
@@ -75,7 +76,7 @@ def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     stem = f"{name}-{checkpoint.step:08d}"
     sha256 = write_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
     closing = {"step": checkpoint.step, "sha256": sha256, "values": checkpoint.values}
-    write_json(folder / f"{stem}.json", {**closing, "seal": _seal(closing)})
+    write_json(folder / f"{stem}.json", {**closing, "seal": seal(closing)})
     closed = sorted(file.stem for file in folder.glob(f"{name}-*.json"))
     kept = [found for found in closed if found <= stem][-KEPT:]
     for file in _files_of(folder, name):
@@ -92,7 +93,7 @@ def latest_checkpoint(folder: Path, name: str) -> Checkpoint | None:
     for closing in sorted(folder.glob(f"{name}-*.json"), reverse=True):
         try:
             content = read_json(closing)
-            if content.pop("seal", None) != _seal(content):
+            if content.pop("seal", None) != seal(content):
                 raise CheckpointError(f"{closing} is not the file that was written")
             tensors = read_tensors(closing.with_suffix(".safetensors"), content["sha256"])
             return Checkpoint(content["step"], tensors, content["values"])

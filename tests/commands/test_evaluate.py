@@ -1,4 +1,4 @@
-"""The command that judges: its figures are the metrics', its options go together or are refused."""
+"""The command that evaluates: its figures are the protocol's, its options fit or are refused."""
 
 from __future__ import annotations
 
@@ -21,20 +21,15 @@ from advkd.config import (
 )
 from advkd.data.images import load_images, shipped
 from advkd.diffusion import Schedule
-from advkd.engine.sampling import EVALUATION_SEED, generate
+from advkd.engine.sampling import generate
 from advkd.evaluate import (
     main,
     mode_of,
     parser,
-    quality_table,
 )
-from advkd.evaluation.metrics import (
-    accuracy,
-    extract,
-    frechet_distance,
-    load_features,
-    precision_recall,
-)
+from advkd.evaluation.distances import frechet_distance, precision_recall
+from advkd.evaluation.features import accuracy, extract, load_features
+from advkd.evaluation.protocol import EVALUATION_SEED
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import (
@@ -76,7 +71,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def networks(given: Path) -> list[str]:
-    """Arguments that judge the networks on their own."""
+    """Arguments that evaluate the networks on their own."""
     options = {"data": "images.npz", "features": "features"}
     files = [word for name, file in options.items() for word in (f"--{name}", str(given / file))]
     return [*files, "--num", str(NUM), "--teacher-steps", str(STEPS)]
@@ -150,7 +145,7 @@ def test_networks_on_their_own(
         share = 100 * float((fake.classes == 1).mean())
         assert float(figures["class 1, %"][side]) == pytest.approx(share, abs=0.06)
     words = " ".join(said.split("\n\n")[1].split())
-    assert words.startswith("20 images of each network, drawn from a seed that training refuses")
+    assert words.startswith("20 images of each network (the teacher by DDIM in")
     assert f"DDIM in {STEPS} steps" in words and "12 held-out images" in words
     assert f"a small classifier ({given / 'features'})" in words
 
@@ -164,18 +159,18 @@ def test_a_student_alone(
     assert "DDIM" not in said
 
 
-def test_a_run_and_its_stored_judgement(
+def test_a_run_and_its_stored_evaluation(
     given: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = _run(given, tmp_path / "run")
-    drawn = _watch_drawing(monkeypatch)
+    drawn = _watch_sampling(monkeypatch)
     assert main(["--run", str(run.folder)]) == 0
     first = capsys.readouterr().out
     assert drawn == [UNet, Student]
-    assert (run.folder / "judged" / "judged.json").is_file()
+    assert (run.folder / "evaluation" / "evaluation.json").is_file()
 
     assert main(["--run", str(run.folder)]) == 0
     assert drawn == [UNet, Student, Student]
@@ -185,7 +180,7 @@ def test_a_run_and_its_stored_judgement(
     assert list(_figures(first)["KID ↓"]) == ["real", "teacher", "student"]
     assert f"{NUM} images of each network" in first
 
-    # Another judge is another protocol: what is stored does not count.
+    # Other features are another protocol, for which nothing is stored.
     other = dataclasses.replace(run.config.evaluate, teacher_steps=STEPS + 1)
     config = dataclasses.replace(run.config, evaluate=other)
     (run.folder / "config.toml").write_text(to_toml(config))
@@ -208,19 +203,19 @@ def _run(given: Path, folder: Path) -> Run:
     return run
 
 
-def _watch_drawing(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """The kinds of networks that judging draws from, in order."""
+def _watch_sampling(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The kinds of networks that are sampled, in order."""
     drawn: list[type] = []
 
     def watched(model: Any, *arguments: Any, **settings: Any) -> Any:
         drawn.append(type(model))
         return generate(model, *arguments, **settings)
 
-    monkeypatch.setattr(advkd.judging, "generate", watched)
+    monkeypatch.setattr(advkd.evaluation.protocol, "generate", watched)
     return drawn
 
 
-def test_runs_that_cannot_be_judged(
+def test_runs_that_cannot_be_evaluated(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--run", str(tmp_path)]) == 1
@@ -276,29 +271,6 @@ def test_modes() -> None:
     assert mode_of(parser().parse_args(["--run", "a", "--fresh"])) == "run"
     assert mode_of(parser().parse_args(["--teacher", "a", "--num", "9", "--fresh"])) == "networks"
     assert mode_of(parser().parse_args(["--fit-features", "a", "--no-crop"])) == "fit_features"
-
-
-def test_table() -> None:
-    figures = {
-        "fd": {"real": 1.23456, "student": 1234.5678},
-        "kid": {"real": -0.000012345, "student": 0.5},
-        "precision": {"real": 1.0, "student": 0.25},
-        "recall": {"real": 0.5, "student": 0.0},
-        "swd": {"real": 0.125, "student": None},
-        "classes": {"real": [0.25, 0.75], "student": None},
-    }
-    assert quality_table(figures, ["bag", "coat"]).splitlines() == [
-        "                  real    student",
-        "FD ↓             1.235       1235",
-        "KID ↓       -1.234e-05        0.5",
-        "Precision ↑          1       0.25",
-        "Recall ↑           0.5          0",
-        "SWD ↓            0.125          –",
-        "bag, %            25.0          –",
-        "coat, %           75.0          –",
-    ]
-    figures["classes"]["real"] = None
-    assert len(quality_table(figures).splitlines()) == 6
 
 
 def test_holding_out_takes_every_image_once() -> None:

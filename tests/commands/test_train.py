@@ -18,7 +18,7 @@ from PIL import Image
 import advkd.run.stages
 from advkd.config import UNetConfig, load_preset, parse
 from advkd.diffusion import Schedule
-from advkd.evaluation.metrics import FeatureNet, FitSettings, save_features
+from advkd.evaluation.features import FeatureNet, FitSettings, save_features
 from advkd.files import hold, read_tensors
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, save_teacher

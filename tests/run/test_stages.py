@@ -28,7 +28,7 @@ from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories, sample_trajectories
 from advkd.diffusion import Schedule
 from advkd.engine.sampling import EVALUATION_SEED, generate, sample_x_T
-from advkd.evaluation.metrics import FeatureNet, FitSettings, save_features
+from advkd.evaluation.features import FeatureNet, FitSettings, save_features
 from advkd.files import read_json, write_json
 from advkd.models.student import Student
 from advkd.models.unet import UNet
