@@ -13,6 +13,8 @@ import numpy as np
 from advkd.report.numbers import is_finite
 
 SMOOTH = 60  # a curve's solid line is a running mean over 1/SMOOTH of its points
+PANEL = (5.2, 3.1)  # inches
+ROOM = (0.55, 0.1, 0.5, 0.55)  # of these left, right, below and above the axes
 LARGEST = 1e30  # beyond this a value is not drawn: sums of it may leave the floats
 
 
@@ -157,7 +159,7 @@ def _style(axes: Any, panel: Panel, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_facecolor("none")
-    axes.set_title(panel.title, loc="left", color=theme.ink, fontsize=10.5, pad=24)
+    axes.set_title(panel.title, loc="left", color=theme.ink, fontsize=10.5, pad=24, x=-0.1)
     axes.set_xlabel("step", color=theme.ink, fontsize=9)
     axes.tick_params(which="both", colors=theme.ink, labelsize=8.5, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -172,7 +174,7 @@ def _style(axes: Any, panel: Panel, theme: Theme) -> None:
             fontsize=8.5,
             labelcolor=theme.ink,
             loc="lower left",
-            bbox_to_anchor=(0, 1),
+            bbox_to_anchor=(-0.1, 1),
             ncols=5,
             borderaxespad=0.2,
             borderpad=0,
@@ -188,10 +190,15 @@ def chart(panels: Sequence[Panel], theme: Theme) -> bytes:
 
     across = min(2, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure((5.2 * across, 3.2 * down), dpi=150, facecolor=theme.paper, layout="tight")
+    width, height = PANEL[0] * across, PANEL[1] * down
+    figure = Figure((width, height), dpi=150, facecolor=theme.paper)
     FigureCanvasAgg(figure)
-    for place, panel in enumerate(panels, 1):
-        _draw(figure.add_subplot(down, across, place), panel, theme)
+    left, right, bottom, top = ROOM
+    size = (PANEL[0] - left - right) / width, (PANEL[1] - bottom - top) / height
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, across)
+        x, y = column * PANEL[0] + left, height - (row + 1) * PANEL[1] + bottom
+        _draw(figure.add_axes((x / width, y / height, *size)), panel, theme)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

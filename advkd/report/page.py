@@ -133,11 +133,11 @@ def _paths(pictures: Pictures) -> dict[str, Any] | None:
     if not heads:
         return None
     sizes = [f"{head.shape[-2]}×{head.shape[-1]}" for head in pictures.heads]
-    runs = [f"{sum(1 for _ in run)} at {size}" for size, run in itertools.groupby(sizes)]
+    runs = [(size, sum(1 for _ in run)) for size, run in itertools.groupby(sizes)]
     return {
         "heads": heads,
         "times": pictures.times,
-        "sizes": ", ".join(runs),
+        "sizes": ", ".join(size if n == 1 else f"{n} of {size}" for size, n in runs),
         "width": min(58, 5 + 4 * heads),
         "pairs": [
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from advkd.evaluate import (
     parser,
 )
 from advkd.evaluation.distances import frechet_distance, precision_recall
-from advkd.evaluation.features import accuracy, extract, load_features
-from advkd.evaluation.protocol import EVALUATION_SEED
+from advkd.evaluation.features import Features, accuracy, extract, load_features
+from advkd.evaluation.protocol import EVALUATION_SEED, images_reference, make_protocol
+from advkd.evaluation.stored import StoredEvaluation, load_evaluation, save_evaluation
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import (
@@ -186,6 +188,44 @@ def test_a_run_and_its_stored_evaluation(
     (run.folder / "config.toml").write_text(to_toml(config))
     assert main(["--run", str(run.folder)]) == 0
     assert drawn[-2:] == [UNet, Student]
+
+
+def test_what_lies_beside_a_given_teacher_is_not_believed(
+    given: Path, networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation by the very protocol, whose features are the reference's own: FD 0."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(given / "teacher", folder)
+    arguments = ["--teacher", str(folder), *networks]
+    assert main(arguments) == 0
+    before = capsys.readouterr().out
+
+    images, net = hold_out(load_images(given / "images.npz")), load_features(given / "features")
+    reference = images_reference(net, images.train, images.held_out)
+    protocol = make_protocol(net, reference, load_teacher(folder), NUM, STEPS)
+    values = np.resize(reference.features.values, (NUM, 64))
+    classes = np.zeros(NUM, np.int64)
+    forged = StoredEvaluation(Features(values, classes, net.num_classes), 0.0)
+    save_evaluation(folder, dataclasses.asdict(protocol), forged)
+    assert load_evaluation(folder, dataclasses.asdict(protocol)) is not None
+    for suffix in (".json", ".safetensors"):  # the name that version 0.1 read
+        shutil.copy(folder / f"evaluation{suffix}", folder / f"judged{suffix}")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == before
+    assert float(_figures(before)["FD ↓"]["teacher"]) > 1
+
+
+def test_a_run_needs_no_other_folder(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own copy of the teacher is evaluated; the folder that it was copied from may be gone."""
+    run = _run(given, tmp_path / "run")
+    teacher = dataclasses.replace(run.config.teacher, source=str(tmp_path / "gone"))
+    (run.folder / "config.toml").write_text(
+        to_toml(dataclasses.replace(run.config, teacher=teacher))
+    )
+    assert main(["--run", str(run.folder)]) == 0
+    assert list(_figures(capsys.readouterr().out)["FD ↓"]) == ["real", "teacher", "student"]
 
 
 def _run(given: Path, folder: Path) -> Run:
