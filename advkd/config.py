@@ -1,8 +1,9 @@
 """Configuration: frozen dataclasses, TOML presets, and overrides such as `distill.lr=2e-4`.
 
-A preset is a TOML file whose tables are the fields of `Config`. A key that does not exist, or a
-value of another type, is a ConfigError that names the nearest key. TOML has no null, so a field
-that may be None takes the text "none".
+A preset is a TOML file whose tables are the fields of `Config`. Every number has its range and
+every choice its list, declared beside the field. A key that does not exist, or a value of another
+type or outside its range, is a ConfigError; it names the nearest key or choice. TOML has no null,
+so a field that may be None takes the text "none".
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import re
 import tomllib
 import types
@@ -19,28 +21,52 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SAMPLERS = ("ddim", "ddpm")
+TARGETS = ("denoised", "state")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
+MAX_SIDE = 4096  # pixels of an image's side
+MAX_WIDTH = 16384  # channels of a layer
+MAX_CLASSES = 100_000
+MAX_COUNT = 1 << 40  # of images, steps and the like; fresh noise has image numbers from here on
+MIN_EVALUATED = 6  # images: 5 nearest neighbors need one more
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one sentence."""
+
+
+def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """A field whose number, or every number of its list, lies in [low, high]; with `above` low
+    itself is excluded."""
+    return field(default=default, metadata={"range": (low, high, above)})
+
+
+def one_of(default: Any, choices: Sequence[str]) -> Any:
+    """A field whose text, or every text of its list, is one of the choices."""
+    return field(default=default, metadata={"choices": tuple(choices)})
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What holds for the whole run."""
 
-    seed: int = 0  # of initialisation, data order and trajectories
-    threads: int = 0  # torch's threads; 0 leaves them as they are
-    device: str = "auto"  # auto | cpu | cuda
+    seed: int = within(0, 0, 2**64 - 1)  # of initialization, data order and trajectories
+    threads: int = within(0, 0, 1024)  # torch's threads; 0 leaves them as they are
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Images to learn from, and how they are cut."""
 
-    path: str = ""  # folder, .npz/.npy or IDX file; empty = the Fashion-MNIST that ships
-    size: int = 28  # pixels of a side
-    channels: int = 1
-    crop: bool = True  # resize the shorter side and cut the centre; else resize both sides
+    path: str = ""  # folder, .npz/.npy or IDX file; empty = the data set that ships
+    size: int = within(28, 1, MAX_SIDE)  # pixels of a side
+    channels: int = within(1, 1, 3)  # 1 or 3
+    crop: bool = True  # resize the shorter side and cut the center; else resize both sides
     flip: bool = True  # mirror half of the training images
 
 
@@ -48,37 +74,39 @@ class DataConfig:
 class UNetConfig:
     """The teacher's network, in the words of diffusers' `UNet2DModel`."""
 
-    sample_size: int | None = 28  # pixels of a side; None = whatever comes
-    in_channels: int = 1
-    out_channels: int = 1
-    block_out_channels: tuple[int, ...] = (16, 32, 64)
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")
-    layers_per_block: int = 2
-    attention_head_dim: int | None = None  # None = one head as wide as the block
-    norm_num_groups: int = 8
-    norm_eps: float = 1e-5
-    freq_shift: int = 0
+    sample_size: int | None = within(28, 1, MAX_SIDE)  # pixels of a side; None = any
+    in_channels: int = within(1, 1, 1024)
+    out_channels: int = within(1, 1, 1024)
+    block_out_channels: tuple[int, ...] = within((16, 32, 64), 1, MAX_WIDTH)
+    down_block_types: tuple[str, ...] = one_of(
+        ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), DOWN_BLOCKS
+    )
+    up_block_types: tuple[str, ...] = one_of(("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), UP_BLOCKS)
+    layers_per_block: int = within(2, 1, 64)
+    attention_head_dim: int | None = within(None, 1, MAX_WIDTH)  # None = one head over all channels
+    norm_num_groups: int = within(8, 1, MAX_WIDTH)
+    norm_eps: float = within(1e-5, 0, 1)
+    freq_shift: int = within(0, 0, 1)
     flip_sin_to_cos: bool = True
-    downsample_padding: int = 1
-    mid_block_scale_factor: float = 1.0
+    downsample_padding: int = within(1, 0, 1)
+    mid_block_scale_factor: float = within(1.0, 0, 1e6, above=True)
     add_attention: bool = True
     center_input_sample: bool = False
-    dropout: float = 0.0
-    num_class_embeds: int | None = None  # None = unconditional
+    dropout: float = within(0.0, 0, 1)
+    num_class_embeds: int | None = within(None, 1, MAX_CLASSES)  # None = unconditional
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule a teacher of our own is trained with; see `advkd.diffusion.Schedule`."""
 
-    num_train_timesteps: int = 1000
-    beta_schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prediction_type: str = "epsilon"
+    num_train_timesteps: int = within(1000, 1, 1_000_000)
+    beta_schedule: str = one_of("linear", BETA_SCHEDULES)
+    beta_start: float = within(1e-4, 0, 1, above=True)
+    beta_end: float = within(0.02, 0, 1, above=True)
+    prediction_type: str = one_of("epsilon", PREDICTION_TYPES)
     clip_sample: bool = True
-    variance_type: str = "fixed_large"
+    variance_type: str = one_of("fixed_large", VARIANCE_TYPES)
 
 
 @dataclass(frozen=True)
@@ -87,90 +115,90 @@ class TeacherConfig:
 
     source: str = ""  # folder of a teacher to use as it is; "zoo:NAME" = one that ships
     init: str = ""  # folder of a teacher whose weights the training starts from
-    steps: int = 20_000
-    batch: int = 64
-    lr: float = 1e-3
-    warmup: int = 500  # steps of linear warm-up; then cosine down to lr_final * lr
-    lr_final: float = 0.02
-    weight_decay: float = 0.0
-    beta2: float = 0.99
-    grad_clip: float = 1.0
-    ema: float = 0.999
-    autocast: str = "auto"  # bfloat16 where the hardware has it: auto | on | off
-    log_every: int = 50
-    checkpoint_every: int = 1000
+    steps: int = within(20_000, 1, MAX_COUNT)
+    batch: int = within(64, 1, 1_000_000)
+    lr: float = within(1e-3, 0, 10, above=True)
+    warmup: int = within(500, 0, MAX_COUNT)  # steps of linear warm-up; then a cosine to lr_final
+    lr_final: float = within(0.02, 0, 1)  # as a share of lr
+    weight_decay: float = within(0.0, 0, 10)
+    beta2: float = within(0.99, 0, 1)
+    grad_clip: float = within(1.0, 0, 1e9, above=True)
+    ema: float = within(0.999, 0, 1)
+    autocast: str = one_of("auto", ("auto", "on", "off"))  # bfloat16; auto: where hardware has it
+    log_every: int = within(50, 1, MAX_COUNT)
+    checkpoint_every: int = within(1000, 1, MAX_COUNT)
 
 
 @dataclass(frozen=True)
 class TrajectoryConfig:
-    """Which of the teacher's trajectories are drawn, and what is kept of them."""
+    """Which of the teacher's trajectories are sampled, and which of their states are stored."""
 
-    num: int = 5000
-    sampler: str = "ddim"  # ddim | ddpm
-    steps: int = 20  # of ddim; ddpm takes all steps of the schedule
-    eta: float = 0.0
-    target: str = "denoised"  # denoised: clean estimates x0_hat; state: x_t itself
-    dtype: str = "float16"  # of the store: float16 | float32
-    shard: int = 250  # images drawn at once and stored in one file
+    num: int = within(5000, 1, MAX_COUNT)
+    sampler: str = one_of("ddim", SAMPLERS)
+    steps: int = within(20, 1, 1_000_000)  # of ddim; ddpm takes all steps of the schedule
+    eta: float = within(0.0, 0, 1)
+    target: str = one_of("denoised", TARGETS)  # denoised: clean estimates x0_hat; state: x_t
+    dtype: str = one_of("float16", ("float16", "float32"))  # of the store
+    shard: int = within(250, 1, 1_000_000)  # images sampled at once and stored in one file
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     """The one-pass generator. One submodule per entry of `stages`: its resolution."""
 
-    family: str = "unet"  # unet | pyramid
-    stages: tuple[int, ...] = (7, 14, 28)
-    widths: tuple[int, ...] = (96, 48, 16)  # channels of each stage
-    blocks: int = 1  # residual blocks in a stage
-    attention: tuple[int, ...] = (7,)  # resolutions with self-attention
-    groups: int = 8
+    family: str = one_of("unet", ("unet", "pyramid"))
+    stages: tuple[int, ...] = within((7, 14, 28), 1, MAX_SIDE)
+    widths: tuple[int, ...] = within((96, 48, 16), 1, MAX_WIDTH)  # channels of each stage
+    blocks: int = within(1, 1, 64)  # residual blocks in a stage
+    attention: tuple[int, ...] = within((7,), 1, MAX_SIDE)  # resolutions with self-attention
+    groups: int = within(8, 1, MAX_WIDTH)
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The judge of the student's images in training; one network for every head."""
+    """The adversary of the student in training; one network for every head."""
 
-    widths: tuple[int, ...] = (48, 96)  # channels at S/2, S/4, ...
-    attention: tuple[int, ...] = ()  # resolutions with self-attention
-    groups: int = 8
+    widths: tuple[int, ...] = within((48, 96), 1, MAX_WIDTH)  # channels at S/2, S/4, ...
+    attention: tuple[int, ...] = within((), 1, MAX_SIDE)  # resolutions with self-attention
+    groups: int = within(8, 1, MAX_WIDTH)
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """Training of the student; symbols as in docs/method.md."""
 
-    steps: int = 2000
-    batch: int = 32
-    lr: float = 1e-3
-    lr_d: float = 3e-4
-    warmup: int = 100
-    lr_final: float = 0.1
-    beta1: float = 0.5
-    beta2: float = 0.99
-    lambda_adv: float = 1.0
-    lambda_rec: float = 10.0
-    rho: str = "huber"  # huber | l2
-    huber_delta: float = 0.1
-    head_weights: tuple[float, ...] = ()  # w_k; empty = 1 for the last head, 0.25 for the others
-    inner_every: int = 4  # the heads before the last are judged every so many steps
-    r1_gamma: float = 1.0
-    r1_every: int = 16
-    schedule: str = "joint"  # joint | progressive
-    adversary: str = "paired"  # paired: D sees x_T; fresh: it judges images of new noise
-    adversary_after: float = 0.0  # share of the steps before D enters: reconstruction alone
+    steps: int = within(2000, 1, MAX_COUNT)
+    batch: int = within(32, 1, 1_000_000)
+    lr: float = within(1e-3, 0, 10, above=True)
+    lr_d: float = within(3e-4, 0, 10, above=True)
+    warmup: int = within(100, 0, MAX_COUNT)
+    lr_final: float = within(0.1, 0, 1)  # as a share of lr
+    beta1: float = within(0.5, 0, 1)
+    beta2: float = within(0.99, 0, 1)
+    lambda_adv: float = within(1.0, 0, 1e9)
+    lambda_rec: float = within(10.0, 0, 1e9)
+    rho: str = "huber"  # the reconstruction loss, by its name in advkd.training.losses
+    huber_delta: float = within(0.1, 0, 1e9, above=True)
+    head_weights: tuple[float, ...] = within((), 0, 1e9)  # w_k; empty = 1 for the last, else 0.25
+    inner_every: int = within(4, 1, MAX_COUNT)  # D sees the heads before the last every so often
+    r1_gamma: float = within(1.0, 0, 1e9)
+    r1_every: int = within(16, 1, MAX_COUNT)
+    schedule: str = one_of("joint", ("joint", "progressive"))
+    adversary: str = one_of("paired", ("paired", "fresh"))  # D sees x_T; or images of new noise
+    adversary_after: float = within(0.0, 0, 1)  # share of the steps before D enters
     real_images: bool = True  # fresh: the last head is compared with training images, if any
-    grad_clip: float = 10.0
-    ema: float = 0.999
-    log_every: int = 20
-    checkpoint_every: int = 200
+    grad_clip: float = within(10.0, 0, 1e9, above=True)
+    ema: float = within(0.999, 0, 1)
+    log_every: int = within(20, 1, MAX_COUNT)
+    checkpoint_every: int = within(200, 1, MAX_COUNT)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How teacher and student are judged; see docs/protocol.md."""
+    """How teacher and student are evaluated; see docs/protocol.md."""
 
-    num: int = 2000
-    teacher_steps: int = 50
+    num: int = within(2000, MIN_EVALUATED, 1_000_000)  # images of each network
+    teacher_steps: int = within(50, 1, 1_000_000)  # of DDIM
     features: str = ""  # folder of a feature network; empty = the one that ships, if it fits
 
 
@@ -204,21 +232,45 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Config:
     elif name.endswith(".toml") and Path(name).is_file():
         text = Path(name).read_text()
     else:
-        raise ConfigError(f"there is no preset {name!r}{_nearest(name, presets())}")
+        raise ConfigError(f"there is no preset {name!r}{nearest(name, presets())}")
     return override(parse(text, where=name), overrides)
+
+
+def resolutions_for(size: int) -> list[int]:
+    """The resolutions of the networks that `config_for` designs, highest first: halved down to 8 or
+    less, at least once. ConfigError for a size that cannot be."""
+    found = [size]
+    while found[-1] % 2 == 0 and (found[-1] > 8 or len(found) < 2):
+        found.append(found[-1] // 2)
+    if len(found) < 2 or found[-1] > 8:
+        raise ConfigError(
+            f"no networks are designed for images of {size}x{size} pixels by themselves, since "
+            f"{size} cannot be halved down to 8 or less{_nearest_sizes(size)}"
+        )
+    return found
+
+
+def _nearest_sizes(size: int) -> str:
+    """The sizes below and above that can be, as advice."""
+    below = size // 8 * 8
+    near = [side for side in (below, below + 8) if 8 <= side != size]
+    fitting = [side for side in near if side & (side - 1) == 0 or _halves(side)]
+    return f": resize to {' or '.join(map(str, fitting))}" if fitting else ""
+
+
+def _halves(size: int) -> bool:
+    while size > 8 and size % 2 == 0:
+        size //= 2
+    return size <= 8
 
 
 def config_for(size: int, channels: int) -> Config:
     """A configuration for images that no preset is for: networks by resolution, small for a CPU.
 
-    Resolutions are halved down to 7 or 8 (twice at least). ConfigError for a size that cannot be.
+    ConfigError for a size that cannot be halved down to 8 or less.
     """
-    resolutions = [size]
-    while resolutions[-1] % 2 == 0 and (resolutions[-1] > 8 or len(resolutions) < 2):
-        resolutions.append(resolutions[-1] // 2)
+    resolutions = resolutions_for(size)
     n = len(resolutions)
-    if not 0 < resolutions[-1] <= 8 or n < 2:
-        raise ConfigError(f"size={size} cannot be halved down to 8 or less; try {size // 8 * 8}")
     base = 16 if channels == 1 else 24
     unet = UNetConfig(
         sample_size=size,
@@ -282,16 +334,38 @@ def _literal(text: str) -> Any:
 
 
 def build(cls: type[Any], tree: Mapping[str, Any], path: str) -> Any:
-    """Make the dataclass `cls` from a tree of plain values, checking every key and type."""
+    """Make the dataclass `cls` from a tree of plain values, checking every key, type and bound."""
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in tree.items():
         where = f"{path}{key}"
-        if key not in names:
-            raise ConfigError(f"unknown key {where!r}{_nearest(key, names)}")
+        if key not in fields:
+            raise ConfigError(f"unknown key {where!r}{nearest(str(key), list(fields))}")
         values[key] = _checked(hints[key], value, where)
+        _bounded(fields[key].metadata, values[key], where)
     return cls(**values)
+
+
+def _bounded(metadata: Mapping[str, Any], value: Any, where: str) -> None:
+    """Raise ConfigError unless the value, or every entry of a list, is within its bounds."""
+    for entry in value if isinstance(value, tuple) else (value,):
+        if entry is None:
+            continue
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise ConfigError(f"{where}={entry} is not a finite number")
+        if "range" in metadata:
+            low, high, above = metadata["range"]
+            if not (low < entry <= high if above else low <= entry <= high):
+                raise ConfigError(f"{where}={entry!r} is not {_range_words(low, high, above)}")
+        choices = metadata.get("choices")
+        if choices and entry not in choices:
+            raise ConfigError(f"{where}={entry!r} is not one of {', '.join(choices)}")
+
+
+def _range_words(low: float, high: float, above: bool) -> str:
+    bottom = f"above {low:g}" if above else f"{low:g} or more"
+    return bottom if high >= MAX_COUNT else f"{bottom} and at most {high:g}"
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
@@ -315,7 +389,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _nearest(key: str, names: Sequence[str]) -> str:
+def nearest(key: str, names: Sequence[str]) -> str:
+    """Advice that names the nearest of the names, as a clause."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
     return f"; the nearest is {close[0]!r}" if close else ""
 
