@@ -29,21 +29,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-# Compiled once per instruction set; everything else under csrc/ is compiled once.
-PER_ISA_SOURCES = (
-    *("attention.cpp", "attention_backward.cpp"),
-    *("convolution_direct.cpp", "convolution_pack.cpp", "convolution_product.cpp", "winograd.cpp"),
-    "winograd_gradient.cpp",
-    *("group_norm_affine.cpp", "group_norm_silu.cpp", "group_norm_silu_backward.cpp"),
-    *("copy.cpp", "kernel_table.cpp", "philox.cpp", "sampling_step.cpp"),
-)
-# Sums of products, in which a contraction only saves a rounding.
-CONTRACTED_SOURCES = (
-    *("attention.cpp", "attention_backward.cpp"),
-    *("convolution_direct.cpp", "convolution_pack.cpp", "convolution_product.cpp", "winograd.cpp"),
-    "winograd_gradient.cpp",
-    *("group_norm_affine.cpp", "group_norm_silu.cpp", "group_norm_silu_backward.cpp"),
-)
+# The normals and the sampling step have the same bits in every instruction set, on every GPU and in
+# torch, so there each operation is rounded on its own. Elsewhere in csrc/cpu and csrc/cuda a
+# multiplication and an addition may be contracted, which only saves a rounding.
+UNCONTRACTED_SOURCES = ("cpu/philox.cpp", "cpu/sampling_step.cpp", "cuda/sampling_step.cu")
 X86_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [
@@ -51,8 +40,7 @@ X86_ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-# No contraction: the normals must be the same bits in every unit and in torch. The two -fno-*
-# flags only let sqrt and comparisons be vectorised; they change no result.
+# The two -fno-* flags only let sqrt and comparisons be vectorized; they change no result.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -65,10 +53,8 @@ CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-DADVKD_ISA=cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     *("-Xcompiler", "-Wall,-Wextra"),
 ]
-# The normals and the step have the CPU's bits.
-UNCONTRACTED_CUDA_SOURCES = ("sampling_step.cu",)
 
-# A finding ends the process. Less optimisation, since the checks make everything long.
+# A finding ends the process. Less optimization, since the checks slow everything down.
 SANITIZER_FLAGS = [
     *("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-omit-frame-pointer",
@@ -181,7 +167,10 @@ def isa_flags(machine: str) -> dict[str, list[str]]:
 
 
 def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
-    """(source, object name, extra flags) of every C++ translation unit of the extension."""
+    """(source, object name, extra flags) of every C++ translation unit of the extension.
+
+    All of csrc/cpu is compiled once per instruction set, everything else once.
+    """
     isas = isa_flags(machine)
     have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in isas]
     if isinstance(cuda, Cuda):
@@ -192,12 +181,15 @@ def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, l
     for source in sorted(CSRC.rglob("*.cpp")):
         if source.name == "cuda_bindings.cpp" and not isinstance(cuda, Cuda):
             continue
-        if source.name in PER_ISA_SOURCES:
-            contract = ["-ffp-contract=fast"] if source.name in CONTRACTED_SOURCES else []
+        room = source.parent.name
+        if room == "cpu":
+            exact = f"cpu/{source.name}" in UNCONTRACTED_SOURCES
+            contract = [] if exact else ["-ffp-contract=fast"]
             for isa, flags in isas.items():
-                yield source, f"{isa}/{source.stem}.o", [f"-DADVKD_ISA={isa}", *flags, *contract]
+                name = f"cpu/{isa}/{source.stem}.o"
+                yield source, name, [f"-DADVKD_ISA={isa}", *flags, *contract]
         else:
-            yield source, f"{source.stem}.o", have
+            yield source, f"{room}/{source.stem}.o", have
 
 
 def cuda_units(cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
@@ -205,7 +197,7 @@ def cuda_units(cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
     if isinstance(cuda, str):
         return
     for source in sorted((CSRC / "cuda").glob("*.cu")):
-        exact = ["-fmad=false"] if source.name in UNCONTRACTED_CUDA_SOURCES else []
+        exact = ["-fmad=false"] if f"cuda/{source.name}" in UNCONTRACTED_SOURCES else []
         yield source, f"cuda/{source.stem}.o", exact
 
 

@@ -1,6 +1,6 @@
-"""advkd distills a diffusion model into a generator that makes an image in one pass.
+"""advkd distills a diffusion model into a generator that makes an image in one network pass.
 
-`load_teacher`, `load_student` and `generate` are the whole Python interface; see `advkd.api`.
+`load_teacher`, `load_student`, `generate` and `compile` are the Python interface: `advkd.api`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from advkd.api import generate, load_student, load_teacher
+    from advkd.api import compile, generate, load_student, load_teacher
 
-__all__ = ["generate", "load_student", "load_teacher"]
+__all__ = ["compile", "generate", "load_student", "load_teacher"]
 
 
 def __getattr__(name: str) -> Any:

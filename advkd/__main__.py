@@ -6,9 +6,9 @@ import importlib
 import sys
 
 COMMANDS = {
-    "train": "the main job: teacher, trajectories, student, judgement, report",
-    "sample": "draw images from a student or a teacher",
-    "evaluate": "judge networks, or fit the features that judge",
+    "train": "the main job: teacher, trajectories, student, evaluation, report",
+    "sample": "sample images from a student or a teacher",
+    "evaluate": "evaluate networks, or fit features to evaluate by",
     "export": "write a student as ONNX or a torch.export program",
     "info": "versions, instruction set and which backend serves each op",
 }

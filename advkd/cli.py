@@ -16,7 +16,7 @@ from advkd.training.loop import TrainingError
 
 
 def guarded(command: Callable[[], None], again: str = "the same command") -> int:
-    """Run a command's body; expected errors become one sentence on stderr and exit status 1.
+    """Run a command's body; errors become one sentence on stderr and exit status 1.
 
     130 means that it was stopped by a signal and goes on by `again`.
     """
@@ -25,16 +25,28 @@ def guarded(command: Callable[[], None], again: str = "the same command") -> int
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
-    except (CheckpointError, TrainingError, ValueError, OSError) as error:
-        print(f"advkd: {error}", file=sys.stderr)
-        return 1
     except Interrupted as stop:
         print(f"advkd: {stop}; {again} goes on from there", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        return _fail(f"out of memory {_first_line(error)}".rstrip())
+    except (CheckpointError, TrainingError, ValueError, OSError) as error:
+        return _fail(str(error))
+    except RuntimeError as error:  # of torch, whose messages go on with where in C++ it was
+        return _fail(_first_line(error) or type(error).__name__)
     except KeyboardInterrupt:
         print("advkd: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"advkd: {sentence}", file=sys.stderr)
+    return 1
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _one_line_warning(message: Warning | str, *details: object) -> None:
@@ -49,7 +61,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Let torch, and everything sized after it, use this many threads; 0 leaves it alone."""
+    """Let torch, and everything that follows it, use this many threads; 0 changes nothing."""
     if threads < 0:
         raise ValueError(f"--threads {threads} is negative")
     if threads:

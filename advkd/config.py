@@ -114,6 +114,7 @@ class TeacherConfig:
     """Training of a teacher."""
 
     source: str = ""  # folder of a teacher to use as it is; "zoo:NAME" = one that ships
+    scheduler: str = ""  # where scheduler_config.json is, if not beside the source
     init: str = ""  # folder of a teacher whose weights the training starts from
     steps: int = within(20_000, 1, MAX_COUNT)
     batch: int = within(64, 1, 1_000_000)
@@ -178,6 +179,7 @@ class DistillConfig:
     lambda_adv: float = within(1.0, 0, 1e9)
     lambda_rec: float = within(10.0, 0, 1e9)
     rho: str = "huber"  # the reconstruction loss, by its name in advkd.training.losses
+    adversarial_loss: str = "logistic"  # by its name there too: logistic | relativistic
     huber_delta: float = within(0.1, 0, 1e9, above=True)
     head_weights: tuple[float, ...] = within((), 0, 1e9)  # w_k; empty = 1 for the last, else 0.25
     inner_every: int = within(4, 1, MAX_COUNT)  # D sees the heads before the last every so often
@@ -382,6 +384,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where!r} is a list of {item.__name__}, not {value!r}")
         return tuple(_checked(item, entry, where) for entry in value)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where!r} is a table, not {value!r}")
+        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

@@ -1,29 +1,82 @@
-"""Where networks run, decided in one place."""
+"""Where networks run, decided in one place, and how: precision and repeatability."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
-def pick_device(name: str) -> torch.device:
-    """The device that `run.device` means; "auto" takes a GPU where there is one."""
+
+def resolve(name: str) -> torch.device:
+    """The device that a setting names: "cpu", "cuda", "cuda:N", or "auto" (a GPU if there is one).
+
+    A CUDA device comes with its number. Raises ValueError for one that does not exist here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, colon, number = name.partition(":")
+    if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
+        raise ValueError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={name!r} does not exist: torch {_why_no_cuda()}")
+    count = torch.cuda.device_count()
+    index = int(number) if colon else torch.cuda.current_device()
+    if index >= count:
+        last = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise ValueError(f"device={name!r} does not exist: torch sees {last}")
+    return torch.device("cuda", index)
+
+
+def _why_no_cuda() -> str:
+    return "sees no CUDA device" if torch.version.cuda else "was built without CUDA"
 
 
 def autocast(mode: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 autocast: "on", "off", or "auto" where the hardware computes in bfloat16."""
     if mode not in ("auto", "on", "off"):
         raise ValueError(f"autocast={mode!r} is not one of auto, on, off")
-    if mode == "auto":
-        has = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        mode = "on" if has else "off"
-    return torch.autocast(device.type, torch.bfloat16, enabled=mode == "on")
+    enabled = mode == "on" or (mode == "auto" and _has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within `with`, the same work on a CUDA device gives the same bits; on a CPU it does anyway.
+
+    An operation that torch can only do otherwise is carried out with torch's warning. cuBLAS reads
+    its setting when a process first multiplies matrices, so earlier products may have fixed another
+    one. All settings come back at the end.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+    workspace = os.environ.get(CUBLAS_WORKSPACE)
+    try:
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = before
+        if workspace is None:
+            os.environ.pop(CUBLAS_WORKSPACE, None)

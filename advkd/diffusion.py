@@ -1,6 +1,6 @@
-"""The diffusion itself: noise schedules, and the update of a sampler written as six numbers a step.
+"""Diffusion: noise schedules, and samplers written as six numbers a step.
 
-`alpha_bar[t]` is the cumulated product of DDPM (Ho et al. 2020), T its length. Everything here is
+`alpha_bar[t]` is the cumulative product of DDPM (Ho et al. 2020), T its length. Everything here is
 float64 numpy; networks and tensors come in above.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,15 +22,19 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
-# Settings of diffusers' schedulers that change nothing unless they are set to something we do not
-# do; any other value, and any other setting, is refused rather than ignored.
-_INERT = {
+MAX_TRAIN_TIMESTEPS = 1_000_000
+MIN_ALPHA_BAR = 1e-60  # 1 / sqrt(alpha_bar) stays within float32
+
+# Settings of diffusers' schedulers that change nothing at these values and are refused at others.
+_INERT: dict[str, tuple[Any, ...]] = {
     "_class_name": ("DDPMScheduler", "DDIMScheduler"),
     "trained_betas": (None,),
-    "thresholding": (False,),
-    "rescale_betas_zero_snr": (False,),
-    "predict_epsilon": (True,),
+    "thresholding": (False, None),
+    "rescale_betas_zero_snr": (False, None),
+    "predict_epsilon": (True, None),
     "timestep_values": (None,),
+    "sigma_max": (None,),  # of schedulers whose noise is not DDPM's
+    "sigma_min": (None,),
 }
 # Settings without any effect here: two of thresholding, one of diffusers before 0.3.
 _IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format"}
@@ -36,9 +42,9 @@ _IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format"}
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What `scheduler_config.json` says, in diffusers' own words; `alpha_bar` follows from it.
+    """The content of a `scheduler_config.json` in diffusers' own words; `alpha_bar` follows from it.
 
-    Raises ValueError for a value that this package does not implement.
+    Raises ValueError for a value of another type, outside its range or not implemented here.
     """
 
     num_train_timesteps: int = 1000
@@ -59,27 +65,45 @@ class Schedule:
             ("prediction_type", PREDICTION_TYPES),
             ("variance_type", VARIANCE_TYPES),
             ("timestep_spacing", TIMESTEP_SPACINGS),
+            ("clip_sample", (True, False)),
+            ("set_alpha_to_one", (True, False)),
         ):
             value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not supported; it is one of {allowed}")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={self.num_train_timesteps} is not positive")
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                choices = ", ".join(map(str, allowed))
+                raise ValueError(f"{name}={reprlib.repr(value)} is not supported; known: {choices}")
+        T = self.num_train_timesteps
+        _check_number("num_train_timesteps", T, 1, MAX_TRAIN_TIMESTEPS, whole=True)
+        _check_number("steps_offset", self.steps_offset, 0, T - 1, whole=True)
+        _check_number("clip_sample_range", self.clip_sample_range, 1e-6, 1e6)
+        for name in ("beta_start", "beta_end"):
+            _check_number(name, getattr(self, name), 1e-12, 0.999)
+        if _alpha_bar(self)[-1] < MIN_ALPHA_BAR:
+            raise ValueError(
+                f"after {T} steps of beta_start={self.beta_start} to beta_end={self.beta_end} "
+                f"alpha_bar is below {MIN_ALPHA_BAR:g}: use smaller betas or fewer steps"
+            )
 
     @classmethod
     def from_diffusers(cls, settings: Mapping[str, Any]) -> Schedule:
         """Read the content of a `scheduler_config.json` (DDPM or DDIM scheduler of diffusers).
 
-        Raises ValueError that names a setting which this package does not implement.
+        A setting that these schedulers do not have is ignored with a warning, as diffusers ignores
+        it. ValueError names a setting that this package does not implement at its value.
         """
         for name, inert in _INERT.items():
             if name in settings and settings[name] not in inert:
-                raise ValueError(f"scheduler setting {name}={settings[name]!r} is not supported")
+                value = reprlib.repr(settings[name])
+                raise ValueError(f"scheduler setting {name}={value} is not supported")
         known = {field.name for field in dataclasses.fields(cls)}
-        settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-        unknown = sorted(set(settings) - known - set(_INERT) - _IGNORED)
-        if unknown:
-            raise ValueError(f"scheduler settings that are not known: {', '.join(unknown)}")
+        ignored = [name for name in settings if name not in known | set(_INERT) | _IGNORED]
+        ignored = [name for name in ignored if not name.startswith("_")]
+        if ignored:
+            warnings.warn(
+                "ignored settings that DDPMScheduler and DDIMScheduler do not have: "
+                f"{reprlib.repr(sorted(ignored))}",
+                stacklevel=2,
+            )
         return cls(**{name: value for name, value in settings.items() if name in known})
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -89,12 +113,24 @@ class Schedule:
     @functools.cached_property
     def alpha_bar(self) -> NDArray[np.float64]:
         """(T,) float64, falling from almost 1 towards 0."""
-        return np.cumprod(1.0 - _betas(self), dtype=np.float64)
+        return _alpha_bar(self)
 
     @property
     def clip(self) -> float:
         """Bound on |x0_hat| during sampling; 0 means none."""
         return self.clip_sample_range if self.clip_sample else 0.0
+
+
+def _check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    """Raise ValueError unless this is a number from `low` to `high`, of int where it is whole."""
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}={reprlib.repr(value)} is not {kind} from {low:g} to {high:g}")
+
+
+def _alpha_bar(schedule: Schedule) -> NDArray[np.float64]:
+    return np.cumprod(1.0 - _betas(schedule), dtype=np.float64)
 
 
 def _betas(schedule: Schedule) -> NDArray[np.float64]:

@@ -8,14 +8,15 @@ import textwrap
 from pathlib import Path
 
 from advkd.cli import add_threads, guarded, use_threads
-from advkd.config import EvaluateConfig, parse
+from advkd.config import EvaluateConfig
 from advkd.console import StopSignals, progress_bar
 from advkd.data.images import (
     CLASS_NAMES,
     load_images,
     shipped,
 )
-from advkd.engine.sampling import shape_of
+from advkd.data.split import RealImages, hold_out
+from advkd.engine.interface import input_shape
 from advkd.evaluation.features import (
     FeatureNet,
     FitSettings,
@@ -36,13 +37,9 @@ from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, resolve
 from advkd.report.tables import quality_table
-from advkd.run.stages import (
-    RealImages,
-    Run,
-    figures_of_run,
-    has_images,
-    hold_out,
-)
+from advkd.run.evaluation import figures_of_run
+from advkd.run.folder import stored_config
+from advkd.run.run import Run
 
 # What to do, and the options that go with it.
 MODES = {
@@ -127,12 +124,8 @@ def mode_of(args: argparse.Namespace) -> str:
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
-    """Judge a run's teacher and student by the run's configuration."""
-    stored = args.run / "config.toml"
-    if not stored.is_file():
-        raise CheckpointError(f"{args.run} is no run of advkd train: it has no config.toml")
-    config = parse(stored.read_text(), where=str(stored))
-    run = Run(config, args.run, has_images(config))
+    """Evaluate a run's teacher and student by the run's configuration."""
+    run = Run(args.run, stored_config(args.run))
     with run.opened():
         for stage in ("teacher", "distill"):
             if not run.is_done(stage):
@@ -169,7 +162,7 @@ def _shape(student: Student | None, teacher: UNet | None) -> tuple[int, int]:
     if student is not None:
         shapes.add((student.channels, student.size))
     if teacher is not None:
-        shapes.add(shape_of(teacher)[:2])
+        shapes.add(input_shape(teacher)[:2])
     if len(shapes) > 1:
         raise ValueError("teacher and student make images of different sizes or channels")
     return shapes.pop()

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 
 from advkd import ops
 from advkd.cli import guarded
-from advkd.engine.sampling import sample_labels, sample_x_T
+from advkd.engine.noise import Noise, Purpose
 from advkd.files import CheckpointError, replacing
 from advkd.models.student import Student
 from advkd.pretrained import load_student, resolve
@@ -93,9 +93,9 @@ class Generator(nn.Module):
 
 def inputs(student: Student, count: int) -> tuple[Tensor, ...]:
     """x_T, and labels where the student takes them, of `count` images."""
-    numbers = torch.arange(count)
-    x_T = sample_x_T(0, numbers, (student.channels, student.size, student.size)).contiguous()
-    y = sample_labels(0, numbers, student.num_classes)
+    noise, numbers = Noise(0, Purpose.SAMPLING), torch.arange(count, device="cpu")
+    x_T = noise.x_T(numbers, (student.channels, student.size, student.size)).contiguous()
+    y = noise.labels(numbers, student.num_classes)
     return (x_T,) if y is None else (x_T, y)
 
 

@@ -1,7 +1,8 @@
-"""Files that are whole or absent: safetensors and JSON, written aside, synced, then renamed.
+"""Files that are whole or absent, written aside, synced, then renamed; and files read as what they
+claim to be, within bounds.
 
-Nothing here is a pickle. A checkpoint is two files, `NAME-STEP.safetensors` and `NAME-STEP.json`;
-the JSON comes last, holds the tensors' SHA-256 and its own, and so closes the checkpoint.
+Nothing here is a pickle: weights are safetensors, everything else is JSON. What is read may come
+from anywhere, so sizes, nesting, names, shapes and dtypes are checked before memory is taken.
 """
 
 from __future__ import annotations
@@ -10,26 +11,62 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+MAX_TEXT = 16 << 20  # bytes of a text file; parsed, JSON takes up to 25 times as many
+MAX_HEADER = 16 << 20  # bytes of a safetensors file's header
+MAX_NESTING = 32  # levels of a JSON file
+MAX_DIMENSIONS = 8  # of a tensor
+LISTED = 6  # problems of one file that a message spells out
+
+# What often stands in for a file that was not downloaded or converted, by its first bytes.
+_MISTAKEN = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"<", "a web page or XML"),
+    (b"PK\x03\x04", "a ZIP archive, as torch.save writes its pickles"),
+    (b"\x80\x02", "a pickle"),
+)
+# The dtypes of a safetensors file that torch holds element for element.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+_STARTED = time.time()
 
 
 class CheckpointError(RuntimeError):
     """A file that cannot be used; the message names it and says why."""
 
 
+# Writing.
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it replaces `path` atomically.
 
-    On any failure (a full disk, Ctrl-C) the temporary file goes and `path` stays as it was.
+    On any failure (a full disk, Ctrl-C) the temporary file goes and `path` stays as it was. A
+    process that is killed leaves it behind; see `remove_stale`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,6 +88,35 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def remove_stale(folder: Path) -> list[Path]:
+    """Remove the temporary files that killed processes left in a folder; return their paths.
+
+    A file goes if the process it is named after is gone, or is this one and began after the file
+    was last written. Call it while the folder is held, since processes of other machines cannot be
+    seen from here.
+    """
+    stale = [path for path in sorted(folder.glob(".*.tmp")) if _is_stale(path)]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def _is_stale(path: Path) -> bool:
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None or not path.is_file():
+        return False
+    pid = int(match[1])
+    if pid == os.getpid():
+        return path.stat().st_mtime < _STARTED
+    try:
+        os.kill(pid, 0)  # no signal: asks whether the process exists
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def hold(folder: Path) -> IO[bytes]:
@@ -80,19 +146,6 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; CheckpointError names a file that is absent, broken or another thing."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
-    return content
-
-
 def seal(content: Mapping[str, Any]) -> str:
     """SHA-256 of JSON content whatever the order of its keys: tells whether a file was altered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -106,33 +159,193 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+# Reading.
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file open for reading; CheckpointError if it is absent, unreadable or no plain file."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} cannot be read: it is not a file")
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "not enough memory"
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+
+
+def _mistaken(head: bytes) -> str | None:
+    """What a file that begins with these bytes is instead of text or safetensors, if known."""
+    return next((words for first, words in _MISTAKEN if head.startswith(first)), None)
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Read a UTF-8 file, with or without a byte order mark, of at most `limit` bytes.
+
+    CheckpointError names a file that is absent, larger or something else.
+    """
+    with _opened(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise CheckpointError(f"{path} cannot be read: it is larger than {limit} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        words = _mistaken(content) or f"byte {error.start} is not UTF-8"
+        raise CheckpointError(f"{path} cannot be read: {words}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; CheckpointError names a file that is absent, broken or another thing."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+        deep = _nesting(content) > MAX_NESTING
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        words = _mistaken(text[:32].encode()) or str(error)
+        raise CheckpointError(f"{path} cannot be read: {words}") from None
+    if deep:
+        raise CheckpointError(f"{path} cannot be read: it is nested deeper than {MAX_NESTING}")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
+    return content
+
+
+def _nesting(content: Any) -> int:
+    """How many lists and tables lie within each other; counting ends past MAX_NESTING."""
+    depth, level = 0, [content]
+    while depth <= MAX_NESTING:
+        containers = [entry for entry in level if isinstance(entry, dict | list)]
+        if not containers:
+            break
+        lists = (entry.values() if isinstance(entry, dict) else entry for entry in containers)
+        depth, level = depth + 1, [entry for entries in lists for entry in entries]
+    return depth
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read the names, dtypes and shapes of a safetensors file, and nothing of its tensors.
+
+    CheckpointError if the header is broken or does not account for every byte of the file.
+    """
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, MAX_HEADER):
+            words = _mistaken(head + file.read(32)) or "its header is cut off"
+            raise CheckpointError(f"{path} is not a whole safetensors file: {words}")
+        text = file.read(length)
+    try:
+        return _parsed_header(json.loads(text), size - 8 - length)
+    except (ValueError, RecursionError) as error:
+        words = str(error) or "its header is nested too deeply"
+        raise CheckpointError(f"{path} is not a whole safetensors file: {words}") from None
+
+
+def _parsed_header(header: Any, size: int) -> dict[str, TensorInfo]:
+    """The tensors of a header whose data have `size` bytes; ValueError says what is wrong."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    found, ranges = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"its header's entry {name!r:.100} is not a tensor's")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise ValueError(f"the dtype of {name!r:.100}, {dtype!r:.40}, is not supported")
+        if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+            raise ValueError(f"the shape or the offsets of {name!r:.100} are not whole numbers")
+        if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ValueError(f"the size of {name!r:.100} is not what its shape asks for")
+        found[name] = TensorInfo(_DTYPES[dtype], tuple(shape))
+        ranges.append(tuple(offsets))
+    end = 0
+    for first, last in sorted(ranges):
+        if first != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = last
+    if end != size:
+        raise ValueError(f"its tensors have {size} bytes where its header asks for {end}")
+    return found
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether this is a short list of whole numbers that torch can take as sizes."""
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
+    )
+
+
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read a safetensors file; CheckpointError if it is absent, broken or not what was written."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    read_header(path)
+    with _opened(path) as file:
+        content = file.read()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise CheckpointError(f"{path} is not the file that was written (checksum differs)")
     try:
         return safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except Exception as error:  # the decoder raises whatever its bindings and torch make of it
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+# Tensors of a module.
+
+
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Copy tensors into a module by name; every missing, superfluous or misshaped one is listed."""
+    """Copy tensors into a module by name, in the module's dtypes.
+
+    CheckpointError says which are missing, superfluous, of another shape or another kind of number;
+    then the module is left as it was.
+    """
     own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"superfluous {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if problems:
-        raise CheckpointError(f"{where} does not fit the network: {'; '.join(problems)}")
+    check_fit(own, tensors, where)
     module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
+
+
+def check_fit(
+    own: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor | TensorInfo],
+    where: Path,
+    network: str = "the network",
+) -> None:
+    """Raise CheckpointError unless the tensors stored in `where` are a network's own: by name, by
+    shape, and floating-point numbers where those are."""
+    problems = [f"missing {name}" for name in own if name not in stored]
+    problems += [f"superfluous {name}" for name in stored if name not in own]
+    for name, ours in own.items():
+        theirs = stored.get(name, ours)
+        if theirs.shape != ours.shape:
+            problems.append(f"{name} is {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+        elif theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
+            problems.append(f"{name} is of {theirs.dtype} instead of {ours.dtype}")
+    if problems:
+        raise CheckpointError(f"{where} does not fit {network}: {listed(problems)}")
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first few of many, and how many more there are."""
+    shown = "; ".join(f"{problem:.200}" for problem in problems[:LISTED])
+    more = len(problems) - LISTED
+    return f"{shown}; and {more} more" if more > 0 else shown
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

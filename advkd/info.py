@@ -1,6 +1,6 @@
 """`python -m advkd.info`: versions, the instruction set, and which backend serves each op.
 
-With --plan FOLDER, what a teacher or a student becomes on the CPU's engine: its operations, their
+With --plan FOLDER, the plan of a teacher or a student for the CPU engine: its operations, their
 sizes and FLOPs, and with --time what each takes here.
 """
 
@@ -18,9 +18,8 @@ import torch
 from advkd import ops
 from advkd.cli import guarded
 from advkd.engine.cpu import describe, lower
-from advkd.engine.sampling import shape_of
+from advkd.engine.interface import input_shape
 from advkd.files import read_json
-from advkd.models.student import Student
 from advkd.ops import _backend
 from advkd.pretrained import load_student, load_teacher, resolve
 
@@ -63,8 +62,8 @@ def plan_report(source: str, batch: int, timed: bool) -> Iterator[str]:
     config = resolve(source) / "config.json"
     is_student = config.is_file() and "student" in read_json(config)
     model = load_student(source) if is_student else load_teacher(source)
-    side = model.size if isinstance(model, Student) else shape_of(model)[-1]
-    yield from describe(lower(model, (side, side), batch=batch), batch, timed)
+    size = input_shape(model)[1:]
+    yield from describe(lower(model, size, batch=batch), batch, timed)
 
 
 def main(argv: list[str] | None = None) -> int:

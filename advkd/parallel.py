@@ -48,20 +48,18 @@ class Workers:
         order, and named 0-d tensors to log, whose means over the batch are returned.
         """
         shares = self.shares(batch)
-        results = list(self._pool.map(gradients_of, shares))
+        if len(shares) == 1:  # in this thread, with its modes: profilers, dispatch
+            results = [gradients_of(shares[0])]
+        else:
+            results = list(self._pool.map(gradients_of, shares))
         weights = [(share.stop - share.start) / batch for share in shares]
         total = torch._foreach_mul(list(results[0][0]), weights[0])
         for (gradients, _), weight in zip(results[1:], weights[1:], strict=True):
             torch._foreach_add_(total, list(gradients), alpha=weight)
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = _laid_as(parameter, gradient)
-        zero = torch.zeros(())
-        return {
-            key: sum(
-                (logged[key] * w for (_, logged), w in zip(results, weights, strict=True)), zero
-            )
-            for key in results[0][1]
-        }
+        logs = [logged for _, logged in results]
+        return {key: _mean([logged[key] for logged in logs], weights) for key in logs[0]}
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Apply `function` to the items, several at once; results come in the items' order."""
@@ -77,6 +75,13 @@ class Workers:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + value * weight
+    return total
 
 
 def _laid_as(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -1,20 +1,39 @@
-"""Folders that hold a network: teachers in diffusers' layout, students in our own."""
+"""Folders that hold a network: teachers in diffusers' layout, students in our own.
+
+Such folders may come from anywhere. Settings are checked first, then a network is built without
+memory and compared with the header of its weights' file; only what fits is read.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from advkd.config import ConfigError, StudentConfig, build
+from advkd.config import (
+    MAX_CLASSES,
+    MAX_SIDE,
+    TARGETS,
+    ConfigError,
+    StudentConfig,
+    build,
+    one_of,
+    within,
+)
 from advkd.diffusion import Schedule
 from advkd.files import (
     CheckpointError,
+    check_fit,
+    listed,
     load_strictly,
+    read_header,
     read_json,
     read_tensors,
     write_json,
@@ -32,6 +51,11 @@ DEPRECATED_ATTENTION = {
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
+# Parts of a tensor's name that torch.compile, DDP, FSDP and activation checkpointing add.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def zoo(name: str) -> Path:
@@ -53,6 +77,59 @@ def resolve(source: str | Path) -> Path:
     return Path(source)
 
 
+def load_network(
+    make: Callable[[], Network],
+    config: Path,
+    file: Path,
+    *,
+    sha256: str | None = None,
+    rename: Callable[[str], str] = lambda name: name,
+) -> Network:
+    """Make a network and load its weights from a safetensors file: float32, on the CPU, frozen.
+
+    `make()` runs on device `meta`, and what it returns is compared with the header of `file` before
+    any memory is taken. `config` is the file that it has its settings from. Names in `file` are
+    freed of what wrappers such as torch.compile add, then passed to `rename`. Raises
+    CheckpointError, naming the file, for settings that no network has, for weights that are absent,
+    broken, not the ones written (`sha256`) or of another network, and for NaN or infinity.
+    """
+    try:
+        with torch.device("meta"):
+            network = make()
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{config} describes no network: {_brief(error)}") from None
+    network = network.float().eval().requires_grad_(False)
+    header = read_header(file)
+    names = _names(list(header), rename, file)
+    infos = {names[name]: info for name, info in header.items()}
+    check_fit(network.state_dict(), infos, file, f"the network that {config} describes")
+    tensors = read_tensors(file, sha256)
+    network = network.to_empty(device="cpu")
+    load_strictly(network, {names[name]: tensor for name, tensor in tensors.items()}, file)
+    for name, tensor in network.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file} cannot be used: {name} holds NaN or infinity")
+    return network
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, cut where it repeats long content of a file."""
+    return f"{str(error).partition(chr(10))[0]:.500}"
+
+
+def _names(stored: Sequence[str], rename: Callable[[str], str], file: Path) -> dict[str, str]:
+    """The network's name for each stored one; CheckpointError where two have the same."""
+    names = {}
+    for name in stored:
+        parts = (part for part in name.split(".") if part not in _WRAPPERS)
+        names[name] = rename(".".join(parts))
+    found = list(names.values())
+    if len(set(found)) < len(found):
+        twice = sorted({name for name in found if found.count(name) > 1})
+        raise CheckpointError(f"{file} holds twice, by two names each: {listed(twice)}")
+    return names
+
+
 def save_teacher(unet: UNet, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a diffusers pipeline folder: unet/, scheduler/ and, last, model_index.json."""
     tensors = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
@@ -70,24 +147,34 @@ def save_teacher(unet: UNet, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNet:
-    """Load a DDPM UNet as diffusers or advkd saved it, in float32, ready to sample.
+    """Load a DDPM UNet as diffusers or advkd saved it, in float32 on the CPU, ready to sample.
 
     `source` is a pipeline folder, a flat folder as the google/ddpm-* uploads are, a bare `unet/`
     folder (then `scheduler` names the folder or file of its scheduler_config.json), or `zoo:NAME`.
-    Only safetensors are read. Raises CheckpointError for a file that is absent, broken or does
-    not fit, ValueError for an architecture or scheduler setting that is not supported.
+    Only safetensors are read: `diffusion_pytorch_model.safetensors` or the one variant that stands
+    in its place (`diffusion_pytorch_model.fp16.safetensors`). Raises CheckpointError for a file that
+    is absent, broken or does not fit, ConfigError for an architecture or a scheduler setting that is
+    not supported; both name the file.
     """
     folder = resolve(source)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    schedule = Schedule.from_diffusers(read_json(_scheduler_file(folder, scheduler)))
-    unet = UNet(config_from_diffusers(read_json(unet_folder / "config.json")), schedule)
-    tensors = read_tensors(_weights_file(unet_folder))
-    names = [_modern(name) for name in tensors]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise CheckpointError(f"{unet_folder} holds twice, by old and new name: {', '.join(twice)}")
-    load_strictly(unet, dict(zip(names, tensors.values(), strict=True)), unet_folder)
-    return unet.eval().requires_grad_(False)
+    schedule_file = _scheduler_file(folder, scheduler)
+    with _naming(schedule_file):
+        schedule = Schedule.from_diffusers(read_json(schedule_file))
+    config_file = unet_folder / "config.json"
+    with _naming(config_file):
+        config = config_from_diffusers(read_json(config_file))
+    weights = _weights_file(unet_folder)
+    return load_network(lambda: UNet(config, schedule), config_file, weights, rename=_modern)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn a ValueError about a file's content into a ConfigError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{file}: {_brief(error)}") from None
 
 
 def _modern(name: str) -> str:
@@ -99,12 +186,28 @@ def _modern(name: str) -> str:
 
 
 def _weights_file(folder: Path) -> Path:
+    """The safetensors file of a unet folder; CheckpointError says what is there instead."""
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    pickles = sorted(folder.glob("*.bin"))
+    stem, suffix = WEIGHTS.split(".")
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    parts = [name for name in files if re.search(r"-\d+-of-\d+", name) or ".index." in name]
+    if parts:
+        raise CheckpointError(
+            f"{folder} holds its weights in several files ({parts[0]}, ...), and advkd reads one: "
+            "save it anew with diffusers, save_pretrained(NEW_FOLDER, max_shard_size='100GB')"
+        )
+    variants = [n for n in files if n.startswith(f"{stem}.") and n.endswith(f".{suffix}")]
+    if len(variants) == 1:
+        return folder / variants[0]
+    if variants:
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS} but {', '.join(variants)}; rename the one to use to {WEIGHTS}"
+        )
+    pickles = [name for name in files if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
-            f"{folder} holds only a pickle ({pickles[0].name}), which advkd never reads: convert "
+            f"{folder} holds only a pickle ({pickles[0]}), which advkd never reads: convert "
             "it with diffusers, UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
             ".save_pretrained(NEW_FOLDER)"
         )
@@ -121,6 +224,17 @@ def _scheduler_file(folder: Path, scheduler: str | Path | None) -> Path:
     raise CheckpointError(
         f"{folder} has no scheduler_config.json; name its folder with scheduler=… (or --scheduler)"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _StudentFile:
+    """What a student's config.json says."""
+
+    size: int = within(28, 1, MAX_SIDE)
+    channels: int = within(1, 1, 1024)
+    target: str = one_of("denoised", TARGETS)
+    num_classes: int | None = within(None, 1, MAX_CLASSES)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
 
 
 def save_student(student: Student, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -140,22 +254,22 @@ def save_student(student: Student, folder: Path, dtype: torch.dtype = torch.floa
 
 
 def load_student(source: str | Path) -> Student:
-    """Load a student that `save_student` wrote, in float32, from a folder or `zoo:NAME`.
+    """Load a student that `save_student` wrote, in float32 on the CPU, from a folder or `zoo:NAME`.
 
     Raises CheckpointError for a file that is absent, broken or does not fit.
     """
     folder = resolve(source)
-    settings = read_json(folder / "config.json")
+    file = folder / "config.json"
+    settings = read_json(file)
+    missing = [key for key in ("size", "channels", "student") if key not in settings]
+    if missing:
+        raise CheckpointError(f"{file} describes no student: it lacks {', '.join(missing)}")
     try:
-        config = build(StudentConfig, settings.pop("student"), "student.")
-        student = Student(config, **settings)
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json describes no student: {error}") from None
-    load_strictly(student, read_tensors(folder / "model.safetensors"), folder)
-    return student.eval().requires_grad_(False)
-
-
-def network_card(folder: Path) -> dict[str, Any]:
-    """What a shipped network says of itself (`card.json`), or nothing."""
-    card = folder / "card.json"
-    return dict(read_json(card)) if card.is_file() else {}
+        s = build(_StudentFile, settings, "")
+    except ConfigError as error:
+        raise CheckpointError(f"{file} describes no student: {_brief(error)}") from None
+    return load_network(
+        lambda: Student(s.student, s.size, s.channels, s.target, s.num_classes),
+        file,
+        folder / "model.safetensors",
+    )

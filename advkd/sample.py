@@ -1,4 +1,4 @@
-"""`python -m advkd.sample`: draw images from a student in one pass, or from a teacher in many."""
+"""`python -m advkd.sample`: images of a student in one network pass, or of a teacher in many."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from advkd.cli import add_threads, guarded, use_threads
+from advkd.config import SAMPLERS
 from advkd.console import StopSignals, progress_bar
-from advkd.engine.sampling import SAMPLERS, generate, sample_labels
+from advkd.engine.interface import input_shape
+from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
 from advkd.files import write_bytes
 from advkd.models.student import Student
 from advkd.models.unet import UNet
@@ -24,11 +27,11 @@ from advkd.report.pictures import image_grid, save_png
 
 SHIPPED = "zoo:fashion-mnist-student"
 TEACHER_STEPS = 50
-TILE = 64  # pixels of a tile's side that the grid grows small images up to, by whole factors
+TILE = 64  # pixels: small images are enlarged by a whole factor up to this side
 EPILOG = """\
-An image depends on --seed and its number alone: --first 10 --num 1 draws the eleventh of --num 64
-again. Without --student and --teacher, the student that ships is drawn from. --out takes a grid of
-all images; --npz an archive of the arrays `images`, float32 (N, C, H, W) in [-1, 1], and `labels`,
+An image depends on --seed and its number alone: --first 10 --num 1 gives the eleventh of --num 64
+again. Without --student and --teacher, the student that ships is sampled. --out takes a grid of all
+images; --npz an archive of the arrays `images`, float32 (N, C, H, W) in [-1, 1], and `labels`,
 int64 (N,), for a class-conditional network.
 """
 
@@ -37,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `advkd sample`."""
     p = argparse.ArgumentParser(
         prog="advkd sample",
-        description="Draw images from a student in one pass, or from a teacher in many.",
+        description="Sample images from a student in one network pass, or from a teacher in many.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,28 +52,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--first", type=int, default=0, metavar="n", help="number of the first image")
     p.add_argument("--out", metavar="FILE", type=Path, help="PNG (default: samples.png)")
     p.add_argument("--npz", metavar="FILE", type=Path, help="the numbers; without --out no PNG")
-    p.add_argument("--class", dest="label", type=int, metavar="c", help="draw only this class")
+    p.add_argument("--class", dest="label", type=int, metavar="c", help="only this class")
     p.add_argument("--exit-at", type=int, metavar="k", help="student: leave after submodule k")
     p.add_argument("--steps", type=int, help=f"teacher, ddim: default {TEACHER_STEPS}")
     p.add_argument("--eta", type=float, help="teacher, ddim: 0 (default) adds no noise, 1 most")
     p.add_argument("--sampler", choices=SAMPLERS, help="teacher: default ddim; ddpm = all steps")
     p.add_argument("--scheduler", metavar="FOLDER", help="teacher: where scheduler_config.json is")
+    p.add_argument("--size", type=int, metavar="S", help="teacher that names none: pixels a side")
     add_threads(p)
     return p
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Draw the images, write them and say so in one line."""
+    """Sample the images, write them and say so in one line."""
     _check(args)
     use_threads(args.threads)
     model = _load(args)
-    channels = model.channels if isinstance(model, Student) else model.config.in_channels
+    channels = input_shape(model, None if args.size is None else (args.size, args.size))[0]
     png = args.out or (None if args.npz else Path("samples.png"))
     if png is not None and channels not in (1, 3):
         raise ValueError(f"a PNG has 1 or 3 channels, these images {channels}: use --npz alone")
     y = _labels(args, model)
     began = time.monotonic()
-    images = _draw(args, model, y)
+    images = _images(args, model, y)
     seconds = time.monotonic() - began
     if png is not None:
         columns = math.ceil(math.sqrt(len(images)))
@@ -90,8 +94,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--num {args.num} is below 1")
     if not 0 <= args.seed < 1 << 64:
         raise ValueError(f"--seed {args.seed} is not between 0 and 2^64 - 1")
-    if args.first < 0:
-        raise ValueError(f"--first {args.first} is negative")
+    if not 0 <= args.first < (1 << 63) - args.num:
+        raise ValueError(f"--first {args.first} is not between 0 and 2^63 - 1 - --num")
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size} is below 1")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps} is below 1")
     for option, suffix in (("out", ".png"), ("npz", ".npz")):
@@ -100,10 +106,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} {path} does not name a {suffix} file")
     if args.teacher and args.exit_at is not None:
         raise ValueError("--exit-at is for a student; a teacher takes --steps")
-    teachers = ("steps", "eta", "sampler", "scheduler")
+    teachers = ("steps", "eta", "sampler", "scheduler", "size")
     given = [f"--{option}" for option in teachers if getattr(args, option) is not None]
     if given and not args.teacher:
-        raise ValueError(f"{', '.join(given)} needs --teacher: a student takes one pass")
+        raise ValueError(f"{', '.join(given)} needs --teacher: a student takes one network pass")
     if args.sampler == "ddpm" and not (args.steps is None and args.eta is None):
         raise ValueError("--sampler ddpm takes all steps of the schedule: no --steps and no --eta")
 
@@ -116,20 +122,21 @@ def _load(args: argparse.Namespace) -> Student | UNet:
 
 def _labels(args: argparse.Namespace, model: Student | UNet) -> Tensor | None:
     """Labels y (N,) int64 of the images, or None for an unconditional network."""
-    classes = model.num_classes if isinstance(model, Student) else model.config.num_class_embeds
+    classes = model.num_classes
     if classes is None:
         if args.label is not None:
             raise ValueError("--class needs a class-conditional network, and this one is not")
         return None
     if args.label is None:
-        return sample_labels(args.seed, torch.arange(args.first, args.first + args.num), classes)
+        numbers = torch.arange(args.first, args.first + args.num)
+        return Noise(args.seed, Purpose.SAMPLING).labels(numbers, classes)
     if not 0 <= args.label < classes:
         raise ValueError(f"--class {args.label} is not between 0 and {classes - 1}")
     return torch.full((args.num,), args.label)
 
 
-def _draw(args: argparse.Namespace, model: Student | UNet, y: Tensor | None) -> Tensor:
-    """The images, (N, C, H, W) float32 in [-1, 1]; Ctrl-C ends the drawing at the next pass."""
+def _images(args: argparse.Namespace, model: Student | UNet, y: Tensor | None) -> Tensor:
+    """The images, (N, C, H, W) float32 in [-1, 1]; Ctrl-C ends it at the next network pass."""
     with StopSignals() as stop, progress_bar("sample", 0, unit="pass") as bar:
 
         def report(done: int, total: int) -> None:
@@ -147,6 +154,7 @@ def _draw(args: argparse.Namespace, model: Student | UNet, y: Tensor | None) -> 
             sampler=args.sampler or "ddim",
             y=y,
             exit_at=args.exit_at,
+            size=args.size,
             first=args.first,
             callback=report,
         )
@@ -163,11 +171,11 @@ def _npz(images: Tensor, y: Tensor | None) -> bytes:
 
 
 def _words(args: argparse.Namespace) -> str:
-    """What was drawn from, and how."""
+    """What was sampled, and how."""
     label = "" if args.label is None else f", class {args.label}"
     if not args.teacher:
         early = "" if args.exit_at is None else f" up to submodule {args.exit_at}"
-        return f"{args.student or SHIPPED} in one pass{early}{label}"
+        return f"{args.student or SHIPPED} in one network pass{early}{label}"
     if args.sampler == "ddpm":
         return f"{args.teacher} by DDPM{label}"
     steps = TEACHER_STEPS if args.steps is None else args.steps

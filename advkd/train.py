@@ -1,4 +1,4 @@
-"""`python -m advkd.train`: the main job, from a teacher to a judged one-pass student."""
+"""`python -m advkd.train`: the main job, from a teacher to a one-pass student and its report."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from advkd.config import (
     load_preset,
     override,
     presets,
+    resolutions_for,
 )
-from advkd.data.images import load_images
-from advkd.engine.sampling import shape_of
+from advkd.data import dataset_names, describe, probe
+from advkd.engine.interface import input_shape
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
 from advkd.report.tables import final_table
-from advkd.run.stages import (
-    STAGES,
-    Run,
-    has_images,
-    run_stages,
-)
+from advkd.run.folder import STAGES
+from advkd.run.run import Run
+from advkd.run.stages import run_stages
 
 DEFAULT_PRESET = "fashion-mnist"
 EPILOG = """\
-With no argument: take the teacher that ships, draw its trajectories, distill a student, judge both,
-into runs/fashion-mnist/. With --data FOLDER all of it on your own images, teacher included. With
---teacher FOLDER a DDPM of yours is distilled (--data then serves judging only). Running the same
-command again goes on where it was stopped. --set takes any key of the configuration, such as
-distill.lr=2e-4; runs/NAME/config.toml lists them all.
+Without options: take the teacher that ships, sample its trajectories, distill a student and
+evaluate both, into runs/fashion-mnist/. With --data PATH all of it on your own images, teacher
+included. With --teacher FOLDER your own DDPM is distilled (--data then only serves the evaluation).
+The same command again goes on where it was stopped. --set takes any key of the configuration, such
+as distill.lr=2e-4; runs/NAME/config.toml lists them all.
 """
 
 
@@ -53,15 +51,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--runs", metavar="FOLDER", type=Path, default=Path("runs"), help="where runs go"
     )
-    p.add_argument("--stage", choices=STAGES, help="this stage only (default: all)")
+    p.add_argument("--stage", choices=STAGES, help="only this stage (default: all)")
     p.add_argument("--redo", choices=STAGES, help="remove this stage and all later ones first")
+    p.add_argument("--scheduler", metavar="FOLDER", help="the teacher's scheduler_config.json")
     p.add_argument("--init", metavar="FOLDER", help="start the teacher's training from this one")
-    p.add_argument("--size", type=int, help="pixels of a side that --data is resized to")
+    p.add_argument(
+        "--size", type=int, help="pixels of a side: of --data, or of a teacher that names none"
+    )
     p.add_argument("--channels", type=int, choices=(1, 3), help="greyscale or RGB")
     p.add_argument("--no-crop", action="store_true", help="resize both sides instead of cropping")
     p.add_argument("--no-flip", action="store_true", help="do not mirror training images")
-    p.add_argument("--trajectories", type=int, metavar="N", help="how many the teacher draws")
-    p.add_argument("--features", metavar="FOLDER", help="a feature network to judge by")
+    p.add_argument("--trajectories", type=int, metavar="N", help="how many to sample")
+    p.add_argument("--features", metavar="FOLDER", help="a feature network to evaluate by")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key")
     p.add_argument("--seed", type=int, help="seed of the run (default 0)")
     add_threads(p)
@@ -69,54 +70,94 @@ def parser() -> argparse.ArgumentParser:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """The configuration that the command line means."""
+    """The configuration that the command line means; paths are resolved."""
     if args.preset or not (args.data or args.teacher):
         config = load_preset(args.preset or DEFAULT_PRESET)
     elif args.teacher:
-        config = _for_teacher(args.teacher, args.size)
+        config = _for_teacher(args.teacher, args.scheduler, args.size)
     else:
-        images = load_images(args.data, size=args.size, channels=args.channels)
-        config = config_for(images.size, images.channels)
-    given = Path(args.teacher or args.data or "")
-    own = given.stem if given.is_file() else given.name
-    name = args.name or (config.name if args.preset or not own else own)
+        config = _for_images(args)
+    name = args.name or (config.name if args.preset else _name_of(args.data, args.teacher))
+    name = name or config.name
     return override(config, [f"name={_quoted(name)}", *_assignments(args), *args.set])
 
 
-def _for_teacher(folder: str, size: int | None) -> Config:
+def _name_of(data: str | None, teacher: str | None) -> str | None:
+    """A run's name from the file or folder that is given; None without either."""
+    if teacher and teacher.startswith("zoo:"):
+        return teacher.removeprefix("zoo:")
+    given = teacher or data
+    if not given:
+        return None
+    path = Path(given).resolve()
+    return path.stem if path.is_file() else path.name
+
+
+def _for_images(args: argparse.Namespace) -> Config:
+    """A configuration for given images: networks by their resolution."""
+    source = probe(args.data, size=args.size, channels=args.channels, crop=not args.no_crop)
+    try:
+        return config_for(source.size, source.channels)
+    except ConfigError as error:
+        notes = "".join(f"; {note}" for note in source.notes)
+        raise ConfigError(f"{args.data}: {error} by --size{notes}") from None
+
+
+def _for_teacher(folder: str, scheduler: str | None, size: int | None) -> Config:
     """A configuration around a given teacher: student and discriminator by its resolution."""
-    unet = load_teacher(folder)
-    channels, size, _ = shape_of(unet, size)
+    unet = load_teacher(folder, scheduler)
+    channels, size, _ = input_shape(unet, None if size is None else (size, size))
+    try:
+        resolutions_for(size)
+    except ConfigError:
+        raise ConfigError(
+            f"{folder} makes images of {size}x{size} pixels, and no student is designed for that "
+            f"size by itself, since {size} cannot be halved down to 8 or less: give a --preset "
+            "whose student.stages end in that size"
+        ) from None
     config = config_for(size, channels)
-    teacher = dataclasses.replace(config.teacher, source=folder)
-    return dataclasses.replace(config, unet=unet.config, teacher=teacher)
+    T = unet.schedule.num_train_timesteps
+    return dataclasses.replace(
+        config,
+        unet=dataclasses.replace(unet.config, sample_size=size),
+        teacher=dataclasses.replace(config.teacher, source=folder),
+        trajectory=dataclasses.replace(
+            config.trajectory, steps=min(config.trajectory.steps, T)
+        ),
+        evaluate=dataclasses.replace(
+            config.evaluate, teacher_steps=min(config.evaluate.teacher_steps, T)
+        ),
+    )
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:
     """Options that are only shorter names of configuration keys."""
-    given: dict[str, object] = {
+    paths = {
         "data.path": args.data,
+        "teacher.source": args.teacher,
+        "teacher.scheduler": args.scheduler,
+        "teacher.init": args.init,
+        "evaluate.features": args.features,
+    }
+    if args.teacher is None and (args.data or args.stage == "teacher"):
+        paths["teacher.source"] = ""  # train one, also where the preset would take the zoo's
+    plain: dict[str, object] = {
         "data.size": args.size,
         "data.channels": args.channels,
         "data.crop": "false" if args.no_crop else None,
         "data.flip": "false" if args.no_flip else None,
-        "teacher.source": args.teacher,
-        "teacher.init": args.init,
         "trajectory.num": args.trajectories,
-        "evaluate.features": args.features,
         "run.seed": args.seed,
         "run.threads": args.threads or None,
     }
-    if args.teacher is None and (args.data or args.stage == "teacher"):
-        given["teacher.source"] = ""  # train one, also where the preset would take the zoo's
-    return [
-        f"{key}={_quoted(value) if key.split('.')[1] in _TEXT else value}"
-        for key, value in given.items()
-        if value is not None
-    ]
+    given = [f"{key}={_quoted(_resolved(path))}" for key, path in paths.items() if path is not None]
+    return given + [f"{key}={value}" for key, value in plain.items() if value is not None]
 
 
-_TEXT = ("path", "source", "init", "features")
+def _resolved(path: str) -> str:
+    """A path that means the same from any folder; "", "zoo:NAME" and a data set's name stay."""
+    is_name = path.startswith("zoo:") or (path in dataset_names() and not Path(path).exists())
+    return path if not path or is_name else str(Path(path).resolve())
 
 
 def _quoted(value: object) -> str:
@@ -130,13 +171,17 @@ def train(args: argparse.Namespace) -> None:
     config = configure(args)
     if "/" in config.name or config.name in ("", ".", ".."):
         raise ConfigError(f"{config.name!r} is not a name for a run")
-    run = Run(config, args.runs / config.name, has_images(config))
+    if config.data.path:
+        d = config.data
+        source = probe(d.path, size=d.size, channels=d.channels, crop=d.crop)
+        print("\n".join(f"advkd: {line}" for line in describe(source)), file=sys.stderr)
+    run = Run(args.runs / config.name, config)
     with run.opened(args.redo):
         run_stages(run, (args.stage,) if args.stage else STAGES)
     if args.stage in (None, "report"):
-        summary = read_summary(run.folder / "report" / "summary.json")
+        summary = read_summary(run.path / "report" / "summary.json")
         print(final_table(summary, sys.stdout.encoding))
-        print(f"\nreport: {run.folder / 'report' / 'report.html'}")
+        print(f"\nreport: {run.path / 'report' / 'report.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ are no atomics, so two runs agree bit for bit. Statistics and arithmetic are flo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ from advkd.kernels.group_norm_silu_device import (
     sums_kernel,
 )
 from torch import Tensor
+
+# weight, bias: (C,), or None for 1 and 0; scale, shift: (B, C), or None for 0; any floating dtype.
+Affine = Sequence[Tensor | None]
 
 KERNELS = {
     "forward": forward_kernel,
@@ -280,8 +284,8 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
     return _aligned(x if x.stride() == other.stride() else torch.empty_like(other).copy_(x))
 
 
-def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else _aligned(x.contiguous()) for x in tensors]
+def _readable(affine: Affine) -> list[Tensor | None]:
+    return [None if x is None else _aligned(x.contiguous()) for x in affine]
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -301,15 +305,16 @@ def _problem(x: Tensor, last: bool, num_groups: int) -> Problem:
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, num_groups: int, eps: float, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, affine: Affine, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """act(GroupNorm(x) (1 + scale) + shift), with statistics and arithmetic in float32.
+
+    It reads nothing back from the device and allocates by torch alone, so a CUDA graph can capture
+    it.
 
     Args:
         x: (B, C, ...) float32, float16 or bfloat16; copied if neither contiguous nor channels_last.
-        weight, bias: (C,), any floating dtype, or None for 1 and 0.
-        scale, shift: (B, C), any floating dtype, or None for 0.
+        affine: weight, bias, scale and shift.
         num_groups: divides C.
         eps: added to the variance.
         silu: SiLU after all, or nothing.
@@ -327,20 +332,19 @@ def forward(
     mean, rstd = (_empty(x, problem.batch, num_groups) for _ in range(2))
     if x.numel() == 0:
         return y, mean.fill_(math.nan), rstd.fill_(math.nan)
-    parameters = _parameters(weight, bias, scale, shift)
-    capability = _capability(x.device)
-    if pick("forward", problem, capability) is None:
-        _forward_in_two_passes(x, parameters, y, mean, rstd, problem, eps, silu)
+    affine = _readable(affine)
+    if pick("forward", problem, _capability(x.device)) is None:
+        _forward_in_two_passes(x, affine, y, mean, rstd, problem, eps, silu)
         return y, mean, rstd
     tiles = group_tiles(problem, _FORWARD)
-    arguments = [x, *parameters, y, mean, rstd, *_group_numbers(problem, tiles), float(eps)]
+    arguments = [x, *affine, y, mean, rstd, *_group_numbers(problem, tiles), float(eps)]
     _launch(tiles.variant, problem.batch * tiles.blocks, arguments, tiles.vec, silu)
     return y, mean, rstd
 
 
 def _forward_in_two_passes(
-    x: Tensor, parameters: list[Tensor | None], y: Tensor, mean: Tensor, rstd: Tensor,
-    problem: Problem, eps: float, silu: bool,
+    x: Tensor, affine: Affine, y: Tensor, mean: Tensor, rstd: Tensor, problem: Problem, eps: float,
+    silu: bool,
 ) -> None:  # fmt: skip
     """Fills y, mean and rstd, reading x twice."""
     tiles = group_tiles(problem, _MOMENTS)
@@ -354,7 +358,7 @@ def _forward_in_two_passes(
 
     variant = pick("apply", problem, _capability(x.device))
     assert variant is not None
-    arguments = [x, *parameters, origin, rest, rstd, y, *_channel_numbers(problem)]
+    arguments = [x, *affine, origin, rest, rstd, y, *_channel_numbers(problem)]
     grid = _channel_grid(problem, variant, triton.cdiv(problem.pixels, variant.pixels))
     _launch(variant, grid, arguments, _channel_vec(problem), silu)
 
@@ -383,47 +387,43 @@ def _sums_and_means(read: list[Any], problem: Problem, silu: bool) -> tuple[Tens
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, eps: float, silu: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    grad_y: Tensor, x: Tensor, affine: Affine, statistics: tuple[Tensor, Tensor],
+    num_groups: int, silu: bool,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """Gradients of `forward`'s y; the same bits in every run.
 
     Args:
         grad_y: of x's shape and dtype, any strides.
-        mean, rstd: what `forward` returned.
+        statistics: mean and rstd, as `forward` returned them.
         The others: as for `forward`.
 
     Returns:
-        (dx, dweight, dbias, dscale, dshift), each of the shape and dtype of what it belongs to, dx
-        also of its memory format; None for what is None.
+        dx: of x's shape, dtype and memory format.
+        (dweight, dbias, dscale, dshift): each of the shape and dtype of what it belongs to; None
+            for what is None.
     """
     x, last = _dense(x)
     problem = _problem(x, last, num_groups)
     grad_y = _like(grad_y, x)
     dx = torch.empty_like(x)
-    weight, bias, scale, shift = parameters = _parameters(weight, bias, scale, shift)
-    gradients = [None if p is None else torch.empty_like(p) for p in parameters]
-    dweight, dbias, dscale, dshift = gradients
+    affine = _readable(affine)
+    gradients = [None if p is None else torch.empty_like(p) for p in affine]
     if x.numel() == 0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.zero_()
-        return dx, dweight, dbias, dscale, dshift
-    mean, rstd = _aligned(mean.contiguous()), _aligned(rstd.contiguous())
-    numbers, vec = _channel_numbers(problem), _channel_vec(problem)
-    read = [grad_y, x, *parameters, mean, rstd]
+        return dx, [None if gradient is None else gradient.zero_() for gradient in gradients]
+    read = [grad_y, x, *affine, *(_aligned(t.contiguous()) for t in statistics)]
     sums, means = _sums_and_means(read, problem, silu)
 
     variant = pick("dx", problem, _capability(x.device))
     assert variant is not None
     grid = _channel_grid(problem, variant, triton.cdiv(problem.pixels, variant.pixels))
-    _launch(variant, grid, [*read, means, dx, *numbers, problem.batch], vec, silu)
+    arguments = [*read, means, dx, *_channel_numbers(problem), problem.batch]
+    _launch(variant, grid, arguments, _channel_vec(problem), silu)
 
     if any(gradient is not None for gradient in gradients):
+        weight, bias, scale, _ = affine
         arguments = [sums, weight, bias, scale, *gradients, problem.batch, problem.channels]
-        grid = triton.cdiv(problem.channels, COLUMNS.value)
-        _launch(_FIXED["parameters"], grid, arguments)
-    return dx, dweight, dbias, dscale, dshift
+        _launch(_FIXED["parameters"], triton.cdiv(problem.channels, COLUMNS.value), arguments)
+    return dx, gradients
 
 
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}

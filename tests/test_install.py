@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +66,33 @@ def test_each_kernel_is_compiled_for_each_instruction_set(
     build: ModuleType, machine: str, isas: set[str]
 ) -> None:
     units = {name: flags for _, name, flags in build.compile_units(machine, "no CUDA")}
-    for source in build.PER_ISA_SOURCES:
-        stem = Path(source).stem
-        assert {name.split("/")[0] for name in units if name.endswith(f"/{stem}.o")} == isas
-    assert ("-DADVKD_HAVE_AVX2" in units["dispatch.o"]) == ("avx2" in isas)
+    for source in (ROOT / "csrc" / "cpu").glob("*.cpp"):
+        for isa in isas:
+            flags = units.pop(f"cpu/{isa}/{source.stem}.o")
+            assert f"-DADVKD_ISA={isa}" in flags
+            exact = source.name in ("philox.cpp", "sampling_step.cpp")
+            assert ("-ffp-contract=fast" in flags) != exact
+    assert not any(name.startswith("cpu/") for name in units)
+    assert ("-DADVKD_HAVE_AVX2" in units["runtime/dispatch.o"]) == ("avx2" in isas)
+
+
+def test_every_source_is_compiled_to_an_object_of_its_own(build: ModuleType) -> None:
+    names = [name for _, name, _ in build.compile_units("x86_64", "no CUDA")]
+    assert len(set(names)) == len(names)
+    sources = {source for source, *_ in build.compile_units("x86_64", "no CUDA")}
+    left_out = {*(ROOT / "csrc").rglob("*.cpp")} - sources
+    assert {source.name for source in left_out} == {"cuda_bindings.cpp"}
+
+
+def test_the_names_of_exact_sources_are_those_of_files(build: ModuleType) -> None:
+    for name in build.UNCONTRACTED_SOURCES:
+        assert (ROOT / "csrc" / name).is_file()
+
+
+def test_the_runtime_knows_neither_python_nor_torch() -> None:
+    for room in ("runtime", "cpu"):
+        for source in (ROOT / "csrc" / room).iterdir():
+            assert not re.search(r"Python\.h|pybind11|torch/|\"python/", source.read_text()), source
 
 
 NVCC = """#!/bin/sh
@@ -125,7 +149,7 @@ def test_why_the_cuda_part_is_left_out(
         build.find_cuda(environ | {"ADVKD_CUDA": "1"})
     assert build.find_cuda(environ | {"ADVKD_CUDA": "0"}) == "ADVKD_CUDA=0 was set"
     units = [name for _, name, _ in build.compile_units("x86_64", reason)]
-    assert "cuda_bindings.o" not in units
+    assert "python/cuda_bindings.o" not in units
     assert list(build.cuda_units(reason)) == []
 
 

@@ -18,7 +18,6 @@ from advkd.models.unet import UNet, config_from_diffusers
 from advkd.pretrained import (
     WEIGHTS,
     load_teacher,
-    network_card,
     resolve,
     save_teacher,
     zoo,
@@ -218,12 +217,6 @@ def test_zoo_names(tmp_path: Path) -> None:
         zoo("no-such-network")
     for name in names:
         assert name in str(caught.value)
-
-
-def test_network_card(tmp_path: Path) -> None:
-    assert network_card(tmp_path) == {}
-    (tmp_path / "card.json").write_text('{"steps": 3}')
-    assert network_card(tmp_path) == {"steps": 3}
 
 
 def our_teacher() -> UNet:

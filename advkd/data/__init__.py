@@ -1,7 +1,23 @@
-"""Images to train on and to compare with, and the store of a teacher's trajectories."""
+"""Images to train on and to compare with, data sets by name, and the store of trajectories."""
 
 from __future__ import annotations
 
-from advkd.data.images import CLASS_NAMES, DataError, ImageSet, load_images, shipped
+from advkd.data.images import CLASS_NAMES, load_images, probe, shipped
+from advkd.data.registry import Dataset, dataset, dataset_names, find, for_shape
+from advkd.data.source import DataError, ImageSet, Source, describe
 
-__all__ = ["CLASS_NAMES", "DataError", "ImageSet", "load_images", "shipped"]
+__all__ = [
+    "CLASS_NAMES",
+    "DataError",
+    "Dataset",
+    "ImageSet",
+    "Source",
+    "dataset",
+    "dataset_names",
+    "describe",
+    "find",
+    "for_shape",
+    "load_images",
+    "probe",
+    "shipped",
+]

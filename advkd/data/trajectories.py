@@ -2,7 +2,7 @@
 
 A folder of memory-mapped shards `shard-NNNNN.npy`, (n, K, C, S, S), closed one by one by a JSON
 with their checksum, under an `index.json` that says which teacher, seed and times made them. x_T
-and labels are not stored: they are drawn again from (seed, image index).
+and labels are not stored: they follow from (seed, image number).
 """
 
 from __future__ import annotations
@@ -12,39 +12,38 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from advkd.config import ConfigError, TrajectoryConfig
-from advkd.engine.cpu import Engine
-from advkd.engine.cuda import CudaEngine
-from advkd.engine.sampling import (
-    EVALUATION_SEED,
+from advkd.config import (
+    MAX_CLASSES,
+    MAX_SIDE,
+    SAMPLERS,
     TARGETS,
-    engine_for,
-    sample_eagerly,
-    sample_into,
-    sample_labels,
-    sample_x_T,
-    saved_steps,
-    shape_of,
-    table_of,
+    ConfigError,
+    TrajectoryConfig,
+    build,
+    one_of,
+    within,
 )
+from advkd.engine.cache import engine_for, engine_named
+from advkd.engine.interface import Engine, input_shape
+from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import saved_steps, table_of
 from advkd.files import (
     CheckpointError,
     read_json,
+    remove_stale,
     replacing,
     tensors_hash,
     write_json,
 )
 from advkd.models.unet import UNet
-from advkd.parallel import Workers
 
 INDEX = "index.json"
-PLAIN = "plain"  # the engine of torch's modules and a loop in Python
 
 
 class _Stopped(Exception):
@@ -57,34 +56,38 @@ class TrajectoryIndex:
 
     teacher: str  # hash of the weights
     schedule: dict[str, Any]
-    seed: int
-    sampler: str
-    steps: int
-    eta: float
-    target: str
-    kept: list[int]  # numbers of the steps after which something is kept, the last one included
-    shape: list[int]  # (C, S, S)
-    dtype: str
-    shard: int
-    num_classes: int | None
-    engine: str = PLAIN  # what drew it; images of two engines differ in their last bits
+    seed: int = within(0, 0, 2**64 - 1)
+    sampler: str = one_of("ddim", SAMPLERS)
+    steps: int = within(1, 1, 1_000_000)
+    eta: float = within(0.0, 0, 1)
+    target: str = one_of("denoised", TARGETS)
+    saved: tuple[int, ...] = within((), 1, 1_000_000)  # steps after which a target is stored
+    shape: tuple[int, ...] = within((), 1, MAX_SIDE)  # (C, S, S)
+    dtype: str = one_of("float16", ("float16", "float32"))
+    shard: int = within(1, 1, 1_000_000)
+    num_classes: int | None = within(None, 1, MAX_CLASSES)
+    engine: str = "eager"  # by name; images of two engines differ in their last bits
+
+    @property
+    def noise(self) -> Noise:
+        """Where x_T, labels and the noise of the steps come from."""
+        return Noise(self.seed, Purpose.TRAINING)
 
 
 def index_of(
-    unet: UNet, settings: TrajectoryConfig, kept: int, seed: int, size: int
+    unet: UNet, settings: TrajectoryConfig, K: int, seed: int, size: int
 ) -> TrajectoryIndex:
-    """The index of the store that these settings ask for. `kept` = K targets, evenly spaced."""
-    if not 0 <= seed < EVALUATION_SEED:
-        raise ConfigError(f"seed={seed} is not below 2**63, where seeds for judging begin")
-    check_trajectories(settings)
+    """The index of the store that these settings ask for, of K targets, evenly spaced.
+
+    Raises ConfigError for what the teacher cannot give.
+    """
     if unet.config.sample_size not in (None, size):
         side = unet.config.sample_size
         raise ConfigError(f"the teacher makes images of {side}x{side}, but data.size={size}")
     table = table_of(unet.schedule, settings.sampler, settings.steps, settings.eta)
     N = len(table)
-    if kept > N:
-        raise ConfigError(f"{kept} submodules need at least as many steps, not {N}")
-    engine = engine_for(unet, size, settings.shard)
+    if K > N:
+        raise ConfigError(f"{K} submodules need at least as many steps, not {N}")
     return TrajectoryIndex(
         teacher=tensors_hash(unet.state_dict()),
         schedule=asdict(unet.schedule),
@@ -93,42 +96,27 @@ def index_of(
         steps=N,
         eta=settings.eta if settings.sampler == "ddim" else 1.0,
         target=settings.target,
-        kept=saved_steps(N, kept),
-        shape=list(shape_of(unet, size)),
+        saved=tuple(saved_steps(N, K)),
+        shape=input_shape(unet, (size, size)),
         dtype=settings.dtype,
         shard=settings.shard,
-        num_classes=unet.config.num_class_embeds,
-        engine=PLAIN if engine is None else engine.name,
+        num_classes=unet.num_classes,
+        engine=engine_for(unet, settings.shard, size=(size, size)).name,
     )
 
 
-def check_trajectories(settings: TrajectoryConfig) -> None:
-    """ConfigError for settings of a store that cannot be."""
-    for key, value, allowed in (
-        ("dtype", settings.dtype, ("float16", "float32")),
-        ("target", settings.target, TARGETS),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"trajectory.{key}={value!r} is not one of {', '.join(allowed)}")
-    for key, number in (("num", settings.num), ("shard", settings.shard)):
-        if number < 1:
-            raise ConfigError(f"trajectory.{key}={number} is below 1")
-
-
 class Trajectories:
-    """A store that is whole up to `num` trajectories: reads targets, draws x_T and labels."""
+    """A store that is whole up to `num` trajectories: targets on disk, x_T and labels by seed."""
 
     def __init__(self, folder: Path, num: int):
         self.index = _read_index(folder)
         self.num = num
-        self._maps = []
-        for i in range(-(-num // self.index.shard)):
-            _check_shard(folder, i)
-            self._maps.append(np.load(_shard_path(folder, i), mmap_mode="r", allow_pickle=False))
+        shards = range(-(-num // self.index.shard))
+        self._maps = [_opened(folder, i, self.index) for i in shards]
 
     @property
     def K(self) -> int:
-        return len(self.index.kept)
+        return len(self.index.saved)
 
     def targets(self, indices: Tensor) -> Tensor:
         """x^(1) .. x^(K) of the images `indices` (B,): (B, K, C, S, S) float32."""
@@ -138,19 +126,22 @@ class Trajectories:
 
     def x_T(self, indices: Tensor) -> Tensor:
         """The noise these images grew from: (B, C, S, S) float32, channels_last."""
-        C, H, W = self.index.shape
-        return sample_x_T(self.index.seed, indices, (C, H, W))
+        return self.index.noise.x_T(indices, self.index.shape)
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """Their class labels (B,) int64, or None for an unconditional teacher."""
-        return sample_labels(self.index.seed, indices, self.index.num_classes)
+        return self.index.noise.labels(indices, self.index.num_classes)
 
 
 def _read_index(folder: Path) -> TrajectoryIndex:
+    path = folder / INDEX
     try:
-        return TrajectoryIndex(**read_json(folder / INDEX))
-    except TypeError as error:
-        raise CheckpointError(f"{folder / INDEX} is no index of trajectories: {error}") from None
+        index = cast(TrajectoryIndex, build(TrajectoryIndex, read_json(path), ""))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} is no index of trajectories: {error}") from None
+    if len(index.shape) != 3 or not index.saved:
+        raise CheckpointError(f"{path} is no index of trajectories: shape or saved is wrong")
+    return index
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -162,14 +153,39 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Checksums of shards that this process has read whole, by path; with the file's size and time.
+_verified: dict[Path, tuple[int, int, object]] = {}
+
+
 def _check_shard(folder: Path, number: int) -> None:
     """Raise CheckpointError unless the shard is there and is what was written."""
-    path = _shard_path(folder, number)
-    written = read_json(path.with_suffix(".json"))
+    path = _shard_path(folder, number).resolve()
+    sha256 = read_json(path.with_suffix(".json")).get("sha256")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
-    if _sha256(path) != written.get("sha256"):
+    state = path.stat()
+    found = (state.st_size, state.st_mtime_ns, sha256)
+    if _verified.get(path) == found:
+        return
+    if _sha256(path) != sha256:
         raise CheckpointError(f"{path} is not the file that was written (checksum differs)")
+    _verified[path] = found
+
+
+def _opened(folder: Path, number: int, index: TrajectoryIndex) -> np.ndarray:
+    """A shard, memory-mapped: (shard, K, C, S, S). CheckpointError if it is not that."""
+    _check_shard(folder, number)
+    path = _shard_path(folder, number)
+    shape = (index.shard, len(index.saved), *index.shape)
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
+        raise CheckpointError(f"{path} is not a whole array: {error}") from None
+    if found.shape != shape or found.dtype != index.dtype:
+        raise CheckpointError(
+            f"{path} holds {found.dtype} {found.shape}, not {index.dtype} {shape}"
+        )
+    return found
 
 
 def _is_whole(folder: Path, number: int) -> bool:
@@ -210,117 +226,93 @@ def sample_trajectories(
     report: Callable[[int, int], None] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Trajectories | None:
-    """Draw what is missing of `num` trajectories, shard by shard, and return the whole store.
+    """Sample what is missing of `num` trajectories, shard by shard, and return the whole store.
 
-    A shard is always drawn whole; by the engine, whose bits depend on neither batch nor threads,
-    or plainly in one batch by one thread. So the store is the same bits wherever an earlier call
-    was cut. `report(images done, images)` is called after every step of a shard; once `stopped()`
-    is true it ends within a pass, returning None, and an unfinished shard is drawn anew by the
-    next call.
+    A shard is always sampled whole, in one batch, so the store is the same bits wherever an earlier
+    call was cut and whatever the number of threads. `report(images done, images)` is called after
+    every step of a shard; once `stopped()` is true it ends within a network pass, returning None,
+    and the next call samples an unfinished shard anew. Raises ConfigError where the store there is
+    another, or goes on by an engine that is not to be had here.
     """
     index = open_store(folder, index)
+    remove_stale(folder)
     shards = -(-num // index.shard)
     missing = [i for i in range(shards) if not _is_whole(folder, i)]
     if missing:
-        drawing = _Drawing(unet, folder, index, threads, shards, shards - len(missing))
-        drawing.report, drawing.stopped = report, stopped
         try:
-            drawing.run(missing)
+            _, H, W = index.shape
+            engine = engine_named(index.engine, unet, index.shard, size=(H, W))
+        except ValueError as error:
+            raise ConfigError(
+                f"{folder} cannot go on with its trajectories: {error}; remove that folder or "
+                "choose another run name"
+            ) from None
+        progress = _Progress(index, shards, shards - len(missing), report, stopped)
+        try:
+            _sample_shards(engine, unet, folder, index, missing, threads, progress)
         except _Stopped:
             return None
     return Trajectories(folder, num)
 
 
-class _Drawing:
-    """Draws missing shards: by the engine, all threads on each, or plainly, a thread for each."""
-
-    report: Callable[[int, int], None] | None = None
+class _Progress:
+    """Counts steps of shards, from any thread, and ends the sampling on demand."""
 
     def __init__(
         self,
-        unet: UNet,
-        folder: Path,
         index: TrajectoryIndex,
-        threads: int,
         shards: int,
         finished: int,
+        report: Callable[[int, int], None] | None,
+        stopped: Callable[[], bool],
     ):
-        self.unet, self.folder, self.index = unet, folder, index
-        self.threads, self.shards = threads, shards
-        self.stopped: Callable[[], bool] = lambda: False
-        self.table = table_of(unet.schedule, index.sampler, index.steps, index.eta)
-        self.engine = _engine_of(unet, index)
-        self._steps_done = finished * len(self.table)
+        self._index, self._shards = index, shards
+        self._report, self._stopped = report, stopped
+        self._steps_done = finished * index.steps
         self._lock = threading.Lock()
 
-    def run(self, missing: list[int]) -> None:
-        if self.engine is not None:
-            for number in missing:
-                self._write(number, self._by_engine(self.engine, number))
-            return
-        with Workers(self.threads, self.unet.conv_in.weight.device) as workers:
-            for _ in workers.map(lambda i: self._write(i, self._plainly(i)), missing):
-                pass
-
-    def _check_stopped(self) -> None:
-        if self.stopped():
+    def poll(self) -> None:
+        if self._stopped():
             raise _Stopped
 
-    def _on_step(self, done: int, steps: int) -> None:
+    def on_step(self, done: int, steps: int) -> None:
         with self._lock:
             self._steps_done += 1
-            if self.report is not None:
-                images = self._steps_done * self.index.shard // len(self.table)
-                self.report(images, self.shards * self.index.shard)
+            if self._report is not None:
+                images = self._steps_done * self._index.shard // self._index.steps
+                self._report(images, self._shards * self._index.shard)
 
-    def _on_plain_step(self, done: int, steps: int) -> None:
-        self._check_stopped()
-        self._on_step(done, steps)
 
-    def _images(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Numbers and labels of a shard's images."""
-        first = number * self.index.shard
-        indices = torch.arange(first, first + self.index.shard)
-        return indices, sample_labels(self.index.seed, indices, self.index.num_classes)
+def _sample_shards(
+    engine: Engine,
+    unet: UNet,
+    folder: Path,
+    index: TrajectoryIndex,
+    missing: list[int],
+    threads: int,
+    progress: _Progress,
+) -> None:
+    """Sample shards and write them, each as soon as it is whole."""
+    table = table_of(unet.schedule, index.sampler, index.steps, index.eta)
+    shape = (index.shard, len(index.saved), *index.shape)
 
-    def _by_engine(self, engine: Engine | CudaEngine, number: int) -> np.ndarray:
-        index = self.index
-        indices, y = self._images(number)
-        shape = (index.shard, len(index.kept), *index.shape)
-        out = torch.empty(shape, dtype=getattr(torch, index.dtype))
-        sample_into(
-            out, engine, self.table, index.seed, indices, y=y, kept=index.kept,
-            target=index.target, threads=self.threads, callback=self._on_step,
-            poll=self._check_stopped,
+    def sample(number: int) -> None:
+        first = number * index.shard
+        indices = torch.arange(first, first + index.shard, dtype=torch.int64, device="cpu")
+        out = torch.empty(shape, dtype=getattr(torch, index.dtype), device="cpu")
+        engine.sample(
+            table, index.noise, indices, index.noise.labels(indices, index.num_classes),
+            saved=index.saved, target=index.target, out=out, threads=threads,
+            on_step=progress.on_step, poll=progress.poll,
         )  # fmt: skip
-        return out.numpy()
+        _write(folder, number, out.numpy())
 
-    def _plainly(self, number: int) -> np.ndarray:
-        index = self.index
-        indices, y = self._images(number)
-        kept = sample_eagerly(
-            self.unet, self.table, index.seed, indices, y=y, kept=index.kept,
-            target=index.target, callback=self._on_plain_step, size=index.shape[-1],
-        )  # fmt: skip
-        stacked: np.ndarray = torch.stack(kept, dim=1).cpu().contiguous().numpy()
-        return stacked.astype(index.dtype)
-
-    def _write(self, number: int, values: np.ndarray) -> None:
-        path = _shard_path(self.folder, number)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, values, allow_pickle=False)
-        write_json(path.with_suffix(".json"), {"images": len(values), "sha256": _sha256(path)})
+    for _ in engine.map(sample, missing, threads):
+        pass
 
 
-def _engine_of(unet: UNet, index: TrajectoryIndex) -> Engine | CudaEngine | None:
-    """What draws this store; ConfigError where that is not to be had here."""
-    if index.engine == PLAIN:
-        return None
-    engine = engine_for(unet, index.shape[-1], index.shard)
-    if engine is None or engine.name != index.engine:
-        here = PLAIN if engine is None else engine.name
-        raise ConfigError(
-            f"these trajectories are drawn by the engine {index.engine!r}, but here that is "
-            f"{here!r}; remove their folder or choose another run name"
-        )
-    return engine
+def _write(folder: Path, number: int, values: np.ndarray) -> None:
+    path = _shard_path(folder, number)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+    write_json(path.with_suffix(".json"), {"images": len(values), "sha256": _sha256(path)})

@@ -1,45 +1,137 @@
-"""Engines that are kept with their networks, as long as these stay the same."""
+"""Which engine serves a network, and the engines that are kept as long as it stays the same."""
 
 from __future__ import annotations
 
 import operator
 import threading
+import warnings
 import weakref
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from advkd.engine.cpu import Engine, lower
+from advkd.engine.cpu import CpuEngine
+from advkd.engine.cuda import CudaEngine
+from advkd.engine.eager import EagerEngine
+from advkd.engine.interface import Engine, input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops._backend import cpu_unavailable, fused_extension, use_fused
+from advkd.ops import address
+from advkd.ops._backend import fused_extension, use_fused
 
-# Images of a pass for which the engine of few images, and that of many, is made.
-_FEW, _MANY = 1, 16
+# Tried in this order; what none of them takes is the eager engine's.
+ENGINES: list[type[Engine]] = [CpuEngine, CudaEngine]
+
 _KEPT = 2  # engines of one network, the newest
-_Key = tuple[int, int, int | None]  # side, batch, exit_at
+_Key = tuple[tuple[int, int], int, int | None]  # (H, W), batch, exit_at
 _Layout = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _TABLES = ("_modules", "_parameters", "_buffers")
 
 
-class _Snapshot:
-    """What a network's engines are made from: modules, their settings, their tensors' content.
+def compile(
+    model: UNet | Student,
+    images: int = 1,
+    *,
+    size: tuple[int, int] | None = None,
+    exit_at: int | None = None,
+) -> Engine:
+    """Make the fastest engine that serves a network on its device, for `images` at a time.
 
-    Settings, modules and tensors are compared by identity. The content is read each time, since
-    nothing tells that numbers were written past torch, by `.data` or through numpy. What is held
-    does not keep the network itself alive.
+    For repeated calls: an engine checks nothing of the network it was made from, and a CPU engine
+    copies the weights. `size` (H, W) is for a teacher whose configuration names none, `exit_at`
+    the student's head to leave by. Raises ValueError for what the network cannot do.
+    """
+    size = input_shape(model, size)[1:]
+    kind = _kind_of(model)
+    try:
+        engine = kind.make(model, size, kind.batch_for(images), exit_at)
+    except LoweringError as error:
+        _warn(kind, error)
+        engine = EagerEngine(model, size, exit_at)
+    engine.network = model  # lives as long as what reads its weights
+    return engine
+
+
+def engine_for(
+    model: UNet | Student,
+    images: int,
+    *,
+    size: tuple[int, int] | None = None,
+    exit_at: int | None = None,
+) -> Engine:
+    """The engine that samples so many images at once; kept with its network.
+
+    An engine is made anew once the network's weights, settings, hooks or methods have changed.
+    Raises ValueError for what the network cannot do.
+    """
+    size = input_shape(model, size)[1:]
+    if not use_fused("the sampling loop", None, None):
+        return EagerEngine(model, size, exit_at)
+    with _lock:
+        kept = _kept.get(model)
+        if kept is None or not kept.snapshot.is_of(model):
+            _kept.pop(model, None)
+            kind = _kind_of(model)
+            if kind is EagerEngine:
+                return EagerEngine(model, size, exit_at)
+            kept = _kept[model] = _Kept(model, kind)
+        return kept.engine(model, size, max(images, 1), exit_at)
+
+
+def engine_named(
+    name: str, model: UNet | Student, images: int, *, size: tuple[int, int] | None = None
+) -> Engine:
+    """The engine of that name, so that what it goes on with has the same bits as what it began.
+
+    Raises ValueError where it cannot be had here.
+    """
+    if name == EagerEngine.name:
+        return EagerEngine(model, input_shape(model, size)[1:])
+    engine = engine_for(model, images, size=size)
+    if engine.name != name:
+        raise ValueError(f"they are of the engine {name!r}, but here that is {engine.name!r}")
+    return engine
+
+
+def _kind_of(model: UNet | Student) -> type[Engine]:
+    """The first engine that takes the network as it is now."""
+    reason = "no engine takes it"
+    for kind in ENGINES:
+        unavailable = kind.unavailable(model)
+        if unavailable is None:
+            return kind
+        reason = unavailable
+    use_fused("the sampling loop", None, reason)  # an explicit wish that cannot be met is an error
+    return EagerEngine
+
+
+def _warn(kind: type[Engine], error: LoweringError) -> None:
+    warnings.warn(
+        f"{kind.__name__} cannot run this network, so torch does: {error}", stacklevel=3
+    )
+
+
+class _Snapshot:
+    """What a network's engines are made from: modules, their settings and methods, its tensors.
+
+    Settings, modules and tensors are compared by identity. Where an engine copies the weights,
+    their content is read each time, since nothing tells that numbers were written past torch, by
+    `.data` or through numpy. A snapshot does not keep the network itself alive.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, reads_content: bool):
         modules = list(model.modules())
+        self._reads_content = reads_content
         self._kind = type(model)
         self._inner = modules[1:]
         self._kinds = list(map(type, self._inner))
+        self._forwards = self._all_forwards()
         self._hooks = [vars(module)[name] for module in modules for name in _HOOKS]
+        self._hooked = list(map(len, self._hooks))
         self._tables = [
             *(vars(module) for module in modules),
             *(vars(module)[name] for module in modules for name in _TABLES),
@@ -47,7 +139,7 @@ class _Snapshot:
         self._values = self._all_values()
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._layouts = self._all_layouts()
-        self._runs = [(t.data_ptr(), t.numel()) for t in self._tensors if _is_dense(t)]
+        self._runs = [(address(t, torch.float32), t.numel()) for t in self._tensors if _is_dense(t)]
         self._others = [t for t in self._tensors if not _is_dense(t)]
         self._content = self._fingerprint()
 
@@ -57,12 +149,16 @@ class _Snapshot:
         return (
             type(model) is self._kind
             and list(map(type, self._inner)) == self._kinds
-            and not any(self._hooks)
+            and self._all_forwards() == self._forwards
+            and list(map(len, self._hooks)) == self._hooked
             and len(values) == len(self._values)
             and all(map(operator.is_, values, self._values))
             and self._all_layouts() == self._layouts
             and self._fingerprint() == self._content
         )
+
+    def _all_forwards(self) -> list[object]:
+        return [vars(kind).get("forward") for kind in dict.fromkeys((self._kind, *self._kinds))]
 
     def _all_values(self) -> list[object]:
         return list(chain.from_iterable(map(dict.values, self._tables)))
@@ -71,8 +167,10 @@ class _Snapshot:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
 
     def _fingerprint(self) -> int:
+        if not self._reads_content:
+            return 0
         copies = [t.detach().contiguous() for t in self._others]
-        runs = [*self._runs, *((t.data_ptr(), t.numel()) for t in copies)]
+        runs = [*self._runs, *((address(t, torch.float32), t.numel()) for t in copies)]
         number: int = fused_extension().fingerprint(runs)
         return number
 
@@ -85,49 +183,34 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class _Kept:
-    """The engines of one network."""
+    """The engines of one network, all of one kind."""
 
-    def __init__(self, model: UNet | Student):
-        self.snapshot = _Snapshot(model)
+    def __init__(self, model: UNet | Student, kind: type[Engine]):
+        self.kind = kind
+        self.snapshot = _Snapshot(model, not kind.reads_in_place)
         self._engines: dict[_Key, Engine] = {}
+        self._refused = False  # by `make`; a warning has said why
 
-    def engine(self, model: UNet | Student, key: _Key) -> Engine:
-        side, batch, exit_at = key
+    def engine(
+        self, model: UNet | Student, size: tuple[int, int], images: int, exit_at: int | None
+    ) -> Engine:
+        if self._refused:
+            return EagerEngine(model, size, exit_at)
+        key = (size, self.kind.batch_for(images), exit_at)
         engine = self._engines.pop(key, None)
-        if engine is None:
-            engine = lower(model, (side, side), batch=batch, exit_at=exit_at)
-        self._engines[key] = engine
-        while len(self._engines) > _KEPT:
+        while len(self._engines) >= _KEPT:  # before making one: memory may be short
             self._engines.pop(next(iter(self._engines)))
+        if engine is None:
+            try:
+                engine = self.kind.make(model, *key)
+            except LoweringError as error:
+                self._refused = True
+                self._engines.clear()
+                _warn(self.kind, error)
+                return EagerEngine(model, size, exit_at)
+        self._engines[key] = engine
         return engine
 
 
 _kept: weakref.WeakKeyDictionary[UNet | Student, _Kept] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-def engine_for(
-    model: UNet | Student, side: int, images: int, exit_at: int | None = None
-) -> Engine | None:
-    """The engine that draws so many images of side x side pixels; None where torch draws them.
-
-    Engines are kept with their network as long as its weights and settings are the same. Up to
-    three images have an engine of their own, made for one at a time.
-    """
-    if not use_fused("the sampling loop", None, None):
-        return None
-    key = (side, _FEW if images <= 3 * _FEW else _MANY, exit_at)
-    with _lock:
-        kept = _kept.get(model)
-        if kept is None or not kept.snapshot.is_of(model):
-            _kept.pop(model, None)
-            unavailable = cpu_unavailable(*model.parameters(), *model.buffers())
-            if not use_fused("the sampling loop", None, unavailable):
-                return None
-            kept = _Kept(model)
-        try:
-            engine = kept.engine(model, key)
-        except LoweringError:
-            return None
-        _kept[model] = kept
-        return engine
+_lock = threading.RLock()

@@ -1,4 +1,4 @@
-"""A network as a compiled plan that runs, and what it tells of itself."""
+"""The CPU engine: a network as a compiled plan, run by the C++ executor and its sampling loop."""
 
 from __future__ import annotations
 
@@ -9,50 +9,88 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from advkd.diffusion import StepTable
+from advkd.engine.interface import (
+    Engine,
+    OnStep,
+    check_labels,
+    check_out,
+    check_saved,
+    input_shape,
+    patched,
+)
 from advkd.engine.lowering import LoweringError
 from advkd.engine.networks import lower_student, lower_unet, time_plan
-from advkd.engine.plan import (
-    ALGORITHMS,
-    INPUT,
-    OUTPUT,
-    Op,
-    Part,
-    Plan,
-)
+from advkd.engine.noise import Noise
+from advkd.engine.plan import ALGORITHMS, INPUT, OUTPUT, Op, Part, Plan
 from advkd.models.layers import timestep_embedding
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops import extension
+from advkd.ops import address, extension
+from advkd.ops._backend import cpu_unavailable
+
+FLOAT = torch.float32
+
+# Images of a pass for which the engine of few images, and that of many, is made.
+_FEW, _MANY = 1, 16
 
 
-class Engine:
+class CpuEngine(Engine):
     """A network as a compiled plan: float32 on the CPU, (B, C, H, W) in and out.
 
-    `plan` is the pass; `time` makes, for a teacher, the rows that tell its passes their times.
-    Its weights are copies, so that later changes of the network do not reach it.
+    `plan` is the network pass; `time` makes, for a teacher, the conditioning of its passes from
+    their times. The weights are copies, so later changes of the network do not reach it. An image
+    has the same bits in any batch and at any number of threads.
     """
+
+    reads_in_place = False
 
     def __init__(self, plan: Plan, time: Plan | None, sinusoids: Callable[[Tensor], Tensor] | None):
         self.plan, self.time = plan, time
         self.compiled = plan.compiled()
         self._time = None if time is None else time.compiled()
         self._sinusoids = sinusoids
+        source = plan.buffers[INPUT]
+        self.shape = (source.channels, source.height, source.width)
+        self.classes = plan.classes or None
+
+    @classmethod
+    def unavailable(cls, model: UNet | Student) -> str | None:
+        """Why the C++ executor cannot run the network: it is missing, the network is on another
+        device, of another dtype, or a program has replaced one of its methods."""
+        method = patched(model)
+        if method is not None:
+            return f"{method} has been replaced, and a plan would not call it"
+        return cpu_unavailable(*model.parameters(), *model.buffers())
+
+    @classmethod
+    def batch_for(cls, images: int) -> int:
+        """One at a time for up to three images, else sixteen: they differ in their algorithms."""
+        return _FEW if images <= 3 * _FEW else _MANY
+
+    @classmethod
+    def make(
+        cls, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None
+    ) -> CpuEngine:
+        """See `Engine.make`."""
+        return lower(model, size, batch=batch, exit_at=exit_at)
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """What decides an image's bits, beside the network and the instruction set."""
-        told = json.dumps([(op.kind, op.numbers, op.factor) for op in self.plan.ops])
-        digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+        content = json.dumps([(op.kind, op.numbers, op.factor) for op in self.plan.ops])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         return f"plan {digest} for batch {self.plan.batch}"
 
-    def rows(self, timesteps: Sequence[int]) -> Tensor:
-        """What the passes at these times are told: (N, row) float32."""
+    def conditioning(self, timesteps: Sequence[int]) -> Tensor:
+        """What the plan reads beside its input, for passes at these times: (N, R) float32."""
+        N, R = len(timesteps), self.plan.conditioning
+        out = torch.empty((N, R), dtype=torch.float32, device="cpu")
         if self._time is None or self._sinusoids is None:
-            return torch.zeros(len(timesteps), 0)
-        x = self._sinusoids(torch.tensor(timesteps, dtype=torch.int64)).contiguous()
-        out = torch.empty(len(timesteps), self.plan.row)
+            return out
+        x = self._sinusoids(torch.tensor(timesteps, dtype=torch.int64, device="cpu")).contiguous()
         self._time.run(
-            x=x.data_ptr(), y=out.data_ptr(), row=0, labels=0, images=len(timesteps),
+            x=address(x, FLOAT), y=address(out, FLOAT), conditioning=0, labels=0, images=N,
             threads=torch.get_num_threads(), nan_fill=False,
         )  # fmt: skip
         return out
@@ -60,63 +98,97 @@ class Engine:
     def run(
         self,
         x: Tensor,
-        t: int | None = None,
         y: Tensor | None = None,
         *,
+        t: int | None = None,
         threads: int = 0,
         nan_fill: bool = False,
     ) -> Tensor:
-        """One pass: x (B, C, H, W) float32 -> (B, C', H', W'), channels_last.
-
-        t is a teacher's time, y (B,) int64 the labels of a class-conditional network. `threads`
-        as torch has them, if 0. `nan_fill` fills the arena with NaN first. ValueError for a shape,
-        dtype or label that does not fit.
-        """
-        self._check(x, y)
-        source = self.plan.buffers[INPUT]
-        target = self.plan.buffers[OUTPUT]
+        """See `Engine.run`; the result is channels_last. `nan_fill` fills the arena first."""
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x {tuple(x.shape)} is not (B, {', '.join(map(str, self.shape))})")
+        if x.dtype is not torch.float32 or not x.is_cpu:
+            raise ValueError(f"the engine takes float32 on the CPU, not {x.dtype} on {x.device}")
         if (t is None) != (self.time is None):
             raise ValueError("a teacher needs a time t, and a student takes none")
-        row = self.rows([] if t is None else [t])
+        labels = self._labels(y, len(x))
+        conditioning = self.conditioning([] if t is None else [t])
         dense = x.detach().permute(0, 2, 3, 1).contiguous()
-        assert dense.shape[1:] == (source.height, source.width, source.channels)
-        out = torch.empty(len(x), target.height, target.width, target.channels)
-        labels = None if y is None else y.contiguous()
+        target = self.plan.buffers[OUTPUT]
+        out = _floats(len(x), target.height, target.width, target.channels)
         self.compiled.run(
-            x=dense.data_ptr(), y=out.data_ptr(), row=row.data_ptr(),
-            labels=0 if labels is None else labels.data_ptr(), images=len(x),
+            x=address(dense, FLOAT), y=address(out, FLOAT),
+            conditioning=address(conditioning, FLOAT),
+            labels=0 if labels is None else address(labels, torch.int64), images=len(x),
             threads=threads or torch.get_num_threads(), nan_fill=nan_fill,
         )  # fmt: skip
         return out.permute(0, 3, 1, 2)
 
+    @torch.inference_mode()
+    def sample(
+        self,
+        table: StepTable,
+        noise: Noise,
+        indices: Tensor,
+        y: Tensor | None = None,
+        *,
+        saved: Sequence[int],
+        target: str = "denoised",
+        out: Tensor | None = None,
+        threads: int = 0,
+        on_step: OnStep | None = None,
+        poll: Callable[[], object] | None = None,
+        nan_fill: bool = False,
+    ) -> Tensor:
+        """See `Engine.sample`: all steps in one call of C++; a memory-mapped `out` will do.
+
+        `poll` is called after each pass over a part of the batch, by the thread that made it; what
+        it raises ends the sampling, as Ctrl-C does.
+        """
+        N, B = len(table), len(indices)
+        check_saved(N, saved, target)
+        check_out(out, B, len(saved), self.shape)
+        labels = self._labels(y, B)
+        if out is None:
+            out = _floats(B, len(saved), *self.shape)
+        conditioning = self.conditioning(table.timesteps.tolist())
+        coefficients = torch.tensor(table.coefficients, dtype=torch.float64, device="cpu")
+        numbers = indices.to("cpu", torch.int64).contiguous()
+        self.compiled.sample(
+            coefficients=address(coefficients, torch.float64),
+            conditioning=address(conditioning, FLOAT),
+            steps=N, clip=table.clip, seed=noise.seed, purpose=int(noise.purpose),
+            image_index=address(numbers, torch.int64),
+            labels=0 if labels is None else address(labels, torch.int64), images=B,
+            saved=list(saved), save_denoised=target == "denoised", out=address(out, out.dtype),
+            half=out.dtype is torch.float16, image_stride=out.stride(0), saved_stride=out.stride(1),
+            threads=threads or torch.get_num_threads(), on_pass=poll,
+            on_step=None if on_step is None else lambda done: on_step(done, N), nan_fill=nan_fill,
+        )  # fmt: skip
+        return out
+
     def profile(self, images: int, repeats: int = 5) -> list[float]:
         """Seconds of CPU time of each operation at one thread, the least of some repeats."""
         source, target = self.plan.buffers[INPUT], self.plan.buffers[OUTPUT]
-        x, y = (torch.zeros(images, b.height, b.width, b.channels) for b in (source, target))
-        row, labels = torch.zeros(max(1, self.plan.row)), torch.zeros(images, dtype=torch.int64)
+        x, y = (_floats(images, b.height, b.width, b.channels) for b in (source, target))
+        conditioning = _floats(max(1, self.plan.conditioning)).zero_()
+        labels = torch.zeros(images, dtype=torch.int64, device="cpu")
         seconds: list[float] = self.compiled.profile(
-            x=x.normal_().data_ptr(), y=y.data_ptr(), row=row.data_ptr(),
-            labels=labels.data_ptr(), images=images, repeats=repeats,
+            x=address(x.normal_(), FLOAT), y=address(y, FLOAT),
+            conditioning=address(conditioning, FLOAT),
+            labels=address(labels, torch.int64), images=images, repeats=repeats,
         )  # fmt: skip
         return seconds
 
-    def _check(self, x: Tensor, y: Tensor | None) -> None:
-        source = self.plan.buffers[INPUT]
-        shape = (source.channels, source.height, source.width)
-        if x.dim() != 4 or tuple(x.shape[1:]) != shape:
-            raise ValueError(f"x {tuple(x.shape)} is not (B, {', '.join(map(str, shape))})")
-        if x.dtype is not torch.float32 or not x.is_cpu:
-            raise ValueError(f"the engine takes float32 on the CPU, not {x.dtype} on {x.device}")
-        self.check_labels(y, len(x))
+    def _labels(self, y: Tensor | None, images: int) -> Tensor | None:
+        """The labels, checked, as the executor reads them."""
+        check_labels(y, images, self.classes)
+        return None if y is None else y.to("cpu", torch.int64).contiguous()
 
-    def check_labels(self, y: Tensor | None, images: int) -> None:
-        """ValueError for labels that are missing, superfluous or not (B,) int64."""
-        if self.plan.classes and y is None:
-            raise ValueError("this network is class-conditional: pass labels y (B,)")
-        if not self.plan.classes and y is not None:
-            raise ValueError("this network is unconditional: it takes no labels")
-        if y is not None and (y.shape != (images,) or y.dtype is not torch.int64 or not y.is_cpu):
-            raise ValueError(f"y {tuple(y.shape)} {y.dtype} is not ({images},) int64 on the CPU")
+
+def _floats(*shape: int) -> Tensor:
+    """An unwritten float32 tensor on the CPU, whatever a program's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def lower(
@@ -126,7 +198,7 @@ def lower(
     batch: int,
     threads: int = 1,
     exit_at: int | None = None,
-) -> Engine:
+) -> CpuEngine:
     """The engine of a network for inputs of `size` (H, W), made for `batch` images at a time.
 
     Batch and threads decide which algorithm a convolution takes; more images are run in parts of
@@ -138,10 +210,9 @@ def lower(
     if batch < 1 or threads < 1:
         raise ValueError(f"batch={batch} and threads={threads} must be positive")
     if isinstance(model, Student):
-        if size != (model.size, model.size):
-            raise ValueError(f"this student takes {model.size}x{model.size} pixels, not {size}")
-        plan = lower_student(model, size, batch, threads, exit_at).plan.finished()
-        return Engine(plan, None, None)
+        input_shape(model, size)
+        low = lower_student(model, size, batch, threads, exit_at)
+        return CpuEngine(low.plan.finished(), None, None)
     model.check_size(*size)
     low = lower_unet(model, size, batch, threads)
     config = model.config
@@ -151,13 +222,15 @@ def lower(
         return timestep_embedding(timesteps, width, config.flip_sin_to_cos, config.freq_shift)
 
     time = time_plan(low, model)
-    return Engine(low.plan.finished(), time, sinusoids)
+    engine = CpuEngine(low.plan.finished(), time, sinusoids)
+    engine.schedule = model.schedule
+    return engine
 
 
-def describe(engine: Engine, images: int, timed: bool = False) -> Iterator[str]:
-    """Lines that tell a plan's operations, their sizes and FLOPs, and the memory of a pass.
+def describe(engine: CpuEngine, images: int, timed: bool = False) -> Iterator[str]:
+    """Lines that list a plan's operations, their sizes and FLOPs, and the memory of a pass.
 
-    `timed` adds what each takes of this processor, by CPU time at one thread.
+    `timed` adds the CPU time of each on this processor, at one thread.
     """
     plan = engine.plan
     images = min(images, plan.batch)

@@ -1,142 +1,133 @@
-"""The teacher's sampling loop on a CUDA device: a pass of the network, captured in a graph, and
-the C++ loop over it (csrc/cuda/sampling_loop.cu), in which Python takes no part in a step.
+"""The engine of a teacher on a CUDA device: one network pass, captured in a CUDA graph, and the C++
+loop that launches it once a step (csrc/cuda/sampling_loop.cu). Python takes no part in a step.
 
-The state is float32. The network may be of float32, float16 or bfloat16; the step's kernel then
-writes the state in that type too. What the network is told of the time is computed for all steps
-before the first, and the kernel puts the next step's row where the graph reads it.
+The state is float32. The network may be of float32, float16 or bfloat16; the kernel of the step
+then writes the state in that type too. Time embeddings are computed for all steps before the first,
+and the kernel copies the next step's to where the graph reads it.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advkd import ops
 from advkd.diffusion import StepTable
+from advkd.engine.interface import Engine, OnStep, check_labels, check_saved
+from advkd.engine.lowering import LoweringError
+from advkd.engine.noise import Noise
+from advkd.models import layers, unet
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops._backend import use_fused
-from advkd.ops.reference import memory_format_of
 
-# Steps between two looks at Ctrl-C and two calls of a callback.
-CHUNK = 10
+CHUNK = 10  # steps between two looks at Ctrl-C and at callbacks
+MAX_BATCH = 256  # images of a captured pass; more are sampled in parts
+_MAX_CHANNELS = 128  # of an image, in csrc/cuda/sampling_step.h
 _WARM_UP = 3  # passes before the capture, in which libraries choose their algorithms
-_MOST_CHANNELS = 128  # of a channels_last image in csrc/cuda/sampling_step.h
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
+# A graph repeats the launches of one call, so the modules in it must be known to have no state of
+# their own in Python: these kinds, with these methods.
+_BLOCKS: tuple[type[nn.Module], ...] = (
+    *(unet.UNet, unet.DownBlock, unet.MidBlock, unet.UpBlock),
+    *(layers.ResnetBlock, layers.Attention, layers.GroupNormSiLU, layers.Conv3x3),
+    *(layers.Downsample, layers.Upsample, layers.TimestepEmbedding),
+    *(nn.Conv2d, nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList),
+)
+_FORWARDS = {kind: kind.forward for kind in _BLOCKS}
+_UNET_METHODS = {name: getattr(UNet, name) for name in ("embed", "embed_time", "denoise")}
 
-def unavailable(unet: UNet) -> str | None:
-    """Why no CUDA graph serves this network, as one sentence; None where one does."""
-    weight = unet.conv_in.weight
-    if not weight.is_cuda:
-        return f"the network is on {weight.device.type}"
-    if weight.dtype not in _NAMES:
-        return f"the CUDA loop takes float32, float16 and bfloat16, not {weight.dtype}"
-    if unet.training and unet.config.dropout > 0:
-        return "the network is in training, with dropout"
-    if unet.config.in_channels != unet.config.out_channels:
-        return "the network's output has another shape than its input"
-    if unet.config.in_channels > _MOST_CHANNELS:
-        return f"images have more than {_MOST_CHANNELS} channels"
-    return ops.cuda_missing() or ops.cuda_code_missing(
-        torch.cuda.get_device_capability(weight.device)
-    )
+_capturing = threading.Lock()  # one capture at a time, for they share a stream
 
 
-@dataclass
+@dataclass(frozen=True)
 class Buffers:
-    """Tensors that stay in their place. The network reads x_in and told and writes model_out."""
+    """Tensors whose addresses the graph holds, images channels_last. The network reads `x_in` and
+    `time_embedding` and writes `model_out`."""
 
+    loop_state: Tensor  # of the C++ loop
     x_t: Tensor  # (B, C, H, W) float32
     x_in: Tensor  # the same in the network's dtype; x_t itself where that is float32
-    told: Tensor  # (R,) of that dtype, R * itemsize a multiple of 16
-    model_out: Tensor | None = None  # (B, C, H, W), laid out as x_t
+    time_embedding: Tensor  # (R,) of that dtype, R * itemsize a multiple of 16
 
-
-def new_buffers(
-    shape: tuple[int, int, int, int], told: int, dtype: torch.dtype, device: torch.device,
-    memory_format: torch.memory_format,
-) -> Buffers:  # fmt: skip
-    """Unwritten buffers for images of `shape` and rows of `told` numbers."""
-    x_t = torch.empty(shape, device=device, memory_format=memory_format)
-    x_in = x_t if dtype == torch.float32 else torch.empty_like(x_t, dtype=dtype)
-    return Buffers(x_t, x_in, torch.empty(told, dtype=dtype, device=device))
+    @classmethod
+    def allocate(
+        cls, shape: tuple[int, int, int, int], width: int, dtype: torch.dtype, device: torch.device
+    ) -> Buffers:
+        """Zeros for images of `shape` (B, C, H, W) and time embeddings of `width` numbers."""
+        state = torch.zeros(_extension().cuda_loop_bytes, dtype=torch.uint8, device=device)
+        last = torch.channels_last
+        x_t = torch.empty(shape, dtype=torch.float32, device=device, memory_format=last).zero_()
+        x_in = x_t if dtype == torch.float32 else x_t.to(dtype)
+        return cls(state, x_t, x_in, torch.zeros(width, dtype=dtype, device=device))
 
 
 class Loop:
     """The C++ loop over a captured pass. `network` is the address of a cudaGraph_t.
 
-    Raises RuntimeError where CUDA refuses, which names the call and the error.
+    Raises RuntimeError where CUDA refuses, with the names of the call and the error.
     """
 
-    def __init__(self, extension: Any, buffers: Buffers, network: int, on_device: bool):
-        x_t, model_out = buffers.x_t, buffers.model_out
-        # With one channel both formats are the same, whatever the strides say.
-        assert model_out is not None and model_out.shape == x_t.shape
-        assert model_out.is_contiguous(memory_format=memory_format_of(x_t))
+    def __init__(self, extension: Any, buffers: Buffers, network: int, model_out: Tensor):
+        x_t, embedding = buffers.x_t, buffers.time_embedding
+        assert model_out.shape == x_t.shape and model_out.dtype == buffers.x_in.dtype
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x_t, model_out))
         B, C, H, W = x_t.shape
         self.buffers = buffers
-        self.loop = extension.CudaSamplingLoop(
-            device=x_t.device.index or 0, network=network, x_t=x_t.data_ptr(),
-            x_in=0 if buffers.x_in is x_t else buffers.x_in.data_ptr(),
+        self._loop = extension.CudaSamplingLoop(
+            device=x_t.device.index or 0, network=network, loop=buffers.loop_state.data_ptr(),
+            x_t=x_t.data_ptr(), x_in=0 if buffers.x_in is x_t else buffers.x_in.data_ptr(),
             model_out=model_out.data_ptr(), type=_NAMES[model_out.dtype],
-            told=buffers.told.data_ptr(),
-            told_bytes=buffers.told.numel() * buffers.told.element_size(), sizes=(B, C, H * W),
-            channels_last=memory_format_of(x_t) == torch.channels_last, on_device=on_device,
+            time_embedding=embedding.data_ptr(),
+            time_embedding_bytes=embedding.numel() * embedding.element_size(),
+            sizes=(B, C, H * W),
         )  # fmt: skip
 
     def run(
-        self, table: StepTable, told: Tensor, seed: int, indices: Tensor, *, kept: Sequence[int],
-        target: str, half: bool = False, chunk: int = CHUNK, stream: int = 0,
+        self, table: StepTable, time_embeddings: Tensor, noise: Noise, indices: Tensor, *,
+        saved: Sequence[int], target: str, half: bool = False, chunk: int = CHUNK, stream: int = 0,
         on_chunk: Callable[[int], object] | None = None,
     ) -> Tensor:  # fmt: skip
-        """All steps; what is kept after the steps `kept`, (K, B, C, H, W) on the device.
+        """Run all steps; the targets saved after the steps `saved`, (K, B, C, H, W) on the device,
+        float16 if `half`, else float32.
 
-        told: (N, R). `on_chunk` is told how many steps are done, every `chunk` steps.
+        time_embeddings: (N, R). `on_chunk` is called with the number of steps done, every `chunk`
+        steps. Raises RuntimeError while another run uses the buffers.
         """
-        x_t = self.buffers.x_t
+        x_t, embedding = self.buffers.x_t, self.buffers.time_embedding
+        B, C, H, W = x_t.shape
         out = torch.empty(
-            (len(kept) * len(x_t), *x_t.shape[1:]), device=x_t.device,
-            dtype=torch.float16 if half else torch.float32, memory_format=memory_format_of(x_t),
+            (len(saved), B, H, W, C), dtype=torch.float16 if half else torch.float32,
+            device=x_t.device,
         )  # fmt: skip
-        rows = step_rows(table, kept, target).to(x_t.device)
+        rows = step_rows(table, saved, target).to(x_t.device)
         indices = indices.to(x_t.device, torch.int64).contiguous()
-        told = told.to(x_t.device, self.buffers.told.dtype).contiguous()
-        self.loop.run(
-            steps=len(table), seed=seed, clip=table.clip, image_index=indices.data_ptr(),
-            rows=rows.data_ptr(), told=told.data_ptr(), kept=out.data_ptr(), kept_half=half,
+        time_embeddings = time_embeddings.to(x_t.device, embedding.dtype).contiguous()
+        self._loop.run(
+            steps=len(table), seed=noise.seed, purpose=int(noise.purpose), clip=table.clip,
+            image_index=indices.data_ptr(), rows=rows.data_ptr(),
+            time_embedding=time_embeddings.data_ptr(), saved=out.data_ptr(), saved_half=half,
             chunk=chunk, stream=stream, on_chunk=on_chunk,
         )  # fmt: skip
-        return out.unflatten(0, (len(kept), len(x_t)))
+        return out.permute(0, 1, 4, 2, 3)
 
 
-def _new_loop(extension: Any, buffers: Buffers, network: int, on_device: bool | None) -> Loop:
-    """The loop on the device, on the host, or (None) the former where driver and graph allow it."""
-    if on_device is not None:
-        return Loop(extension, buffers, network, on_device)
-    if not extension.cuda_device_loop_unavailable():
-        try:
-            return Loop(extension, buffers, network, True)
-        except RuntimeError:
-            pass  # some nodes cannot be in a loop; what else is wrong, the host's loop meets too
-    return Loop(extension, buffers, network, False)
-
-
-def step_rows(table: StepTable, kept: Sequence[int], target: str) -> Tensor:
-    """(N, 8) float32: a step's six coefficients and, as integers, its kept target and whether that
-    is x0_hat (csrc/cuda/sampling_step.h)."""
-    rows = torch.zeros(len(table), 8)
-    rows[:, :6] = torch.as_tensor(table.coefficients)
+def step_rows(table: StepTable, saved: Sequence[int], target: str) -> Tensor:
+    """A row per step, (N, 8) float32 on the CPU: six coefficients and, as integers, the number of
+    the target saved after it (-1: none) and whether that is x0_hat (csrc/cuda/sampling_step.h)."""
+    rows = torch.zeros((len(table), 8), dtype=torch.float32, device="cpu")
+    rows[:, :6] = torch.from_numpy(table.coefficients)
     integers = rows.view(torch.int32)
     integers[:, 6] = -1
-    for place, step in enumerate(kept):
-        integers[step - 1, 6] = place
+    for number, step in enumerate(saved):
+        integers[step - 1, 6] = number
         integers[step - 1, 7] = target == "denoised" and step < len(table)
     return rows
 
@@ -144,161 +135,315 @@ def step_rows(table: StepTable, kept: Sequence[int], target: str) -> Tensor:
 def captured(
     function: Callable[[], Tensor], device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """What a function launches, as a CUDA graph, and the tensor that it then writes."""
+    """Capture what a function launches on the device: the CUDA graph, and the tensor it writes.
+
+    An exception, of the function or of CUDA, leaves no capture under way and no memory taken.
+    """
+    with _capturing:
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            found = _captured_on(stream, function, device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+    return found
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for all captures on a device: libraries keep memory for each they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def _captured_on(
+    stream: torch.cuda.Stream, function: Callable[[], Tensor], device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`captured`, on the current stream."""
+    for _ in range(_WARM_UP):
+        function()
+    stream.synchronize()
+    torch.cuda.empty_cache()  # the graph's memory is a pool of its own
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            out = function()
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        # Other threads may go on to use CUDA.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        out = function()
+        graph.capture_end()
+    except BaseException:
+        _abandon(graph, pool, device)
+        raise
     return graph, out
 
 
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """End a capture that failed. Where CUDA itself refuses to end it, torch leaves its allocator in
+    the capture's pool; that is undone here."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        with suppress(RuntimeError):
+            torch._C._cuda_releasePool(device.index, pool)
+
+
 def current_stream(device: torch.device) -> int:
-    """torch's current stream there, as CUDA's handle."""
+    """The handle of torch's current stream on the device."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
-class CudaEngine:
-    """A teacher captured for batches of one size: `sample` is its whole loop.
+def synchronize(device: torch.device) -> None:
+    """Wait for torch's current stream on the device."""
+    torch.cuda.current_stream(device).synchronize()
 
-    Weights are read where they lie, so they may change in their place between runs. `on_device`:
-    the device repeats the steps of a chunk itself; None: where the driver can.
+
+class CudaEngine(Engine):
+    """A teacher captured for batches of one size.
+
+    A smaller batch is padded and a larger one sampled in parts; an image has the same bits in any
+    of them. Weights are read in their places, so new values need no new engine. Threads take turns.
+    A callback cannot use the engine that calls it, which is a RuntimeError. So is what CUDA refuses
+    while it runs.
     """
 
-    name = "cuda"
+    reads_in_place = True
 
-    def __init__(self, unet: UNet, batch: int, side: int, *, on_device: bool | None = None):
-        weight = unet.conv_in.weight
-        unet.check_size(side, side)
-        # Engines are kept by their network's side, which they must not keep alive.
-        self.unet = cast(UNet, weakref.proxy(unet))
-        self.batch = batch
-        channels_last = weight.shape[1] > 1 and memory_format_of(weight) == torch.channels_last
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (batch, unet.config.in_channels, side, side)
-        hidden = 4 * unet.config.block_out_channels[0]
-        buffers = new_buffers(shape, hidden, weight.dtype, weight.device, memory_format)
-        conditional = unet.class_embedding is not None
-        self.labels = weight.new_zeros(batch, dtype=torch.int64) if conditional else None
-        self.norms = ops.CudaGroupNorm()
-        extension = ops.extension
-        assert extension is not None
-        with torch.inference_mode():
-            buffers.x_in.zero_()
-            buffers.told.zero_()
-            # The graph goes with the engine, since the network works in its memory.
-            self.graph, buffers.model_out = captured(lambda: self._pass(buffers), weight.device)
-            self.loop = _new_loop(extension, buffers, self.graph.raw_cuda_graph(), on_device)
+    @classmethod
+    def unavailable(cls, model: UNet | Student) -> str | None:
+        """Why no CUDA graph serves this network, as a clause; None where one does."""
+        if isinstance(model, Student):
+            return "a student is one network pass"
+        unsuited, device = _unsuited(model), model.conv_in.weight.device
+        if device.type != "cuda":
+            return unsuited or f"the network is on {device.type}"
+        return (
+            unsuited
+            or ops.cuda_missing()
+            or ops.cuda_code_missing(torch.cuda.get_device_capability(device))
+        )
 
-    def _pass(self, buffers: Buffers) -> Tensor:
-        temb = buffers.told.expand(self.batch, -1)
-        if self.labels is not None and self.unet.class_embedding is not None:
-            temb = temb + self.unet.class_embedding(self.labels)
-        with self.norms:
-            out = self.unet.denoise(buffers.x_in, temb)
-        return out.contiguous(memory_format=memory_format_of(buffers.x_t))
+    @classmethod
+    def batch_for(cls, images: int) -> int:
+        """The next power of two, at most MAX_BATCH, so that few sizes are ever captured."""
+        return min(1 << max(images - 1, 0).bit_length(), MAX_BATCH)
 
-    @torch.inference_mode()
-    def sample(
-        self, table: StepTable, seed: int, indices: Tensor, y: Tensor | None, *,
-        kept: Sequence[int], target: str, half: bool = False,
-        callback: Callable[[int, int], None] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """What a sampler keeps after the steps `kept`: (K, B, C, H, W) float32, or float16 if half,
-        on the device. `callback` is called for every step, some steps later.
+    @classmethod
+    def make(
+        cls, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None = None
+    ) -> CudaEngine:
+        """Capture a teacher for inputs of `size` (H, W) and `batch` images at a time.
 
-        A batch that is not whole is filled up, and a larger one drawn in parts; an image has the
-        same bits in any of them. Raises ValueError for labels that do not fit, RuntimeError for
-        what CUDA refuses.
+        Raises LoweringError for whatever fails on the way, such as memory that does not suffice or
+        a driver that is too old; ValueError for a size that the network does not have.
         """
-        if (y is None) != (self.labels is None):
-            raise ValueError("labels are given to an unconditional teacher, or missing")
-        if y is not None and y.shape != indices.shape:
-            raise ValueError(f"y holds {y.numel()} labels for {len(indices)} images")
-        if len(indices) == 0:
-            raise ValueError("a batch on a CUDA device has at least one image")
-        parts = range(0, len(indices), self.batch)
-        found = [
-            self._sample_part(
-                table, seed, indices[at : at + self.batch],
-                None if y is None else y[at : at + self.batch], kept, target, half,
-                callback if at == parts[-1] else None,
+        if isinstance(model, Student):
+            raise LoweringError("a student is one network pass, which is not captured")
+        if exit_at is not None:
+            raise ValueError(f"exit_at={exit_at}: a teacher has no heads to leave by")
+        if batch < 1:
+            raise ValueError(f"batch={batch} is below 1")
+        model.check_size(*size)
+        try:
+            return cls(model, size, batch)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+        # Raised out here, so that no traceback holds the memory of the attempt.
+        torch.cuda.empty_cache()
+        raise LoweringError(f"the network pass could not be captured: {reason}")
+
+    def __init__(self, model: UNet, size: tuple[int, int], batch: int):
+        config, weight = model.config, model.conv_in.weight
+        self.name = f"cuda graph for batch {batch}"
+        self.shape = (config.in_channels, *size)
+        self.classes, self.schedule = model.num_classes, model.schedule
+        self.batch = batch
+        self._turns, self._busy = threading.RLock(), False
+        # What the graph reads must stay; the network itself may go, since engines are cached by it.
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._config, self._time_embedding = config, model.time_embedding
+        with _undisturbed(weight):
+            self._buffers = buffers = Buffers.allocate(
+                (batch, *self.shape), 4 * config.block_out_channels[0], weight.dtype, weight.device
             )
-            for at in parts
-        ]  # fmt: skip
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+            self._labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+            self._graph, self._model_out = captured(
+                partial(_network_pass, model, buffers, self._labels), weight.device
+            )
+            network = self._graph.raw_cuda_graph()
+            self._loop = Loop(_extension(), buffers, network, self._model_out)
 
-    def _sample_part(
-        self, table: StepTable, seed: int, indices: Tensor, y: Tensor | None, kept: Sequence[int],
-        target: str, half: bool, callback: Callable[[int, int], None] | None,
-    ) -> Tensor:  # fmt: skip
-        count = len(indices)
-        whole = torch.arange(self.batch).clamp(max=count - 1)
-        indices = indices.cpu()[whole]
-        device = self.loop.buffers.x_t.device
-        if self.labels is not None and y is not None:
-            self.labels.copy_(y.cpu()[whole])
-        self.norms.refresh()
-        timesteps = torch.as_tensor(table.timesteps, device=device)
-        told = self.unet.embed_time(timesteps, len(table))
-        told_of = 0
+    def run(
+        self, x: Tensor, y: Tensor | None = None, *, t: int | None = None, threads: int = 0
+    ) -> Tensor:
+        """One captured pass: x (B, C, H, W) float32 -> the same, on the network's device.
 
-        def on_chunk(done: int) -> None:
-            nonlocal told_of
-            assert callback is not None
-            while told_of < done:
-                told_of += 1
-                callback(told_of, len(table))
+        y (B,) int64 are labels for a class-conditional network, t is the time, and `threads` has no
+        effect. Raises ValueError for a shape, dtype or label that does not fit.
+        """
+        if x.shape[1:] != self.shape or x.dtype != torch.float32:
+            raise ValueError(f"x {tuple(x.shape)} {x.dtype} is not (B, *{self.shape}) float32")
+        if t is None:
+            raise ValueError("a teacher needs a time t")
+        check_labels(y, len(x), self.classes)
+        buffers, device = self._buffers, self._buffers.x_t.device
+        out = torch.empty(x.shape, dtype=torch.float32, device=device)
+        with self._turn(), _undisturbed(buffers.x_t):
+            buffers.time_embedding.copy_(self._time_embeddings([t])[0])
+            for part in self._parts(len(x)):
+                count = len(x[part])
+                buffers.x_in[:count].copy_(x[part])
+                if y is not None:
+                    self._labels[:count].copy_(y[part])
+                self._graph.replay()
+                out[part].copy_(self._model_out[:count])
+            synchronize(device)
+        return out
 
-        out = self.loop.run(
-            table, told, seed, indices, kept=kept, target=target, half=half,
-            stream=current_stream(device), on_chunk=None if callback is None else on_chunk,
+    def sample(
+        self,
+        table: StepTable,
+        noise: Noise,
+        indices: Tensor,
+        y: Tensor | None = None,
+        *,
+        saved: Sequence[int],
+        target: str = "denoised",
+        out: Tensor | None = None,
+        threads: int = 0,
+        on_step: OnStep | None = None,
+        poll: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """`Engine.sample`. The callbacks are called for every step, but some steps later; where the
+        batch is sampled in parts, `on_step` counts the steps of the last."""
+        check_saved(len(table), saved, target)
+        check_labels(y, len(indices), self.classes)
+        shape = (len(indices), len(saved), *self.shape)
+        device = self._buffers.x_t.device
+        if out is None:
+            out = torch.empty(shape, dtype=torch.float32, device=device)
+        if out.shape != shape or out.dtype not in (torch.float32, torch.float16):
+            given = f"{tuple(out.shape)} {out.dtype}"
+            raise ValueError(f"out {given} is not {shape} of float32 or float16")
+        parts = self._parts(len(indices))
+        with self._turn():
+            with _undisturbed(self._buffers.x_t):
+                embeddings = self._time_embeddings(table.timesteps)
+            for part in parts:
+                step = on_step if part is parts[-1] else None
+                padded = self._padded(indices[part], None if y is None else y[part])
+                found = self._loop.run(
+                    table, embeddings, noise, padded, saved=saved, target=target,
+                    half=out.dtype == torch.float16, stream=current_stream(device),
+                    on_chunk=_chunk_callback(len(table), step, poll),
+                )  # fmt: skip
+                with _undisturbed(found):
+                    out[part].copy_(found.transpose(0, 1)[: len(indices[part])])
+        return out
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The buffers for this thread alone."""
+        with self._turns:
+            if self._busy:
+                raise RuntimeError("an engine cannot be used by a callback of its own run")
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
+
+    def _parts(self, images: int) -> list[slice]:
+        return [slice(at, at + self.batch) for at in range(0, images, self.batch)]
+
+    def _padded(self, indices: Tensor, y: Tensor | None) -> Tensor:
+        """A whole batch of image numbers, the last repeated; the labels go where they are read."""
+        last = len(indices) - 1
+        whole = torch.arange(self.batch, device=indices.device).clamp(max=last)
+        if y is not None:
+            with _undisturbed(self._labels):
+                self._labels.copy_(y[whole.to(y.device)])
+        return indices[whole]
+
+    def _time_embeddings(self, timesteps: Any) -> Tensor:
+        """(N, R) of the network's dtype, by what the weights are now."""
+        config, like = self._config, self._buffers.time_embedding
+        sinusoids = layers.timestep_embedding(
+            torch.as_tensor(timesteps, dtype=torch.int64, device=like.device),
+            config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift,
         )  # fmt: skip
-        return out[:, :count]
+        embeddings: Tensor = self._time_embedding(sinusoids.to(like.dtype))
+        return embeddings
 
 
-_KEPT = 2  # engines of one network, the newest
-_Engines = dict[tuple[int, int], tuple[list[object], CudaEngine]]  # by side and batch
-_kept: weakref.WeakKeyDictionary[UNet, _Engines] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+def _network_pass(model: UNet, buffers: Buffers, labels: Tensor) -> Tensor:
+    temb = buffers.time_embedding.expand(len(labels), -1)
+    if model.class_embedding is not None:
+        temb = temb + model.class_embedding(labels)
+    out = model.denoise(buffers.x_in, temb)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
-def engine_for(model: UNet | Student, side: int, images: int) -> CudaEngine | None:
-    """The engine that draws so many images of side x side pixels; None where torch draws them.
-
-    Engines are kept with their network as long as its settings are the same and its tensors in
-    their places: what these hold is read anew in each pass.
-    """
-    if isinstance(model, Student):
-        reason: str | None = "a student is one pass"
-    else:
-        reason = unavailable(model) if images else "there are no images"
-    if not use_fused("the sampling loop", None, reason) or isinstance(model, Student):
+def _chunk_callback(
+    steps: int, on_step: OnStep | None, poll: Callable[[], object] | None
+) -> Callable[[int], None] | None:
+    """What the loop calls with the number of steps done, so that both hear of every step."""
+    if on_step is None and poll is None:
         return None
-    with _lock:
-        kept = _kept.setdefault(model, {})
-        state = _state_of(model)
-        found = kept.pop((side, images), None)
-        if found is None or found[0] != state:
-            found = state, CudaEngine(model, images, side)
-        kept[side, images] = found
-        while len(kept) > _KEPT:
-            kept.pop(next(iter(kept)))
-        return found[1]
+    reported = 0
+
+    def on_chunk(done: int) -> None:
+        nonlocal reported
+        while reported < done:
+            reported += 1
+            if poll is not None:
+                poll()
+            if on_step is not None:
+                on_step(reported, steps)
+
+    return on_chunk
 
 
-def _state_of(unet: UNet) -> list[object]:
-    """What a captured pass depends on: every module's settings, and its tensors' places."""
-    state: list[object] = []
-    for module in unet.modules():
-        plain = (v for v in vars(module).values() if isinstance(v, int | float | str | tuple))
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        state.append((type(module), hooks, *plain))
-    for t in (*unet.parameters(), *unet.buffers()):
-        state.append((t.data_ptr(), t.dtype, t.shape, t.stride()))
-    return state
+def _unsuited(model: UNet) -> str | None:
+    """What about a network keeps it from being captured, as a clause; None if nothing does."""
+    config, dtype = model.config, model.conv_in.weight.dtype
+    if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
+        return "the network is on several devices"
+    if dtype not in _NAMES:
+        return f"the CUDA loop takes float32, float16 and bfloat16, not {dtype}"
+    if config.in_channels != config.out_channels:
+        return "the network's output has another shape than its input"
+    if config.in_channels > _MAX_CHANNELS:
+        return f"images have more than {_MAX_CHANNELS} channels"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return "the network is in training, with dropout"
+        if _is_changed(module):
+            return f"{name or 'the network'} has hooks or a forward of its own"
+    return None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether something other than this package's or torch's own code runs in a module."""
+    own = {"forward"} | (set(_UNET_METHODS) if isinstance(module, UNet) else set())
+    return (
+        _FORWARDS.get(type(module)) is not type(module).forward
+        or any(getattr(UNet, name) is not method for name, method in _UNET_METHODS.items())
+        or not own.isdisjoint(vars(module))
+        or bool(module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+@contextmanager
+def _undisturbed(tensor: Tensor) -> Iterator[None]:
+    """The tensor's device current, without autograd and autocast; the caller's state comes back."""
+    with (
+        torch.inference_mode(),
+        torch.autocast(tensor.device.type, enabled=False),
+        torch.cuda.device_of(tensor),
+    ):
+        yield
+
+
+def _extension() -> Any:
+    assert ops.extension is not None
+    return ops.extension

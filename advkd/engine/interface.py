@@ -6,17 +6,17 @@ import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from advkd.diffusion import StepTable
+from advkd.config import TARGETS
+from advkd.diffusion import Schedule, StepTable
 from advkd.engine.noise import Noise
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-TARGETS = ("denoised", "state")
 
 OnStep = Callable[[int, int], object]  # (steps done, steps in all); may raise to stop
 
@@ -33,6 +33,8 @@ class Engine(abc.ABC):
     name: str  # of what decides an image's last bits, beside network and instruction set
     shape: tuple[int, int, int]  # (C, H, W) of x_T
     classes: int | None  # None: takes no labels
+    schedule: Schedule | None = None  # the noise schedule of a teacher; a student has none
+    network: UNet | Student | None = None  # kept alive by an engine that a user holds
 
     @classmethod
     @abc.abstractmethod
@@ -105,6 +107,46 @@ def check_saved(steps: int, saved: Sequence[int], target: str) -> None:
         raise ValueError(f"saved={list(saved)} are not ascending numbers of steps, 1 to {steps}")
 
 
+def check_out(out: Tensor | None, B: int, K: int, shape: tuple[int, int, int]) -> None:
+    """ValueError unless `out`, where it is given, is (B, K, *shape) of contiguous images on the
+    CPU, float32 or float16."""
+    if out is None:
+        return
+    C, H, W = shape
+    if out.shape != (B, K, C, H, W) or out.stride()[2:] != (H * W, W, 1) or not out.is_cpu:
+        raise ValueError(f"out {tuple(out.shape)} is not {(B, K, C, H, W)} with contiguous images")
+    if out.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"out is {out.dtype}, but must be float32 or float16")
+
+
+def input_shape(model: UNet | Student, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network makes; `size` for a teacher whose config names none.
+
+    Raises ValueError for a size that the network does not have, and for a teacher whose output has
+    other channels than its input: it cannot be sampled.
+    """
+    if isinstance(model, Student):
+        own: int | None = model.size
+        channels = model.channels
+    else:
+        own, channels = model.config.sample_size, model.config.in_channels
+        if model.config.out_channels != channels:
+            raise ValueError(
+                f"this teacher takes {channels} channels and gives {model.config.out_channels}: "
+                "it predicts a variance beside the mean, which no sampler here can use"
+            )
+    if size is None:
+        if own is None:
+            raise ValueError("this teacher's configuration names no sample_size; give a size")
+        size = (own, own)
+    if isinstance(model, Student):
+        if size != (own, own):
+            raise ValueError(f"this student takes {own}x{own} pixels, not {size[0]}x{size[1]}")
+    else:
+        model.check_size(*size)
+    return channels, *size
+
+
 def check_labels(y: Tensor | None, images: int, classes: int | None) -> None:
     """ValueError for labels that are missing, superfluous, out of range or not (B,) int64."""
     if classes and y is None:
@@ -117,3 +159,24 @@ def check_labels(y: Tensor | None, images: int, classes: int | None) -> None:
         raise ValueError(f"y {tuple(y.shape)} {y.dtype} is not ({images},) int64")
     if images and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(f"y holds a label that is not one of 0 .. {classes - 1}")
+
+
+def patched(model: nn.Module) -> str | None:
+    """The name of a method of the network or of one of its modules that a program has replaced, on
+    the object or on its class; None where all are as they were written."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        where = name or "the network"
+        for attribute in vars(module):
+            if callable(getattr(kind, attribute, None)) and attribute != "__class__":
+                return f"{where}.{attribute}"
+        forward = kind.forward
+        defined = next(base for base in kind.__mro__ if "forward" in vars(base))
+        written = f"{defined.__qualname__}.forward"
+        if defined is not nn.Module and (
+            getattr(forward, "__qualname__", "") != written
+            or getattr(forward, "__module__", "") != defined.__module__
+            or hasattr(forward, "__wrapped__")
+        ):
+            return f"{kind.__name__}.forward"
+    return None

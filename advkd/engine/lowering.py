@@ -1,8 +1,9 @@
-"""The operations of modules: convolutions, norms, attention, residual blocks, and concatenation."""
+"""Lowering of modules to operations of a plan: convolutions, norms, attention, residual blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,23 +26,28 @@ class LoweringError(ValueError):
 
 
 class Lowering:
-    """Appends the operations of modules, one method for each kind of module."""
+    """Appends the operations of modules to a plan, with one method for each kind of module."""
 
     def __init__(self, model: nn.Module, batch: int, threads: int):
         self.names = {module: name for name, module in model.named_modules()}
         self.seen: set[nn.Module] = set()
         self.plan = Builder(batch, threads)
-        # Where each residual block's projection of time and class begins, and their total width.
+        # The offset of each residual block's projection of time and class, and their total width.
         self.projections: dict[ResnetBlock, int] = {}
         self.projected = 0
         for module in model.modules():
             if isinstance(module, ResnetBlock) and module.time_emb_proj is not None:
                 self.projections[module] = self.projected
                 self.projected += module.time_emb_proj.out_features
-        self.conditioning: Part | None = None  # the projections of each image, with classes
+        # All projections of each image, where the network is class-conditional.
+        self.image_projections: Part | None = None
 
     def known(self, module: nn.Module | None, kind: type[Module]) -> Module:
-        """The module, if it is exactly of this kind and nothing hooks into it."""
+        """The module, if it is of exactly this kind and computes nothing but what the kind does.
+
+        Raises LoweringError for another kind, hooks, a replaced method such as `forward`, and
+        tensors that are not float32 on the CPU.
+        """
         name = "the network" if module is None else self.names.get(module) or "the network"
         if type(module) is not kind:
             raise LoweringError(
@@ -49,6 +55,9 @@ class Lowering:
             )
         if module._forward_hooks or module._forward_pre_hooks:
             raise LoweringError(f"{name} has hooks, which a plan cannot call")
+        method = replaced_method(module)
+        if method is not None:
+            raise LoweringError(f"{name} has its own method {method}, which a plan cannot call")
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.dtype is not torch.float32 or not tensor.is_cpu:
                 raise LoweringError(f"{name} is not float32 on the CPU")
@@ -56,7 +65,7 @@ class Lowering:
         return module
 
     def check_complete(self, ignored: Sequence[nn.Module] = ()) -> None:
-        """LoweringError for a module that took no part."""
+        """Raise LoweringError for a module that took no part."""
         left_out = {inner for module in ignored for inner in module.modules()}
         for module, name in self.names.items():
             passive = isinstance(module, nn.ModuleList | nn.Dropout)
@@ -83,9 +92,10 @@ class Lowering:
         scale: float = 1.0,
         into: Part | None = None,
     ) -> Part:
-        """y = (conv(act(x * scale + shift of norm)) + bias + residual) * scale; y, or `into`.
+        """Append y = (conv(act(x * norm[0] + norm[1])) + bias + residual) * scale, and return y.
 
-        The bias is weights, an offset into the row, or a vector of each image.
+        The bias is weights, an offset into the conditioning, or a vector of each image. y is
+        `into`, else a new buffer.
         """
         assert extension is not None
         C_out, C_in, kernel, _ = weight.shape
@@ -108,7 +118,7 @@ class Lowering:
         if isinstance(bias, Part):
             reads["bias_buffer"] = bias
         elif isinstance(bias, int):
-            numbers["bias_row"] = bias
+            numbers["bias_conditioning"] = bias
         elif bias is not None:
             numbers["bias"] = self.plan.vector(bias)
         if residual is not None:
@@ -132,7 +142,7 @@ class Lowering:
         weight: Tensor | None = None,
         **options: Any,
     ) -> Part:
-        """An nn.Conv2d or Conv3x3; `bias` and `weight` replace its own, `pad` its padding."""
+        """Append an nn.Conv2d or Conv3x3. `bias`, `weight` and `pad` replace its own."""
         kind = Conv3x3 if isinstance(module, Conv3x3) else nn.Conv2d
         conv: nn.Conv2d = self.known(module, kind)
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
@@ -154,7 +164,7 @@ class Lowering:
         )
 
     def linear(self, name: str, layers: Sequence[nn.Linear], x: Part, **options: Any) -> Part:
-        """Linear layers side by side, over the channels of every pixel."""
+        """Append linear layers side by side, over the channels of every pixel."""
         for layer in layers:
             self.known(layer, nn.Linear)
         weight = torch.cat([layer.weight.detach() for layer in layers])[:, :, None, None]
@@ -165,7 +175,8 @@ class Lowering:
     # Blocks.
 
     def norm(self, module: GroupNormSiLU, x: Part) -> tuple[tuple[Part, Part], bool]:
-        """Scale and shift for whoever reads x, and whether SiLU follows."""
+        """Append a norm and return its scale and shift, for whoever reads x to apply, and whether
+        SiLU follows."""
         norm = self.known(module, GroupNormSiLU)
         scale, shift = self.plan.new(x.channels), self.plan.new(x.channels)
         self.plan.add(
@@ -177,15 +188,15 @@ class Lowering:
         return (scale, shift), norm.activation == "silu"
 
     def resnet(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
-        """A residual block, with time and class in the first convolution's bias."""
+        """Append a residual block, with time and class in the first convolution's bias."""
         block = self.known(module, ResnetBlock)
         bias: int | Part | None = None
         if block in self.projections:
             first = self.projections[block]
             self.known(block.time_emb_proj, nn.Linear)
-            bias = first  # of the row
-            if self.conditioning is not None:
-                bias = self.conditioning.cut(first, block.conv1.out_channels)
+            bias = first  # an offset into the conditioning
+            if self.image_projections is not None:
+                bias = self.image_projections.cut(first, block.conv1.out_channels)
         norm, silu = self.norm(block.norm1, x)
         h = self.conv2d(block.conv1, x, norm=norm, silu=silu, bias=bias)
         norm, silu = self.norm(block.norm2, h)
@@ -196,7 +207,7 @@ class Lowering:
         )
 
     def attention(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
-        """Self-attention over the pixels, with its norm and its residual."""
+        """Append self-attention over the pixels, with its norm and its residual."""
         block = self.known(module, Attention)
         name = self.names[block]
         C, head_dim = x.channels, x.channels // block.heads
@@ -220,6 +231,7 @@ class Lowering:
         )
 
     def upsampled(self, x: Part, name: str, into: Part | None = None) -> Part:
+        """Append a nearest-neighbor doubling of height and width."""
         y = self.plan.new(x.channels, 2 * x.height, 2 * x.width) if into is None else into
         self.plan.add(
             "upsample", name, {"x": x}, {"y": y},
@@ -227,8 +239,11 @@ class Lowering:
         )  # fmt: skip
         return y
 
-    def embedding(self, module: nn.Embedding, hidden: int, row: int | None) -> None:
-        """The projections of each image's class (and time, from the row), by one product."""
+    def embedding(self, module: nn.Embedding, hidden: int, conditioning: int | None) -> None:
+        """Append the projections of each image's class, as one product.
+
+        To the class embedding `hidden` floats of the conditioning are added, from an offset on.
+        """
         embedding = self.known(module, nn.Embedding)
         name = self.names[embedding]
         self.plan.classes = embedding.num_embeddings
@@ -236,12 +251,12 @@ class Lowering:
         self.plan.add(
             "embed", name, {}, {"y": temb}, channels=hidden,
             table=self.plan.vector(embedding.weight), weights=embedding.weight.numel(),
-            **({} if row is None else {"row": row}),
+            **({} if conditioning is None else {"conditioning": conditioning}),
         )  # fmt: skip
-        self.conditioning = self.project(temb)
+        self.image_projections = self.project(temb)
 
     def project(self, temb: Part, into: Part | None = None) -> Part:
-        """All residual blocks' projections of SiLU(temb), with the bias of their convolutions."""
+        """Append all blocks' projections of SiLU(temb), plus the biases of their convolutions."""
         layers, biases = [], []
         for block in self.projections:
             assert block.time_emb_proj is not None
@@ -253,11 +268,11 @@ class Lowering:
         )
 
     def affine_input(self, x: Part, scale: float, shift: float) -> tuple[Part, Part]:
-        """Constants in the place of a norm."""
+        """Append a constant scale and shift in place of a norm."""
         parts = []
         for value in (scale, shift):
             part = self.plan.new(x.channels)
-            values = self.plan.vector(torch.full((x.channels,), value))
+            values = self.plan.weights(x.channels, partial(Tensor.fill_, value=value))
             self.plan.add(
                 "constant", "center_input_sample", {}, {"y": part}, channels=x.channels,
                 values=values, weights=x.channels,
@@ -267,23 +282,39 @@ class Lowering:
 
 
 class Slots:
-    """Concatenation by placement: the buffers that skips and what meets them are written into."""
+    """Concatenation by placement: a skip and what it is concatenated with are written side by side
+    into one buffer."""
 
     def __init__(self, lowering: Lowering, totals: Sequence[int]):
         self._plan = lowering.plan
-        self._totals = list(totals)  # channels of what is concatenated, in the order of skips
+        self._totals = list(totals)  # channels of each concatenation, in the order of the skips
         self._open: list[Part] = []
 
     def skip(self, channels: int, height: int, width: int) -> Part:
-        """Where the next skip goes: the last channels of a buffer."""
+        """The place of the next skip: the last channels of a new buffer."""
         total = self._totals[len(self._open)]
         whole = self._plan.new(total, height, width)
         self._open.append(whole)
         return whole.cut(total - channels, channels)
 
     def top(self, channels: int) -> Part | None:
-        """Where what meets the last skip goes: the buffer's first channels."""
+        """The place of what the last open skip is concatenated with: the first channels of its
+        buffer; None without an open skip."""
         return self._open[-1].cut(0, channels) if self._open else None
 
     def pop(self) -> Part:
+        """The whole buffer of the last open skip, which is closed."""
         return self._open.pop()
+
+
+def replaced_method(module: nn.Module) -> str | None:
+    """The name of a method that was replaced, on the module itself or on its class; None if none.
+
+    Libraries that patch networks do so by assignment: `module.forward = f` or `Kind.forward = f`.
+    """
+    for name in vars(module):
+        if callable(getattr(type(module), name, None)):
+            return name
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    written = getattr(vars(owner)["forward"], "__qualname__", None)
+    return None if written == f"{owner.__qualname__}.forward" else "forward"

@@ -1,4 +1,4 @@
-"""The plans of a teacher, of what its passes are told of the time, and of a student."""
+"""The plans of a teacher, of its conditioning on the time, and of a student."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from advkd.models.unet import (
     UpBlock,
 )
 
-_TIME_BATCH = 64  # of the plan for what depends on the time
+_TIME_BATCH = 64  # timesteps of a pass of the conditioning's plan
 
 # Teachers.
 
 
 def lower_unet(unet: UNet, size: tuple[int, int], batch: int, threads: int) -> Lowering:
-    """The plan, being made, of one pass of a teacher."""
+    """Lower one pass of a teacher for inputs of `size` (H, W)."""
     low = Lowering(unet, batch, threads)
     low.known(unet, UNet)
     plan, config = low.plan, unet.config
@@ -65,21 +65,22 @@ def lower_unet(unet: UNet, size: tuple[int, int], batch: int, threads: int) -> L
 
 
 def _lower_time(low: Lowering, unet: UNet) -> None:
-    """What the row holds: all projections of the time, or with classes the time's own vector."""
+    """Size the conditioning: all projections of the time embedding or, with classes, the time
+    embedding itself, to which each image adds its class embedding."""
     embedding = low.known(unet.time_embedding, TimestepEmbedding)
     for layer in (embedding.linear_1, embedding.linear_2):
         low.known(layer, nn.Linear)
     if unet.class_embedding is None:
-        low.plan.row = low.projected
+        low.plan.conditioning = low.projected
         return
-    low.plan.row = embedding.linear_2.out_features
-    low.embedding(unet.class_embedding, low.plan.row, 0)
+    low.plan.conditioning = embedding.linear_2.out_features
+    low.embedding(unet.class_embedding, low.plan.conditioning, 0)
 
 
 def _lower_layer(
     low: Lowering, block: DownBlock | UpBlock, i: int, x: Part, into: Part | None
 ) -> Part:
-    """Residual block number i, and the attention behind it where the block has some."""
+    """Lower residual block number i and, where the block has some, the attention behind it."""
     if block.attentions is None:
         return low.resnet(block.resnets[i], x, into)
     return low.attention(block.attentions[i], low.resnet(block.resnets[i], x), into)
@@ -112,10 +113,10 @@ def _lower_up(low: Lowering, block: UpBlock, h: Part, slots: Slots) -> Part:
     for i, module in enumerate(block.resnets):
         resnet = low.known(module, ResnetBlock)
         x = slots.pop()
-        # What ends the block meets the next skip, unless it is doubled first.
+        # The block's result is concatenated with the next skip, unless it is upsampled first.
         C = resnet.norm2.num_channels
-        meets = i < last or block.upsamplers is None
-        into = slots.top(C) if meets else None
+        concatenated = i < last or block.upsamplers is None
+        into = slots.top(C) if concatenated else None
         h = _lower_layer(low, block, i, x, into)
     if block.upsamplers is not None:
         up = low.known(block.upsamplers[0], Upsample)
@@ -124,12 +125,12 @@ def _lower_up(low: Lowering, block: UpBlock, h: Part, slots: Slots) -> Part:
 
 
 def time_plan(low: Lowering, unet: UNet) -> Plan:
-    """From sinusoids (N, dim) to the rows of N passes."""
+    """The plan from sinusoids (N, dim) to the conditioning (N, conditioning) of N passes."""
     plan = Builder(_TIME_BATCH, low.plan.threads)
     main, low.plan = low.plan, plan
     embedding = unet.time_embedding
     x = plan.new(embedding.linear_1.in_features)
-    out = plan.new(main.row)
+    out = plan.new(main.conditioning)
     h = low.linear("time_embedding.linear_1", [embedding.linear_1], x)
     if unet.class_embedding is not None:
         low.linear("time_embedding.linear_2", [embedding.linear_2], h, silu=True, into=out)
@@ -146,7 +147,7 @@ def time_plan(low: Lowering, unet: UNet) -> Plan:
 def lower_student(
     student: Student, size: tuple[int, int], batch: int, threads: int, exit_at: int | None
 ) -> Lowering:
-    """The plan, being made, of one pass of a student to head `exit_at` (None: the last)."""
+    """Lower one pass of a student to head `exit_at` (None: the last)."""
     depth = student.depth_of(exit_at)
     low = Lowering(student, batch, threads)
     low.known(student, Student)
@@ -176,13 +177,13 @@ def lower_student(
 
 
 def _lower_encoder(low: Lowering, module: nn.Module, x: Part, slots: Slots, skips: int) -> Part:
-    """Its maps but the last become skips; so many of them, the lowest, are met again."""
+    """Lower an encoder. The `skips` feature maps before its last are read again by submodules."""
     encoder = low.known(module, Encoder)
     last = len(encoder.downs)
 
     def place(i: int, like: Part) -> Part | None:
-        met = last - skips <= i < last
-        return slots.skip(like.channels, like.height, like.width) if met else None
+        is_skip = last - skips <= i < last
+        return slots.skip(like.channels, like.height, like.width) if is_skip else None
 
     width = encoder.conv_in.out_channels
     h = low.conv2d(encoder.conv_in, x, into=place(0, x._replace(channels=width)))
@@ -200,7 +201,7 @@ def _lower_stem(low: Lowering, module: nn.Module | None, x: Part) -> Part:
         "space_to_depth", low.names[stem], {"x": x}, {"y": deep},
         channels=C, block=f, height=x.height, width=x.width,
     )  # fmt: skip
-    # pixel_unshuffle puts channels first, the plan the place in the square.
+    # pixel_unshuffle puts channels first, the plan the position within the square.
     weight = stem.conv.weight.detach().unflatten(1, (C, f * f)).transpose(1, 2).flatten(1, 2)
     return low.conv2d(stem.conv, deep, weight=weight)
 

@@ -1,4 +1,4 @@
-"""A plan as plain data: operations on buffers of one arena, and the weights that they read."""
+"""Plans: a network pass as operations on buffers of one arena, and the weights that they read."""
 
 from __future__ import annotations
 
@@ -44,15 +44,17 @@ class Part(NamedTuple):
         return self.height * self.width
 
     def cut(self, channel: int, channels: int) -> Part:
+        """The channels [channel, channel + channels) of this part."""
         return self._replace(channel=self.channel + channel, channels=channels)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation; `numbers` and `factor` are what the executor reads."""
+    """One operation. The executor reads `kind`, `numbers` and `factor`; the rest is for reports and
+    for laying out the buffers."""
 
     kind: str
-    module: str
+    module: str  # whose operation it is
     numbers: dict[str, int]
     reads: tuple[Part, ...]
     writes: tuple[Part, ...]
@@ -63,25 +65,29 @@ class Op:
 
 @dataclass(frozen=True)
 class Plan:
-    """The flat list of operations, and the weights they read; see csrc/cpu/plan.h."""
+    """One network pass as a flat list of operations, and the weights they read; as in
+    csrc/runtime/plan.h."""
 
     buffers: list[Buffer]
     ops: list[Op]
     arena: int  # floats of an image
-    row: int  # floats that a pass is told beside its input
-    classes: int
-    batch: int
-    threads: int
-    weights: Tensor
+    conditioning: int  # floats that depend on the time, the same for all images of a pass
+    classes: int  # 0: takes no labels
+    batch: int  # images of a pass at most
+    threads: int  # for which the algorithms of convolutions are chosen
+    weights: Tensor  # float32, on the CPU
 
     def compiled(self) -> Any:
-        """The executor's own form; ValueError for a plan that it would not run."""
+        """The executor of this plan, which reads `weights` in place: keep the plan beside it.
+
+        Raises ValueError for a plan that would read or write what it must not.
+        """
         assert extension is not None
         return extension.Plan(
             buffers=[(b.offset, b.height * b.width, b.channels) for b in self.buffers],
             ops=[(op.kind, op.numbers, op.factor) for op in self.ops],
             arena=self.arena,
-            row=self.row,
+            conditioning=self.conditioning,
             classes=self.classes,
             batch=self.batch,
             weights=self.weights.data_ptr(),
@@ -91,11 +97,11 @@ class Plan:
 
 @dataclass
 class Builder:
-    """A plan in the making."""
+    """A plan under construction."""
 
     batch: int
     threads: int
-    row: int = 0
+    conditioning: int = 0
     classes: int = 0
     buffers: list[Buffer] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
@@ -103,17 +109,19 @@ class Builder:
     floats: int = 0  # of weights so far
 
     def new(self, channels: int, height: int = 1, width: int = 1) -> Part:
+        """Add a buffer."""
         self.buffers.append(Buffer(height, width, channels))
         return Part(len(self.buffers) - 1, 0, channels, height, width)
 
     def weights(self, size: int, fill: Callable[[Tensor], object]) -> int:
-        """Room for `size` floats, which `fill` will write; their offset."""
+        """Reserve `size` floats of weights, which `fill` will write, and return their offset."""
         offset = self.floats
         self.packing.append((offset, size, fill))
         self.floats = aligned(offset + size)
         return offset
 
     def vector(self, values: Tensor) -> int:
+        """Add `values` to the weights and return their offset."""
         return self.weights(values.numel(), lambda out: out.copy_(values.detach().reshape(-1)))
 
     def add(
@@ -127,7 +135,7 @@ class Builder:
         weights: int = 0,
         **numbers: int,
     ) -> None:
-        """One more operation: the parts that it reads and writes, by name, and its numbers."""
+        """Append an operation: the parts that it reads and writes, by name, and its numbers."""
         for name, part in (reads | writes).items():
             numbers[name] = part.buffer
             numbers[f"{name}_channel"] = part.channel
@@ -145,19 +153,22 @@ class Builder:
         )
 
     def finished(self) -> Plan:
+        """Lay out the buffers, write the weights, and return the plan."""
         arena = lay_out(self.buffers, self.ops)
-        weights = torch.empty(self.floats)
+        weights = torch.empty(self.floats, dtype=torch.float32, device="cpu")
         assert extension is not None
         extension.ask_for_huge_pages(weights.data_ptr(), 4 * self.floats)
         weights.zero_()
         for offset, size, fill in self.packing:
             fill(weights[offset : offset + size])
         return Plan(
-            self.buffers, self.ops, arena, self.row, self.classes, self.batch, self.threads, weights
-        )
+            self.buffers, self.ops, arena, self.conditioning, self.classes, self.batch,
+            self.threads, weights,
+        )  # fmt: skip
 
 
 def aligned(floats: int) -> int:
+    """The number of floats, rounded up to whole cache lines."""
     return -(-floats // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -172,9 +183,10 @@ def lives_of(buffers: Sequence[Buffer], ops: Sequence[Op]) -> list[tuple[int, in
 
 
 def lay_out(buffers: Sequence[Buffer], ops: Sequence[Op]) -> int:
-    """Give every buffer an offset that no other holds during its life; floats of the arena.
+    """Place every buffer in the arena, apart from those that live at the same time; return the
+    floats of the arena.
 
-    Large ones first, each as low as it can lie (Pisarchyk and Lee 2020, greedy by size).
+    The largest come first, each as low as it can lie (Pisarchyk and Lee 2020, greedy by size).
     """
     lives = lives_of(buffers, ops)
     placed: list[int] = []

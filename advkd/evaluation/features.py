@@ -331,7 +331,7 @@ def load_features(folder: str | Path | None = None) -> FeatureNet:
     try:
         net = FeatureNet(config["channels"], config["size"], config["num_classes"])
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {error!s:.300}") from None
     net.record = config["record"]
     weights = folder / "model.safetensors"
     load_strictly(net, read_tensors(weights, config["sha256"]), weights)
@@ -347,8 +347,8 @@ def _check_config(config: Any, path: Path) -> None:
     if set(config) != set(_CONFIG_TYPES):
         unknown = ", ".join(sorted(set(config) - set(_CONFIG_TYPES))) or "none"
         missing = ", ".join(sorted(set(_CONFIG_TYPES) - set(config))) or "none"
-        raise CheckpointError(f"{path} has unknown keys: {unknown}; missing keys: {missing}")
+        raise CheckpointError(f"{path} has unknown keys: {unknown:.200}; missing keys: {missing}")
     for key, types in _CONFIG_TYPES.items():
         if type(config[key]) not in types:
             names = " or ".join(kind.__name__ for kind in types)
-            raise CheckpointError(f"{path}: {key}={config[key]!r} is no {names}")
+            raise CheckpointError(f"{path}: {key}={config[key]!r:.60} is no {names}")

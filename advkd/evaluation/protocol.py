@@ -18,7 +18,8 @@ import torch
 
 from advkd.console import StopSignals, progress_bar
 from advkd.data.images import ImageSet
-from advkd.engine.sampling import EVALUATION_SEED, Callback, generate
+from advkd.engine.noise import Purpose
+from advkd.engine.sampling import Callback, generate
 from advkd.evaluation.distances import (
     frechet_distance,
     kernel_distance,
@@ -36,7 +37,8 @@ from advkd.files import tensors_hash
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
-REFERENCE_SEED = EVALUATION_SEED + 1  # of the teacher's samples that stand in for real images
+EVALUATION_SEED = 0  # of the images that are evaluated; their noise has a purpose of its own
+REFERENCE_SEED = 1  # of the teacher's samples that stand in for real images
 TEACHER_BATCH, STUDENT_BATCH = 125, 250  # images sampled at once
 FIGURES = ("fd", "kid", "precision", "recall", "swd", "classes")
 
@@ -218,8 +220,10 @@ def sample_images(
     batch: int,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Images of a network for evaluation, as `generate` gives them."""
-    return generate(model, num, seed, steps, batch=batch, callback=callback)
+    """Images of a network from the noise of evaluations, as `generate` gives them."""
+    return generate(
+        model, num, seed, steps, purpose=Purpose.EVALUATION, batch=batch, callback=callback
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,22 +23,33 @@ from advkd.models.layers import (
     timestep_embedding,
 )
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+MAX_LEVELS = 16  # resolutions of a network
 
 # Settings of UNet2DModel that we implement for these values only (the first one is written).
 _FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("UNet2DModel",),
-    "act_fn": ("silu", "swish"),
+    "act_fn": ("silu", "swish", "SiLU", "Swish"),
     "attn_norm_num_groups": (None,),
     "class_embed_type": (None,),
-    "downsample_type": ("conv",),
+    "downsample_type": ("conv", None),
     "mid_block_type": ("UNetMidBlock2D",),
     "num_train_timesteps": (None,),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
-    "upsample_type": ("conv",),
+    "upsample_type": ("conv", None),
+}
+
+# What diffusers' EMAModel writes beside a network's own settings.
+_OF_EMA = {
+    "collected_params",
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
 }
 
 # What a key that is absent from a config.json means: diffusers' defaults, not those of our presets.
@@ -53,17 +66,65 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
-    """Read a UNet2DModel's config.json; ValueError names what this package does not implement."""
-    for key, allowed in _FIXED.items():
-        if key in settings and settings[key] not in allowed:
-            raise ValueError(f"UNet setting {key}={settings[key]!r} is not supported")
-    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    """Read a UNet2DModel's config.json as diffusers does.
+
+    A setting that UNet2DModel does not have is ignored with a warning, as diffusers ignores it.
+    ValueError names a setting that this package does not implement at its value.
+    """
     known = {field.name for field in dataclasses.fields(UNetConfig)}
-    unknown = sorted(set(settings) - known - set(_FIXED))
-    if unknown:
-        raise ValueError(f"UNet settings that are not known: {', '.join(unknown)}")
-    chosen = {k: v for k, v in {**_DEFAULTS, **settings}.items() if k in known}
-    return cast(UNetConfig, build(UNetConfig, chosen, ""))
+    ours = {**_DEFAULTS, **{key: value for key, value in settings.items() if key in known}}
+    ours["sample_size"] = _square(ours["sample_size"])
+    for key in ("down_block_types", "up_block_types"):
+        ours[key] = _modern_types(ours[key])
+    config = cast(UNetConfig, build(UNetConfig, ours, ""))
+    check_unet(config)
+    _check_fixed(settings, config)
+    ignored = [key for key in settings if key not in known | _OF_EMA | set(_FIXED)]
+    ignored = [key for key in ignored if not key.startswith("_")]
+    if ignored:
+        warnings.warn(
+            f"ignored settings that UNet2DModel does not have: {reprlib.repr(sorted(ignored))}",
+            stacklevel=2,
+        )
+    return config
+
+
+def _square(size: Any) -> Any:
+    """The side of a `sample_size` that is a list of two equal sides; other values as they are."""
+    if isinstance(size, list | tuple) and len(size) == 2:
+        if size[0] != size[1]:
+            raise ValueError(f"sample_size={reprlib.repr(size)} is not square, and only square is")
+        return size[0]
+    return size
+
+
+def _modern_types(kinds: Any) -> Any:
+    """Block types without the prefix that they had in the first versions of diffusers."""
+    if not isinstance(kinds, list | tuple):
+        return kinds
+    return [kind.removeprefix("UNetRes") if isinstance(kind, str) else kind for kind in kinds]
+
+
+def _check_fixed(settings: Mapping[str, Any], config: UNetConfig) -> None:
+    """Raise ValueError for a setting of `_FIXED` at a value that makes another network.
+
+    Values that diffusers does not use, or that say what is the case anyway, make no other.
+    """
+    same: dict[str, object] = {
+        "attn_norm_num_groups": config.norm_num_groups,
+        "time_embedding_dim": 4 * config.block_out_channels[0],
+        "num_train_timesteps": settings.get("num_train_timesteps"),  # of learned embeddings only
+    }
+    if not any(kind.startswith("Attn") for kind in config.down_block_types[:-1]):
+        same["downsample_type"] = settings.get("downsample_type")  # of AttnDownBlock2D only
+    if not any(kind.startswith("Attn") for kind in config.up_block_types[:-1]):
+        same["upsample_type"] = settings.get("upsample_type")  # of AttnUpBlock2D only
+    if not config.add_attention:
+        same["attn_norm_num_groups"] = settings.get("attn_norm_num_groups")
+    for key, allowed in _FIXED.items():
+        value = settings.get(key, allowed[0])
+        if value not in allowed and (key not in same or value != same[key]):
+            raise ValueError(f"UNet setting {key}={reprlib.repr(value)} is not supported")
 
 
 def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
@@ -176,7 +237,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, schedule: Schedule | None = None):
         super().__init__()
-        _check(config)
+        check_unet(config)
         self.config = config
         self.schedule = Schedule() if schedule is None else schedule
         widths = config.block_out_channels
@@ -198,6 +259,11 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(config, kind, up_channels, i == len(up) - 1))
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it is conditional on; None: it takes no labels."""
+        return self.config.num_class_embeds
 
     def embed_time(self, t: Tensor | int, batch: int) -> Tensor:
         """The vector of the time alone: (batch, 4 * widths[0])."""
@@ -248,14 +314,35 @@ class UNet(nn.Module):
         return out
 
 
-def _check(config: UNetConfig) -> None:
-    n = len(config.block_out_channels)
-    for name, kinds, known in (
-        ("down_block_types", config.down_block_types, DOWN_BLOCKS),
-        ("up_block_types", config.up_block_types, UP_BLOCKS),
-    ):
-        if len(kinds) != n:
-            raise ValueError(f"{name} has {len(kinds)} entries, block_out_channels has {n}")
-        unknown = [kind for kind in kinds if kind not in known]
-        if unknown:
-            raise ValueError(f"{name} holds {unknown}, known are {known}")
+def check_unet(config: UNetConfig) -> None:
+    """ValueError for settings that do not fit each other."""
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    n = len(widths)
+    if not 1 <= n <= MAX_LEVELS:
+        raise ValueError(f"block_out_channels has {n} entries, not 1 to {MAX_LEVELS}")
+    for name in ("down_block_types", "up_block_types"):
+        kinds = len(getattr(config, name))
+        if kinds != n:
+            raise ValueError(f"{name} has {kinds} entries, block_out_channels has {n}")
+    for channels in widths:
+        if channels % groups:
+            raise ValueError(f"norm_num_groups={groups} does not divide channels={channels}")
+    if config.freq_shift and widths[0] // 2 == config.freq_shift:
+        raise ValueError(
+            f"block_out_channels[0]={widths[0]} is too small for a time embedding with "
+            f"freq_shift={config.freq_shift}"
+        )
+    for channels in _attended(config):
+        if channels % (config.attention_head_dim or channels):
+            raise ValueError(
+                f"attention_head_dim={config.attention_head_dim} does not divide {channels=}"
+            )
+
+
+def _attended(config: UNetConfig) -> list[int]:
+    """The widths of the layers with attention."""
+    widths = config.block_out_channels
+    found = [widths[-1]] if config.add_attention else []
+    for kinds, of in ((config.down_block_types, widths), (config.up_block_types, widths[::-1])):
+        found += [c for kind, c in zip(kinds, of, strict=True) if kind.startswith("Attn")]
+    return found

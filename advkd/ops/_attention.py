@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from advkd.kernels import unavailable_reason as triton_missing
-from advkd.ops import _backend, reference
-from advkd.ops._backend import (
-    define,
-    fused_extension,
-    runs_eagerly,
-    use_fused,
-)
+from advkd.ops import reference
+from advkd.ops._address import address, address_and_strides
+from advkd.ops._backend import fused_extension, use_fused
+from advkd.ops._registry import Kernel, register
 
 _HALVES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.float64, *_HALVES)
@@ -45,14 +40,10 @@ def attention(
     """
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not use_fused("attention", backend, _unavailable(q)):
+    if not use_fused("attention", backend, _ATTENTION.unavailable(q)):
         return reference.attention(q, k, v, scale)[0]
-    if not runs_eagerly(q, k, v):
-        return torch.ops.advkd.attention(q, k, v, scale, True)[0]
-    # Past torch's dispatcher, whose way through Python takes longer than a small attention.
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, scale, True)[0]
-    return _attention_op(q, k, v, scale, True)[0]
+    out: Tensor = _ATTENTION.fused(q, k, v, scale)[0]
+    return out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -78,39 +69,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _unavailable(q: Tensor) -> str | None:
-    """Why no fused attention serves q and keys like it, as a clause."""
+def _limit(q: Tensor) -> str | None:
+    """Why no kernel takes heads of q's size, as a clause."""
     head_dim = q.shape[-1]
     if head_dim % 8 != 0 or head_dim > _LARGEST_HEAD_DIM:
         return f"head_dim={head_dim} is no multiple of 8 up to {_LARGEST_HEAD_DIM}"
-    if q.is_cpu:
-        if q.dtype not in _CPU_DTYPES:
-            return f"the C++ kernel does not take {q.dtype}"
-        return _backend.extension_missing
-    if not q.is_cuda:
-        return f"no kernel serves tensors on {q.device.type}"
-    if q.dtype not in _TRITON_DTYPES:
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {q.dtype}"
-    return triton_missing() or triton_limit(head_dim, q.dtype)
+    return None
 
 
-def triton_limit(head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernel does not serve these heads."""
-    # Here and not above, because importing Triton takes long and only CUDA needs it.
-    from advkd.kernels.attention import supports
-
-    return supports(head_dim, dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
+def _dense_rows(x: Tensor) -> Tensor:
     """x with consecutive elements in the last dimension, as the kernels want it."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _head_rows(x: Tensor) -> tuple[int, int, int, int]:
-    """What the extension takes for one operand: the address, and three strides."""
-    batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch, head, row
 
 
 def _empty_rows(like: Tensor) -> Tensor:
@@ -119,64 +88,51 @@ def _empty_rows(like: Tensor) -> Tensor:
     return torch.empty((B, N, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
-) -> tuple[Tensor, Tensor]:
-    # An exported program that was traced with the fused op runs without it too.
-    if not fused or _unavailable(q) is not None:
-        return reference.attention(q, k, v, scale)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    if q.is_cuda:
-        from advkd.kernels.attention import forward
-
-        return forward(q, k, v, scale)
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if q.dtype in _HALVES:
-        out, lse = _attention_op(q.float(), k.float(), v.float(), scale, fused)
+        out, lse = _attention_cpu(q.float(), k.float(), v.float(), scale)
         return out.to(q.dtype), lse
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    dtype = q.dtype
     B, H, N, D = q.shape
     out = _empty_rows(q)
-    lse = torch.empty((B, H, N), dtype=q.dtype)
+    lse = torch.empty((B, H, N), dtype=dtype, device=q.device)
     extension = fused_extension()
-    kernel = (
-        extension.attention_float32 if q.dtype is torch.float32 else extension.attention_float64
-    )
+    kernel = extension.attention_float32 if dtype is torch.float32 else extension.attention_float64
     kernel(
-        _head_rows(q), _head_rows(k), _head_rows(v), _head_rows(out), lse.data_ptr(),
+        address_and_strides(q, dtype), address_and_strides(k, dtype),
+        address_and_strides(v, dtype), address_and_strides(out, dtype), address(lse, dtype),
         (B, H, N, k.shape[2], D), scale, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
 
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
-) -> tuple[Tensor, Tensor]:
+def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # Here and not above, because importing Triton takes long and only CUDA needs it.
+    from advkd.kernels.attention import forward
+
+    return forward(q, k, v, scale)
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _empty_rows(q), q.new_empty(q.shape[:3], dtype=reference.wide_dtype(q.dtype))
 
 
-def _attention_backward_op(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    fused: bool,
+def _backward_reference(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not fused or _unavailable(q) is not None:
-        return reference.attention_backward(grad_out, q, k, v, scale)
-    grad_out, q, k, v, out = (_rows(x) for x in (grad_out, q, k, v, out))
-    lse = lse.contiguous()
-    if q.is_cuda:
-        from advkd.kernels.attention import backward
+    return reference.attention_backward(grad_out, q, k, v, scale)
 
-        return backward(grad_out, q, k, v, out, lse, scale)
+
+def _backward_cpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     if q.dtype in _HALVES:
-        grads = _attention_backward_op(
-            grad_out.float(), q.float(), k.float(), v.float(), out.float(), lse, scale, fused
-        )
-        dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+        wide = (grad_out.float(), q.float(), k.float(), v.float(), out.float())
+        dq, dk, dv = (grad.to(q.dtype) for grad in _backward_cpu(*wide, lse, scale))
         return dq, dk, dv
+    grad_out, q, k, v, out = (_dense_rows(x) for x in (grad_out, q, k, v, out))
+    lse, dtype = lse.contiguous(), q.dtype
     B, H, N, D = q.shape
     dq, dk, dv = _empty_rows(q), _empty_rows(k), _empty_rows(v)
     if N == 0:
@@ -184,42 +140,42 @@ def _attention_backward_op(
     extension = fused_extension()
     kernel = (
         extension.attention_backward_float32
-        if q.dtype is torch.float32
+        if dtype is torch.float32
         else extension.attention_backward_float64
     )
     kernel(
-        _head_rows(grad_out), _head_rows(q), _head_rows(k), _head_rows(v), _head_rows(out),
-        lse.data_ptr(), _head_rows(dq), _head_rows(dk), _head_rows(dv),
+        address_and_strides(grad_out, dtype), address_and_strides(q, dtype),
+        address_and_strides(k, dtype), address_and_strides(v, dtype),
+        address_and_strides(out, dtype), address(lse, dtype),
+        address_and_strides(dq, dtype), address_and_strides(dk, dtype),
+        address_and_strides(dv, dtype),
         (B, H, N, k.shape[2], D), scale, torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _attention_backward_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    fused: bool,
+def _backward_cuda(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from advkd.kernels.attention import backward
+
+    return backward(grad_out, q, k, v, out, lse, scale)
+
+
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_rows(q), _empty_rows(k), _empty_rows(v)
 
 
 class _Attention(torch.autograd.Function):
-    """The op with its gradient; in eager code also without torch's dispatcher."""
+    """The op with its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool
     ) -> tuple[Tensor, Tensor]:
-        if runs_eagerly(q, k, v):
-            out, lse = _attention_op(q, k, v, scale, fused)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                out, lse = torch.ops.advkd.attention(q, k, v, scale, fused)
+        out, lse = _ATTENTION.below_autograd(q, k, v, scale, fused)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -231,31 +187,18 @@ class _Attention(torch.autograd.Function):
         grad_out = grads[0]
         if grad_out is None:
             return (None,) * 5
-        arguments = (grad_out, *ctx.saved_tensors, *ctx.options)
-        if torch.is_grad_enabled() or not runs_eagerly(*arguments[:4]):
-            return *torch.ops.advkd.attention_backward(*arguments), None, None
-        return *_attention_backward_op(*arguments), None, None
+        return *_BACKWARD(grad_out, *ctx.saved_tensors, *ctx.options), None, None
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _Backward(torch.autograd.Function):
     """The backward op with its own gradient. Those of out and lse are in those of q, k and v."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-        fused: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(grad_out, q, k, v)
-        ctx.scale = scale
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.advkd.attention_backward(grad_out, q, k, v, out, lse, scale, fused)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(*arguments[:4])
+        ctx.scale = arguments[6]
+        dq, dk, dv = _BACKWARD.below_autograd(*arguments)
+        return dq, dk, dv
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -267,31 +210,22 @@ class _AttentionBackward(torch.autograd.Function):
         return *second, None, None, None, None
 
 
-def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op under autocast: in autocast's dtype (torch's register_autocast would fix one)."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> tuple[Tensor, Tensor]:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            if q.dtype is not torch.float64:
-                dtype = torch.get_autocast_dtype(device)
-                q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            return torch.ops.advkd.attention(q, k, v, scale, fused)
-
-    return run
-
-
-define("attention(Tensor q, Tensor k, Tensor v, float scale, bool fused) -> (Tensor, Tensor)")
-define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "float scale, bool fused) -> (Tensor, Tensor, Tensor)"
+_ATTENTION = register(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, bool fused) -> (Tensor, Tensor)",
+    reference.attention,
+    cpu=Kernel(_attention_cpu, _CPU_DTYPES, _limit),
+    cuda=Kernel(_attention_cuda, _TRITON_DTYPES, _limit),
+    fake=_attention_fake,
+    gradient=_Attention,
+    autocast=True,
 )
-torch.library.impl("advkd::attention", "default", _attention_op)
-torch.library.impl("advkd::attention_backward", "default", _attention_backward_op)
-torch.library.register_fake("advkd::attention", _attention_fake)
-torch.library.register_fake("advkd::attention_backward", _attention_backward_fake)
-_library = torch.library.Library("advkd", "FRAGMENT")
-_library.impl("attention", _Attention.apply, "Autograd")
-_library.impl("attention_backward", _AttentionBackward.apply, "Autograd")
-_library.impl("attention", _autocast("cpu"), "AutocastCPU")
-_library.impl("attention", _autocast("cuda"), "AutocastCUDA")
+_BACKWARD = register(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "float scale, bool fused) -> (Tensor, Tensor, Tensor)",
+    _backward_reference,
+    cpu=Kernel(_backward_cpu, _CPU_DTYPES, _limit),
+    cuda=Kernel(_backward_cuda, _TRITON_DTYPES, _limit),
+    fake=_backward_fake,
+    gradient=_Backward,
+    derived=True,
+)

@@ -1,4 +1,4 @@
-"""The extension, and the choice between a fused op and its plain reference."""
+"""The extension, and the choice between a fused op and its reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 
@@ -27,6 +28,7 @@ BACKENDS = ("reference", "fused")
 
 
 def checked_backend(name: str | None, source: str) -> str | None:
+    """`name`, if it is a backend or None; ValueError names the source of any other."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{source} is '{name}', but it must be 'reference' or 'fused'.")
     return name
@@ -54,7 +56,7 @@ def use_fused(op: str, backend: str | None, unavailable: str | None) -> bool:
         return False
     if unavailable is None:
         return True
-    # Nobody shall time the reference unknowingly: an explicit wish that cannot be met is an error.
+    # An explicit wish that cannot be met is an error, so that nobody times the reference unawares.
     if backend == "fused":
         raise ValueError(f"{op} has no fused backend here: {unavailable}.")
     if chosen == "fused" and extension_missing is not None:
@@ -63,7 +65,7 @@ def use_fused(op: str, backend: str | None, unavailable: str | None) -> bool:
 
 
 def cpu_unavailable(*tensors: Tensor) -> str | None:
-    """Why the C++ ops cannot take these tensors."""
+    """Why the C++ engine cannot take these tensors, as a clause; None where it can."""
     if extension_missing is not None:
         return extension_missing
     for tensor in tensors:
@@ -72,6 +74,17 @@ def cpu_unavailable(*tensors: Tensor) -> str | None:
         if tensor.dtype is not torch.float32 and tensor.is_floating_point():
             return f"the C++ kernel takes float32, not {tensor.dtype}"
     return None
+
+
+def transformed() -> bool:
+    """Whether forward-mode AD or a transform of torch.func is active.
+
+    Kernels see plain numbers only, so a tangent or a batch dimension of these would be lost; the
+    references are made of torch's ops, which carry both.
+    """
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def runs_eagerly(*tensors: Tensor) -> bool:
@@ -85,23 +98,18 @@ def runs_eagerly(*tensors: Tensor) -> bool:
             return False
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.is_autocast_enabled(tensors[0].device.type)
+        and not transformed()
+        and not torch._C._is_any_autocast_enabled()
     )
 
 
 def fused_extension() -> ModuleType:
+    """The C++ extension; ValueError where there is none."""
     if extension is None:
         raise ValueError(f"the op was asked for as fused, but {extension_missing}.")
     return extension
-
-
-def define(schema: str) -> None:
-    """A new op of the library advkd, e.g. "name(Tensor x) -> Tensor"."""
-    name, arguments = schema.split("(", 1)
-    torch.library.define(f"advkd::{name}", f"({arguments}", tags=torch.Tag.pt2_compliant_tag)
 
 
 def asked_reference() -> str | None:

@@ -1,7 +1,7 @@
-"""3x3 convolution that keeps the size, forward and backward by Winograd, differentiable at will.
+"""3x3 convolution that keeps the size, by Winograd, differentiable any number of times.
 
-Two ops are closed under differentiation: the gradient of the input is a convolution by the kernel
-turned round, that of the weights is bilinear in input and output's gradient, and so on.
+Two ops are closed under differentiation: dgrad, the gradient of the input, is the transposed
+convolution, and wgrad, the gradient of weight and bias, is bilinear in input and output gradient.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from advkd.ops import _backend, reference
-from advkd.ops._backend import (
-    define,
-    fused_extension,
-    runs_eagerly,
-    use_fused,
-)
+from advkd.ops._address import address, addresses
+from advkd.ops._backend import fused_extension, use_fused
+from advkd.ops._registry import Kernel, register
 
-# A batch that stands for any, where shapes are traced and may be symbols.
+# The batch that the cost model is asked about where shapes are traced and may be symbols.
 _TRACED_BATCH = 16
 
 
@@ -45,16 +42,12 @@ def conv3x3(
             backend="fused" where no kernel serves.
     """
     _check(x, weight, bias)
-    wanted = backend is not None or _pays(x, weight)
-    if not use_fused("conv3x3", backend, _unavailable(x)) or not wanted:
+    unavailable = _CONV3X3.unavailable(x)
+    wanted = backend is not None or (unavailable is None and _pays(x, weight))
+    if not use_fused("conv3x3", backend, unavailable) or not wanted:
         return reference.conv3x3(x, weight, bias, False)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not runs_eagerly(*tensors):
-        return torch.ops.advkd.conv3x3(x, weight, bias, False, True)
-    # Past torch's dispatcher, whose way through Python takes longer than a small convolution.
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Conv3x3.apply(x, weight, bias, False, True)
-    return _conv3x3_op(x, weight, bias, False, True)
+    out: Tensor = _CONV3X3.fused(x, weight, bias, False)
+    return out
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -82,16 +75,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def _unavailable(*tensors: Tensor) -> str | None:
-    """Why no fused convolution serves these tensors, as a clause."""
-    for x in tensors:
-        if not x.is_cpu:
-            return f"no kernel serves tensors on {x.device.type}"
-        if x.dtype is not torch.float32:
-            return f"the C++ kernel takes float32, not {x.dtype}"
-        if x.shape[1] < 1:
-            return "there are no channels"
-    return _backend.extension_missing
+def _limit(x: Tensor) -> str | None:
+    """Why no kernel takes x, as a clause."""
+    return "there are no channels" if x.shape[1] < 1 else None
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
@@ -110,165 +96,146 @@ def _speedup(batch: int, channels: int, height: int, width: int, out: int) -> fl
     return speedup
 
 
-def _pixels(x: Tensor) -> Tensor:
+def _dense_pixels(x: Tensor) -> Tensor:
     """x with the channels of a pixel consecutive and no gaps, as the kernels want it."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _empty_pixels(like: Tensor, batch: int, channels: int) -> Tensor:
-    """(batch, channels, H, W) of the size of `like`, channels_last whatever its shape."""
-    size = (batch, like.shape[2], like.shape[3], channels)
+def _channels_innermost(x: Tensor) -> Tensor:
+    """x laid out as the kernels' results, channels_last whatever its shape."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _empty_pixels(like: Tensor, channels: int) -> Tensor:
+    """(B, channels, H, W) of the batch and size of `like`, channels_last whatever its shape."""
+    size = (like.shape[0], like.shape[2], like.shape[3], channels)
     return torch.empty(size, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
 
 
-def _out_channels(weight: Tensor, turned: bool) -> int:
-    return weight.shape[1] if turned else weight.shape[0]
+def _conv3x3_fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return _empty_pixels(x, weight.shape[1] if transposed else weight.shape[0])
 
 
-def _conv3x3_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, fused: bool
-) -> Tensor:
-    """With `turned` weight is that of the convolution whose input's gradient this is."""
-    out = _empty_pixels(x, x.shape[0], _out_channels(weight, turned))
-    # An exported program that was traced with the fused op runs without it too.
-    if not fused or _unavailable(x, weight) is not None:
-        return out.copy_(reference.conv3x3(x, weight, bias, turned))
-    _check(x, weight.transpose(0, 1) if turned else weight, bias)
-    x = _pixels(x)
+def _conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return _channels_innermost(reference.conv3x3(x, weight, bias, transposed))
+
+
+def _conv3x3_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """With `transposed`, weight is that of the convolution whose dgrad this is."""
+    _check(x, weight.transpose(0, 1) if transposed else weight, bias)
+    out = _conv3x3_fake(x, weight, bias, transposed)
+    x = _dense_pixels(x)
     bias = None if bias is None else bias.contiguous()
     B, C, H, W = x.shape
+    at = addresses(torch.float32, x, weight, bias, out)
     fused_extension().conv3x3(
-        x.data_ptr(), C, weight.data_ptr(), weight.stride(), turned,
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[1],
+        at[0], C, at[1], weight.stride(), transposed, at[2], at[3], out.shape[1],
         (B, H, W, C, out.shape[1]), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _conv3x3_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, fused: bool
-) -> Tensor:
-    return _empty_pixels(x, x.shape[0], _out_channels(weight, turned))
-
-
-def _empty_weights(grad_y: Tensor, x: Tensor) -> Tensor:
-    """(C_out, C, 3, 3), laid out as (C_out, 3, 3, C)."""
+def _wgrad_fake(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight is (C_out, C, 3, 3), laid out as (C_out, 3, 3, C)."""
     size = (grad_y.shape[1], 3, 3, x.shape[1])
-    return torch.empty(size, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    grad_weight = torch.empty(size, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    return grad_weight, torch.empty(size[:1], dtype=x.dtype, device=x.device)
 
 
-def _conv3x3_weights_op(grad_y: Tensor, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias."""
-    grad_weight = _empty_weights(grad_y, x)
-    grad_bias = torch.empty(grad_y.shape[1], dtype=x.dtype, device=x.device)
-    if x.shape[0] != grad_y.shape[0] or x.shape[2:] != grad_y.shape[2:]:
-        raise ValueError(f"grad_y {tuple(grad_y.shape)} is of no output of x {tuple(x.shape)}.")
-    if not fused or _unavailable(x, grad_y) is not None:
-        plain_weight, plain_bias = reference.conv3x3_weights(grad_y, x)
-        return grad_weight.copy_(plain_weight), grad_bias.copy_(plain_bias)
+def _wgrad_reference(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_wgrad(grad_y, x)
+    grad_weight, grad_bias = reference.conv3x3_wgrad(grad_y, x)
+    return _channels_innermost(grad_weight), grad_bias
+
+
+def _wgrad_cpu(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape[1] < 1:
+        return _wgrad_reference(grad_y, x)
+    _check_wgrad(grad_y, x)
+    grad_weight, grad_bias = _wgrad_fake(grad_y, x)
     if x.shape[0] == 0:
         return grad_weight.zero_(), grad_bias.zero_()
-    grad_y, x = _pixels(grad_y), _pixels(x)
+    grad_y, x = _dense_pixels(grad_y), _dense_pixels(x)
     B, C, H, W = x.shape
     fused_extension().conv3x3_gradient(
-        x.data_ptr(), C, grad_y.data_ptr(), grad_y.shape[1], grad_weight.data_ptr(),
-        grad_bias.data_ptr(), (B, H, W, C, grad_y.shape[1]), torch.get_num_threads(),
+        address(x, torch.float32), C, address(grad_y, torch.float32), grad_y.shape[1],
+        *addresses(torch.float32, grad_weight, grad_bias), (B, H, W, C, grad_y.shape[1]),
+        torch.get_num_threads(),
     )  # fmt: skip
     return grad_weight, grad_bias
 
 
-def _conv3x3_weights_fake(grad_y: Tensor, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-    return _empty_weights(grad_y, x), x.new_empty(grad_y.shape[1])
-
-
-def _convolution(eager: bool) -> Any:
-    """The op itself, or past torch's dispatcher."""
-    return _conv3x3_op if eager else torch.ops.advkd.conv3x3
-
-
-def _weight_gradient(eager: bool) -> Any:
-    return _conv3x3_weights_op if eager else torch.ops.advkd.conv3x3_weights
+def _check_wgrad(grad_y: Tensor, x: Tensor) -> None:
+    if x.shape[0] != grad_y.shape[0] or x.shape[2:] != grad_y.shape[2:]:
+        raise ValueError(f"grad_y {tuple(grad_y.shape)} is of no output of x {tuple(x.shape)}.")
 
 
 class _Conv3x3(torch.autograd.Function):
-    """The op with its gradient; in eager code also without torch's dispatcher."""
+    """The op with its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, fused: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, fused: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options = turned, fused
-        if runs_eagerly(x, weight):
-            return _conv3x3_op(x, weight, bias, turned, fused)
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = torch.ops.advkd.conv3x3(x, weight, bias, turned, fused)
+        ctx.options = transposed, fused
+        out: Tensor = _CONV3X3.below_autograd(x, weight, bias, transposed, fused)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        turned, fused = ctx.options
-        eager = not torch.is_grad_enabled() and runs_eagerly(grad, x, weight)
+        transposed, fused = ctx.options
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _convolution(eager)(grad, weight, None, not turned, fused)
+            grad_x = _CONV3X3(grad, weight, None, not transposed, fused)
         if ctx.needs_input_grad[1]:
-            # Turned round, input and output change places.
-            pair = (x, grad) if turned else (grad, x)
-            grad_weight, grad_bias = _weight_gradient(eager)(*pair, fused)
+            # The transposed convolution is the dgrad of one from `grad` to `x`.
+            pair = (x, grad) if transposed else (grad, x)
+            grad_weight, grad_bias = _WGRAD(*pair, fused)
         if not ctx.needs_input_grad[2]:
             grad_bias = None
-        elif turned or grad_bias is None:
+        elif transposed or grad_bias is None:
             grad_bias = grad.sum(dim=(0, 2, 3))
         return grad_x, grad_weight, grad_bias, None, None
 
 
-class _Conv3x3Weights(torch.autograd.Function):
+class _Wgrad(torch.autograd.Function):
     """The gradient of weight and bias, with its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, grad_y: Tensor, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(grad_y, x)
         ctx.fused = fused
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.advkd.conv3x3_weights(grad_y, x, fused)
+        grad_weight, grad_bias = _WGRAD.below_autograd(grad_y, x, fused)
+        return grad_weight, grad_bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         slope_weight, slope_bias = grads
         grad_y, x = ctx.saved_tensors
-        eager = not torch.is_grad_enabled() and runs_eagerly(slope_weight, grad_y, x)
         of_grad_y = of_x = None
         if ctx.needs_input_grad[0]:
-            of_grad_y = _convolution(eager)(x, slope_weight, slope_bias, False, ctx.fused)
+            of_grad_y = _CONV3X3(x, slope_weight, slope_bias, False, ctx.fused)
         if ctx.needs_input_grad[1]:
-            of_x = _convolution(eager)(grad_y, slope_weight, None, True, ctx.fused)
+            of_x = _CONV3X3(grad_y, slope_weight, None, True, ctx.fused)
         return of_grad_y, of_x, None
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, fused: bool) -> Tensor:
-    """The op under autocast: in autocast's dtype, as torch's conv2d."""
-    device = x.device.type
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        if x.dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        out: Tensor = torch.ops.advkd.conv3x3(x, weight, bias, turned, fused)
-    return out
-
-
-define("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool turned, bool fused) -> Tensor")
-define("conv3x3_weights(Tensor grad_y, Tensor x, bool fused) -> (Tensor, Tensor)")
-torch.library.impl("advkd::conv3x3", "default", _conv3x3_op)
-torch.library.impl("advkd::conv3x3_weights", "default", _conv3x3_weights_op)
-torch.library.register_fake("advkd::conv3x3", _conv3x3_fake)
-torch.library.register_fake("advkd::conv3x3_weights", _conv3x3_weights_fake)
-_library = torch.library.Library("advkd", "FRAGMENT")
-_library.impl("conv3x3", _Conv3x3.apply, "Autograd")
-_library.impl("conv3x3_weights", _Conv3x3Weights.apply, "Autograd")
-_library.impl("conv3x3", _autocast, "AutocastCPU")
-_library.impl("conv3x3", _autocast, "AutocastCUDA")
+_CONV3X3 = register(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed, bool fused) -> Tensor",
+    _conv3x3_reference,
+    cpu=Kernel(_conv3x3_cpu, (torch.float32,), _limit),
+    fake=_conv3x3_fake,
+    gradient=_Conv3x3,
+    autocast=True,
+)
+_WGRAD = register(
+    "conv3x3_wgrad(Tensor grad_y, Tensor x, bool fused) -> (Tensor, Tensor)",
+    _wgrad_reference,
+    cpu=Kernel(_wgrad_cpu, (torch.float32,), _limit),
+    fake=_wgrad_fake,
+    gradient=_Wgrad,
+    derived=True,
+)

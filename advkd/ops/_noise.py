@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from advkd.ops import reference
-from advkd.ops._backend import (
-    cpu_unavailable,
-    define,
-    fused_extension,
-    use_fused,
-)
+from advkd.ops._address import address
+from advkd.ops._backend import fused_extension, use_fused
+from advkd.ops._registry import Kernel, register
 
 X_T_STEP = 0xFFFFFFFF  # the Philox step whose normals are x_T
 LABEL_STEP = 0xFFFFFFFE  # the Philox step whose first number picks the class label
@@ -35,7 +32,7 @@ def philox_uint32(
 
     Args:
         seed: in [0, 2^64).
-        image_index: (B,) int64; its 64 bits count, so that a negative one is as good as any.
+        image_index: (B,) int64, negative ones included: all 64 bits count.
         step: in [0, 2^32).
         count: numbers per image, in [0, 2^34].
         first_block: the block of four that they begin with, in [0, 2^32).
@@ -51,8 +48,9 @@ def philox_uint32(
         raise ValueError(f"count={count} is not in [0, 2^34].")
     if not 0 <= first_block <= 0xFFFFFFFF:
         raise ValueError(f"first_block={first_block} is not in [0, 2^32).")
-    fused = use_fused("philox_uint32", backend, cpu_unavailable(image_index))
-    return torch.ops.advkd.philox_uint32(signed(seed), image_index, step, count, first_block, fused)
+    fused = use_fused("philox_uint32", backend, _PHILOX_UINT32.unavailable(image_index))
+    numbers: Tensor = _PHILOX_UINT32(signed(seed), image_index, step, count, first_block, fused)
+    return numbers
 
 
 def philox_normal(
@@ -87,12 +85,13 @@ def philox_normal(
         raise ValueError(f"shape={tuple(shape)} is not (C, H, W) with positive sizes.")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format={memory_format} is neither contiguous nor channels_last.")
-    fused = use_fused("philox_normal", backend, cpu_unavailable(image_index))
+    fused = use_fused("philox_normal", backend, _PHILOX_NORMAL.unavailable(image_index))
     channels, height, width = shape
     channels_last = memory_format == torch.channels_last
-    return torch.ops.advkd.philox_normal(
+    normals: Tensor = _PHILOX_NORMAL(
         signed(seed), image_index, step, channels, height, width, channels_last, fused
     )
+    return normals
 
 
 def philox_labels(
@@ -115,6 +114,7 @@ def philox_labels(
 
 
 def check_stream(seed: int, image_index: Tensor, step: int) -> None:
+    """Raise ValueError or TypeError unless these name streams of Philox."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed} is not in [0, 2^64).")
     if image_index.dtype != torch.int64:
@@ -131,25 +131,36 @@ def signed(seed: int) -> int:
 
 
 def unsigned(seed: int) -> int:
+    """The seed that `signed` was given."""
     return seed & 0xFFFFFFFFFFFFFFFF
 
 
-def _philox_uint32_op(
-    seed: int, image_index: Tensor, step: int, count: int, first_block: int, fused: bool
+def _philox_uint32_reference(
+    seed: int, image_index: Tensor, step: int, count: int, first_block: int
 ) -> Tensor:
-    if not fused:
-        words = reference.philox_words(seed, image_index, step, (count + 3) // 4, first_block)
-        return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
+    words = reference.philox_words(seed, image_index, step, (count + 3) // 4, first_block)
+    return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
+
+
+def _philox_uint32_fake(
+    seed: int, image_index: Tensor, step: int, count: int, first_block: int
+) -> Tensor:
+    return image_index.new_empty((image_index.shape[0], count))
+
+
+def _philox_uint32_cpu(
+    seed: int, image_index: Tensor, step: int, count: int, first_block: int
+) -> Tensor:
     image_index = image_index.contiguous()
-    out = torch.empty(len(image_index), count, dtype=torch.int64)
+    out = torch.empty((len(image_index), count), dtype=torch.int64, device=image_index.device)
     fused_extension().philox_uint32(
-        unsigned(seed), image_index.data_ptr(), step, len(image_index), count,
-        first_block, out.data_ptr(), torch.get_num_threads(),
+        unsigned(seed), address(image_index, torch.int64), step, len(image_index), count,
+        first_block, address(out, torch.int64), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def philox_normal_op(
+def _philox_normal_reference(
     seed: int,
     image_index: Tensor,
     step: int,
@@ -157,19 +168,10 @@ def philox_normal_op(
     height: int,
     width: int,
     channels_last: bool,
-    fused: bool,
 ) -> Tensor:
-    out = _philox_normal_fake(
-        seed, image_index, step, channels, height, width, channels_last, fused
-    )
-    if not fused:
-        return out.copy_(reference.philox_normal(seed, image_index, step, channels, height, width))
-    image_index = image_index.contiguous()
-    fused_extension().philox_normal(
-        unsigned(seed), image_index.data_ptr(), step, len(image_index), channels,
-        height * width, channels_last, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    """The reference's normals in the memory format of `philox_normal`."""
+    out = _philox_normal_fake(seed, image_index, step, channels, height, width, channels_last)
+    return out.copy_(reference.philox_normal(seed, image_index, step, channels, height, width))
 
 
 def _philox_normal_fake(
@@ -180,7 +182,6 @@ def _philox_normal_fake(
     height: int,
     width: int,
     channels_last: bool,
-    fused: bool,
 ) -> Tensor:
     return torch.empty(
         (image_index.shape[0], channels, height, width),
@@ -190,20 +191,35 @@ def _philox_normal_fake(
     )
 
 
-define(
+def _philox_normal_cpu(
+    seed: int,
+    image_index: Tensor,
+    step: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+) -> Tensor:
+    out = _philox_normal_fake(seed, image_index, step, channels, height, width, channels_last)
+    image_index = image_index.contiguous()
+    fused_extension().philox_normal(
+        unsigned(seed), address(image_index, torch.int64), step, len(image_index), channels,
+        height * width, channels_last, address(out, torch.float32), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_PHILOX_UINT32 = register(
     "philox_uint32(int seed, Tensor image_index, int step, SymInt count, int first_block, "
-    "bool fused) -> Tensor"
+    "bool fused) -> Tensor",
+    _philox_uint32_reference,
+    cpu=Kernel(_philox_uint32_cpu, (torch.int64,)),
+    fake=_philox_uint32_fake,
 )
-define(
+_PHILOX_NORMAL = register(
     "philox_normal(int seed, Tensor image_index, int step, SymInt channels, SymInt height, "
-    "SymInt width, bool channels_last, bool fused) -> Tensor"
+    "SymInt width, bool channels_last, bool fused) -> Tensor",
+    _philox_normal_reference,
+    cpu=Kernel(_philox_normal_cpu, (torch.int64,)),
+    fake=_philox_normal_fake,
 )
-torch.library.impl("advkd::philox_uint32", "default", _philox_uint32_op)
-torch.library.impl("advkd::philox_normal", "default", philox_normal_op)
-torch.library.register_fake(
-    "advkd::philox_uint32",
-    lambda seed, image_index, step, count, first_block, fused: image_index.new_empty(
-        (image_index.shape[0], count)
-    ),
-)
-torch.library.register_fake("advkd::philox_normal", _philox_normal_fake)

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from advkd.ops import reference
-from advkd.ops._backend import (
-    cpu_unavailable,
-    define,
-    fused_extension,
-    use_fused,
-)
-from advkd.ops._noise import (
-    check_stream,
-    philox_normal_op,
-    signed,
-    unsigned,
-)
+from advkd.ops._address import address, addresses
+from advkd.ops._backend import fused_extension, use_fused
+from advkd.ops._noise import check_stream, signed, unsigned
+from advkd.ops._registry import Kernel, register
 
 
 def sampling_step(
@@ -36,7 +28,7 @@ def sampling_step(
     """One step of DDIM (Song et al. 2021, eq. 12) or DDPM (Ho et al. 2020, algorithm 2).
 
     x0_hat = clip(a_x x_t + a_m m);  x_prev = c_0 x0_hat + c_x x_t + c_m m + sigma z, where m is
-    the model's output and z the normals of (seed, image, step), drawn only where sigma is not 0.
+    the model's output and z the normals of (seed, image, step), sampled only where sigma is not 0.
 
     Args:
         x_t, model_out: (B, C, H, W) of one floating dtype; the fused op takes float32 on the CPU.
@@ -52,11 +44,12 @@ def sampling_step(
     """
     check_stream(seed, image_index, step)
     _check_sampling_step(x_t, model_out, coefficients, clip, image_index)
-    fused = use_fused("sampling_step", backend, cpu_unavailable(x_t, model_out, image_index))
+    fused = use_fused("sampling_step", backend, _SAMPLING_STEP.unavailable(x_t))
     numbers = [float(coefficient) for coefficient in coefficients]
-    return torch.ops.advkd.sampling_step(
+    x_prev, x0_hat = _SAMPLING_STEP(
         x_t, model_out, numbers, float(clip), signed(seed), image_index, step, fused
     )
+    return x_prev, x0_hat
 
 
 def _check_sampling_step(
@@ -87,7 +80,7 @@ def _check_sampling_step(
         raise ValueError(f"clip={clip} is negative or not a number.")
 
 
-def _sampling_step_op(
+def _sampling_step_reference(
     x_t: Tensor,
     model_out: Tensor,
     coefficients: Sequence[float],
@@ -95,28 +88,14 @@ def _sampling_step_op(
     seed: int,
     image_index: Tensor,
     step: int,
-    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     memory_format = reference.memory_format_of(x_t)
     x_t = x_t.contiguous(memory_format=memory_format)
     model_out = model_out.contiguous(memory_format=memory_format)
-    batch, channels, height, width = x_t.shape
-    channels_last = memory_format == torch.channels_last
-    if not fused:
-        noise = None
-        if coefficients[5] != 0:
-            noise = philox_normal_op(
-                seed, image_index, step, channels, height, width, channels_last, False
-            )
-        return reference.sampling_step(x_t, model_out, coefficients, clip, noise)
-    x_prev, x0_hat = torch.empty_like(x_t), torch.empty_like(x_t)
-    image_index = image_index.contiguous()
-    fused_extension().sampling_step(
-        x_t.data_ptr(), model_out.data_ptr(), x_prev.data_ptr(), x0_hat.data_ptr(),
-        batch, channels, height * width, channels_last, *coefficients, clip,
-        unsigned(seed), image_index.data_ptr(), step, torch.get_num_threads(),
-    )  # fmt: skip
-    return x_prev, x0_hat
+    noise = None
+    if coefficients[5] != 0:
+        noise = reference.philox_normal(seed, image_index, step, *x_t.shape[1:])
+    return reference.sampling_step(x_t, model_out, coefficients, clip, noise)
 
 
 def _sampling_step_fake(
@@ -127,15 +106,38 @@ def _sampling_step_fake(
     seed: int,
     image_index: Tensor,
     step: int,
-    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     x_t = x_t.contiguous(memory_format=reference.memory_format_of(x_t))
     return torch.empty_like(x_t), torch.empty_like(x_t)
 
 
-define(
+def _sampling_step_cpu(
+    x_t: Tensor,
+    model_out: Tensor,
+    coefficients: Sequence[float],
+    clip: float,
+    seed: int,
+    image_index: Tensor,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    memory_format = reference.memory_format_of(x_t)
+    x_t = x_t.contiguous(memory_format=memory_format)
+    model_out = model_out.contiguous(memory_format=memory_format)
+    image_index = image_index.contiguous()
+    x_prev, x0_hat = torch.empty_like(x_t), torch.empty_like(x_t)
+    batch, channels, height, width = x_t.shape
+    fused_extension().sampling_step(
+        *addresses(torch.float32, x_t, model_out, x_prev, x0_hat),
+        batch, channels, height * width, memory_format == torch.channels_last, *coefficients, clip,
+        unsigned(seed), address(image_index, torch.int64), step, torch.get_num_threads(),
+    )  # fmt: skip
+    return x_prev, x0_hat
+
+
+_SAMPLING_STEP = register(
     "sampling_step(Tensor x_t, Tensor model_out, float[] coefficients, float clip, int seed, "
-    "Tensor image_index, int step, bool fused) -> (Tensor, Tensor)"
+    "Tensor image_index, int step, bool fused) -> (Tensor, Tensor)",
+    _sampling_step_reference,
+    cpu=Kernel(_sampling_step_cpu, (torch.float32,)),
+    fake=_sampling_step_fake,
 )
-torch.library.impl("advkd::sampling_step", "default", _sampling_step_op)
-torch.library.register_fake("advkd::sampling_step", _sampling_step_fake)

@@ -1,4 +1,4 @@
-"""The references of the fused ops, in plain torch: slow, obvious, the truth they are held to.
+"""The references of the fused ops, in plain torch: slow, obvious, what the kernels are held to.
 
 The normals equal those of csrc/cpu/philox.h bit for bit: the same float32 operations, each rounded
 on its own. So these functions must run eagerly; a compiler may contract a product and a sum.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+
+
+class Affine(NamedTuple):
+    """The affine parameters that follow a normalization: GroupNorm's, and FiLM's.
+
+    Also what belongs to each of them, as their gradients.
+    """
+
+    weight: Tensor | None  # (C,); None is 1
+    bias: Tensor | None  # (C,); None is 0
+    scale: Tensor | None  # (B, C); None is 0
+    shift: Tensor | None  # (B, C); None is 0
+
+
+class Norm(NamedTuple):
+    """The numbers of a GroupNorm-SiLU."""
+
+    num_groups: int
+    eps: float
+    silu: bool
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -30,7 +51,8 @@ def philox_words(
 ) -> list[Tensor]:
     """The four words of `blocks` blocks of each image: int64 (B, blocks) each."""
     index = image_index[:, None].expand(-1, blocks)
-    c0 = (torch.arange(blocks, device=index.device) + first_block).expand_as(index) & _WORD
+    count = torch.arange(blocks, dtype=torch.int64, device=index.device)
+    c0 = (count + first_block).expand_as(index) & _WORD
     c1 = torch.full_like(index, step)
     c2, c3 = index & _WORD, (index >> 32) & _WORD
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -132,29 +154,20 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.is_cpu else wide_dtype(x.dtype)
 
 
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
+def group_norm_silu(x: Tensor, affine: Affine, norm: Norm) -> Tensor:
     """act((GN(x) weight + bias) (1 + scale) + shift); see `advkd.ops.group_norm_silu`."""
     wide = wide_dtype(x.dtype)
-    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
+    weight, bias = (t if t is None else t.to(wide) for t in affine[:2])
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch's backward wants both or none
     # torch.group_norm, because F.group_norm refuses a group of one element.
-    y = torch.group_norm(x.to(wide), num_groups, weight, bias, eps)
+    y = torch.group_norm(x.to(wide), norm.num_groups, weight, bias, norm.eps)
     pixels = (1,) * (x.dim() - 2)
-    if scale is not None:
-        y = y * (1 + scale.to(wide).reshape(*x.shape[:2], *pixels))
-    if shift is not None:
-        y = y + shift.to(wide).reshape(*x.shape[:2], *pixels)
-    y = F.silu(y) if silu else y
+    if affine.scale is not None:
+        y = y * (1 + affine.scale.to(wide).reshape(*x.shape[:2], *pixels))
+    if affine.shift is not None:
+        y = y + affine.shift.to(wide).reshape(*x.shape[:2], *pixels)
+    y = F.silu(y) if norm.silu else y
     return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
 
@@ -171,31 +184,22 @@ def _grouped(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(sizes)
 
 
-class _Normalised:
+class _Normalized:
     """What both derivatives of GroupNorm-SiLU need, as (B, G, C / G, pixels) or less.
 
     xhat = (x - mean) rstd;  n = xhat w + b;  u = n gain + shift;  y = act(u).
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        num_groups: int,
-        eps: float,
-    ):
-        self.groups, self.dtype = num_groups, wide_dtype(x.dtype)
+    def __init__(self, x: Tensor, affine: Affine, norm: Norm):
+        self.groups, self.dtype = norm.num_groups, wide_dtype(x.dtype)
         grouped = self.of_elements(x)
         variance, mean = torch.var_mean(grouped, dim=(2, 3), correction=0, keepdim=True)
-        self.rstd = torch.rsqrt(variance + eps)
+        self.rstd = torch.rsqrt(variance + norm.eps)
         self.xhat = (grouped - mean) * self.rstd
-        self.w = self.of_channels(weight, 1.0)
-        self.gain = 1.0 + self.of_channels(scale, 0.0)
-        self.n = self.xhat * self.w + self.of_channels(bias, 0.0)
-        self.u = self.n * self.gain + self.of_channels(shift, 0.0)
+        self.w = self.of_channels(affine.weight, 1.0)
+        self.gain = 1.0 + self.of_channels(affine.scale, 0.0)
+        self.n = self.xhat * self.w + self.of_channels(affine.bias, 0.0)
+        self.u = self.n * self.gain + self.of_channels(affine.shift, 0.0)
 
     def of_elements(self, x: Tensor) -> Tensor:
         return _grouped(x, self.groups, self.dtype)
@@ -232,62 +236,40 @@ def _silu_slopes(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_silu_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias, scale and shift; None where there is none of these."""
-    at = _Normalised(x, weight, bias, scale, shift, num_groups, eps)
+    grad_y: Tensor, x: Tensor, affine: Affine, norm: Norm
+) -> tuple[Tensor, Affine]:
+    """Gradients of x, and of the affine parameters; None where there is none of these."""
+    at = _Normalized(x, affine, norm)
     g = at.of_elements(grad_y)
-    if silu:
+    if norm.silu:
         g = g * _silu_slopes(at.u)[0]
     grad_n = g * at.gain
     dx = at.projected(grad_n * at.w).reshape(x.shape).to(x.dtype)
-    return (
-        dx.contiguous(memory_format=memory_format_of(x)),
-        _summed_like(weight, grad_n * at.xhat),
-        _summed_like(bias, grad_n),
-        _summed_like(scale, g * at.n),
-        _summed_like(shift, g),
+    return dx.contiguous(memory_format=memory_format_of(x)), Affine(
+        _summed_like(affine.weight, grad_n * at.xhat),
+        _summed_like(affine.bias, grad_n),
+        _summed_like(affine.scale, g * at.n),
+        _summed_like(affine.shift, g),
     )
 
 
 def group_norm_silu_double_backward(
-    grad_dx: Tensor,
-    grad_dweight: Tensor | None,
-    grad_dbias: Tensor | None,
-    grad_dscale: Tensor | None,
-    grad_dshift: Tensor | None,
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `group_norm_silu_backward`: of grad_y, x, weight, bias, scale and shift.
+    grad_dx: Tensor, grad_daffine: Affine, grad_y: Tensor, x: Tensor, affine: Affine, norm: Norm
+) -> tuple[Tensor, Tensor, Affine]:
+    """Gradients of `group_norm_silu_backward`: of grad_y, x and the affine parameters.
 
     Its outputs times their gradients sum up to sum(grad_y act'(u) du), where du is what u changes
     by when x, weight, bias, scale and shift change by these gradients; that sum is differentiated.
     """
-    at = _Normalised(x, weight, bias, scale, shift, num_groups, eps)
-    dx, dw = at.of_elements(grad_dx), at.of_channels(grad_dweight, 0.0)
-    dscale = at.of_channels(grad_dscale, 0.0)
+    at = _Normalized(x, affine, norm)
+    dx, dw = at.of_elements(grad_dx), at.of_channels(grad_daffine.weight, 0.0)
+    dscale = at.of_channels(grad_daffine.scale, 0.0)
     v = at.projected(dx)  # what xhat changes by
-    dn = at.w * v + dw * at.xhat + at.of_channels(grad_dbias, 0.0)
-    du = dn * at.gain + at.n * dscale + at.of_channels(grad_dshift, 0.0)
+    dn = at.w * v + dw * at.xhat + at.of_channels(grad_daffine.bias, 0.0)
+    du = dn * at.gain + at.n * dscale + at.of_channels(grad_daffine.shift, 0.0)
     grad_du = at.of_elements(grad_y)
     slope, grad_u = torch.ones_like(at.u), torch.zeros_like(at.u)
-    if silu:
+    if norm.silu:
         slope, curvature = _silu_slopes(at.u)
         grad_u = grad_du * du * curvature
     grad_du = grad_du * slope
@@ -296,13 +278,16 @@ def group_norm_silu_double_backward(
     grad_xhat = grad_n * at.w + grad_dn * dw
     grad_xhat = grad_xhat - at.rstd * (grad_v * _mean(at.xhat * dx) + dx * _mean(grad_v * at.xhat))
     grad_x = at.projected(grad_xhat) - at.rstd * at.xhat * _mean(grad_v * v)
+    of_affine = Affine(
+        _summed_like(affine.weight, grad_n * at.xhat + grad_dn * v),
+        _summed_like(affine.bias, grad_n),
+        _summed_like(affine.scale, grad_u * at.n + grad_du * dn),
+        _summed_like(affine.shift, grad_u),
+    )
     return (
         (slope * du).reshape(x.shape).to(grad_y.dtype),
         grad_x.reshape(x.shape).to(x.dtype),
-        _summed_like(weight, grad_n * at.xhat + grad_dn * v),
-        _summed_like(bias, grad_n),
-        _summed_like(scale, grad_u * at.n + grad_du * dn),
-        _summed_like(shift, grad_u),
+        of_affine,
     )
 
 
@@ -385,14 +370,14 @@ def attention_double_backward(
     return grad_grad_out, grad_q, grad_k, grad_v
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
-    """The convolution that keeps the size or, `turned`, the one that is its input's gradient."""
-    if turned:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The convolution that keeps the size or, `transposed`, the one that is its dgrad."""
+    if transposed:
         return F.conv_transpose2d(x, weight, bias, padding=1)
     return F.conv2d(x, weight, bias, padding=1)
 
 
-def conv3x3_weights(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def conv3x3_wgrad(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight (C_out, C, 3, 3) and bias (C_out,) of such a convolution."""
     weight = x.new_empty((grad_y.shape[1], x.shape[1], 3, 3))
     steps = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])

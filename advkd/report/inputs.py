@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advkd.files import CheckpointError, read_json
+from advkd.files import CheckpointError, read_json, read_text
+from advkd.report.numbers import is_finite
 
+MAX_METRICS = 256 << 20  # bytes of a metrics.jsonl
 SIDES = ("real", "teacher", "student")
 _NUMBERS_BY_SIDE = (
     *("fd", "kid", "precision", "recall", "swd"),
@@ -25,10 +27,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    lines = read_text(path, MAX_METRICS).split("\n")
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -52,9 +51,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     for key, value in summary.items():
         wanted, holds = _WANTED.get(key, ("", _anything))
         if value is not None and not holds(value):
-            shown = repr(value)
-            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-            raise CheckpointError(f"{path}: {key}={shown} is not {wanted}")
+            raise CheckpointError(f"{path}: {key}={value!r:.60} is not {wanted}")
     classes, names = summary.get("classes"), summary.get("class_names")
     counts = {len(shares) for shares in (classes or {}).values() if shares}
     if len(counts) > 1 or (counts and names and counts != {len(names)}):
@@ -86,10 +83,7 @@ def _are_shares(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and set(value) <= set(SIDES)
-        and all(
-            shares is None or _is_list_of(lambda x: x is not None and _is_number(x), shares)
-            for shares in value.values()
-        )
+        and all(shares is None or _is_list_of(is_finite, shares) for shares in value.values())
     )
 
 

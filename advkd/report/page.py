@@ -68,7 +68,9 @@ def write_report(
     if panels:
         write_bytes(report / "loss_curves.png", chart(panels, SHEET))
     page = report / "report.html"
-    write_bytes(page, _page(plain, panels, grids, pictures, settings).encode())
+    text = _page(plain, panels, grids, pictures, settings)
+    # A file name that is not UTF-8 comes as characters that UTF-8 cannot hold.
+    write_bytes(page, text.encode("utf-8", "backslashreplace"))
     return page
 
 

@@ -1,12 +1,13 @@
 """Checkpoints of a training: whole or absent, and checked against their own hashes.
 
-A checkpoint is two files, `NAME-STEP.safetensors` and `NAME-STEP.json`; the JSON comes last, holds
-the tensors' SHA-256 and its own, and so closes the checkpoint.
+A checkpoint is two files, `NAME-STEP.safetensors` and `NAME-STEP.json`. The JSON is written last
+and holds the SHA-256 of the tensors and of itself, so it closes the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from advkd.files import (
 )
 
 KEPT = 2  # checkpoints of one training that stay on disk
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # the state of a parameter in Adam and AdamW
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors: `prefix.INDEX.KEY` by the parameter's index."""
+    """An optimizer's state as named tensors: `prefix.INDEX.KEY` by the parameter's index."""
     return {
         f"{prefix}.{index}.{key}": value
         for index, state in optimizer.state_dict()["state"].items()
@@ -38,24 +40,41 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str, where: Path
 ) -> None:
-    """Undo `optimizer_tensors`; the optimiser's settings stay as they are.
+    """Set an Adam optimizer's state from what `optimizer_tensors` gave; its settings stay.
 
     Files hold tensors contiguously; a moment gets its parameter's memory format back, because
-    fused optimisers walk parameter, gradient and moments side by side in memory.
+    fused optimizers walk parameter, gradient and moments side by side in memory. CheckpointError,
+    naming `where` they are from, for tensors that are not the state of these parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith(f"{prefix}."):
-            index, key = name[len(prefix) + 1 :].split(".")
-            parameter = parameters[int(index)]
-            if value.shape == parameter.shape:
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            state.setdefault(int(index), {})[key] = value
+        match = re.fullmatch(rf"{re.escape(prefix)}\.(\d{{1,9}})\.(\w+)", name)
+        if match is None:
+            if name.startswith(f"{prefix}."):
+                raise CheckpointError(
+                    f"{where} cannot be used: {name:.100} is no optimizer's state"
+                )
+            continue
+        index, key = int(match[1]), match[2]
+        if index >= len(parameters) or not _fits(key, value, parameters[index]):
+            raise CheckpointError(f"{where} cannot be used: {name:.100} does not fit the optimizer")
+        if value.ndim:
+            value = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
+        state.setdefault(index, {})[key] = value
+    for index, found in state.items():
+        if len(found) < len(ADAM):
+            raise CheckpointError(f"{where} cannot be used: {prefix}.{index} is not complete")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _fits(key: str, value: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor can be this part of an Adam optimizer's state of a parameter."""
+    shape = torch.Size() if key == "step" else parameter.shape
+    return key in ADAM and value.shape == shape and value.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -67,13 +86,17 @@ class Checkpoint:
     values: dict[str, Any]
 
 
+def _stem(name: str, step: int) -> str:
+    return f"{name}-{step:08d}"
+
+
 def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; of that name, only it and the KEPT - 1 before it stay.
 
-    Whatever else has the name goes too: later steps, which were passed over as broken, and what
-    a crash left half written.
+    Everything else of that name goes: later steps, which were passed over as broken, and what a
+    crash left half written.
     """
-    stem = f"{name}-{checkpoint.step:08d}"
+    stem = _stem(name, checkpoint.step)
     sha256 = write_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
     closing = {"step": checkpoint.step, "sha256": sha256, "values": checkpoint.values}
     write_json(folder / f"{stem}.json", {**closing, "seal": seal(closing)})
@@ -95,9 +118,13 @@ def latest_checkpoint(folder: Path, name: str) -> Checkpoint | None:
             content = read_json(closing)
             if content.pop("seal", None) != seal(content):
                 raise CheckpointError(f"{closing} is not the file that was written")
-            tensors = read_tensors(closing.with_suffix(".safetensors"), content["sha256"])
-            return Checkpoint(content["step"], tensors, content["values"])
-        except (CheckpointError, KeyError, TypeError) as error:
+            step, values, sha256 = (content.get(key) for key in ("step", "values", "sha256"))
+            named = type(step) is int and _stem(name, step) == closing.stem
+            if not (named and isinstance(values, dict) and isinstance(sha256, str)):
+                raise CheckpointError(f"{closing} does not describe a checkpoint")
+            tensors = read_tensors(closing.with_suffix(".safetensors"), sha256)
+            return Checkpoint(step, tensors, values)
+        except CheckpointError as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
     return None
 

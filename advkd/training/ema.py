@@ -12,7 +12,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Ema(Generic[Network]):
-    """An exponential moving average of a network's parameters; `model` is what is kept.
+    """An exponential moving average of a network's parameters; `model` is what gets saved.
 
     The decay grows from 0.1 to `decay`, so that the initial weights are forgotten early.
     """
@@ -23,6 +23,7 @@ class Ema(Generic[Network]):
 
     @torch.no_grad()
     def update(self, model: Network, step: int) -> None:
+        """Move the average toward the network's parameters after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged: list[Tensor] = list(self.model.parameters())
         current: list[Tensor] = list(model.parameters())

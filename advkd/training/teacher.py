@@ -9,27 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advkd import device
 from advkd.config import Config, ConfigError
 from advkd.data.images import ImageSet
-from advkd.device import autocast, pick_device
+from advkd.device import autocast
 from advkd.diffusion import Schedule
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher, save_teacher
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.ema import Ema
-from advkd.training.loop import (
-    Training,
-    check_finite,
-    generator_at,
-    learning_rate,
-    run_training,
-)
+from advkd.training.loop import Training, run_training
+from advkd.training.schedule import learning_rate
+from advkd.training.streams import generator_at, global_seed, mixed_seed
 
 STAGE = "teacher"
+STREAM = "teacher"  # of a batch's random numbers; its name is part of the bits
+DROPOUT_STREAM = "dropout"
 
 # Settings of a network or schedule that its weights do not depend on.
-_NOT_LEARNT = {
+_NOT_LEARNED = {
     *("sample_size", "dropout"),
     *("clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset"),
     "set_alpha_to_one",
@@ -42,8 +41,8 @@ def noised(x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return level.sqrt() * x_0 + (1 - level).sqrt() * eps
 
 
-def target_of(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network has to predict: eps, x_0, or v = sqrt(ab)*eps - sqrt(1-ab)*x_0."""
+def prediction_target(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The network's target: eps, x_0, or v = sqrt(ab) eps - sqrt(1-ab) x_0 (Salimans & Ho 2022)."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":
@@ -53,17 +52,20 @@ def target_of(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: Tensor)
 
 
 class TeacherTraining(Training):
-    """Network, average, optimiser and data of a teacher in training."""
+    """Network, average, optimizer and data of a teacher in training."""
 
     stage = STAGE
 
     def __init__(self, config: Config, images: ImageSet):
-        _check_data(config, images)
+        """Raises ConfigError where the images, or `teacher.init`, do not fit the configuration."""
+        check_data(config, images)
         self.config = config
         self.settings = config.teacher
         self.images = images
-        self.device = pick_device(config.run.device)
-        unet = _initial_unet(config).to(self.device)
+        self.device = device.resolve(config.run.device)
+        with global_seed(config.run.seed, self.device):
+            unet = _initial_unet(config)
+        unet = unet.to(self.device)
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.unet, self.settings.ema)
         self.optimizer = torch.optim.AdamW(
@@ -79,7 +81,7 @@ class TeacherTraining(Training):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The clean images, noise, times and labels that belong to `step`."""
-        generator = generator_at(self.config.run.seed, step, STAGE)
+        generator = generator_at(self.config.run.seed, step, STREAM)
         B = self.settings.batch
         indices = torch.randint(len(self.images), (B,), generator=generator).numpy()
         flip = torch.rand(B, generator=generator).numpy() < (0.5 if self.config.data.flip else 0)
@@ -92,21 +94,20 @@ class TeacherTraining(Training):
         return x_0.to(self.device), eps.to(self.device), t.to(self.device), y
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """The simple loss of (a share of) a batch."""
+        """The simple loss of a batch or a share of it: a 0-d tensor."""
         alpha_bar = self.alpha_bar[t]
         x_t = noised(x_0, eps, alpha_bar).contiguous(memory_format=torch.channels_last)
         with autocast(self.settings.autocast, self.device):
             predicted = self.unet(x_t, t, y)
-        target = target_of(self.unet.schedule.prediction_type, x_0, eps, alpha_bar)
+        target = prediction_target(self.unet.schedule.prediction_type, x_0, eps, alpha_bar)
         return F.mse_loss(predicted.float(), target)
 
     def step(self, step: int, workers: Workers) -> dict[str, float]:
-        """One optimiser step; returns what is logged."""
+        """One optimizer step; returns values to log."""
         s = self.settings
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(step)  # of dropout, the only other user of randomness
         batch = self.batch(step)
         parameters = list(self.unet.parameters())
 
@@ -115,19 +116,20 @@ class TeacherTraining(Training):
             loss = self.loss(x_0[share], eps[share], t[share], None if y is None else y[share])
             return torch.autograd.grad(loss, parameters), {"loss": loss.detach()}
 
-        values = workers.gradients(gradients_of, s.batch, parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
-        loss = check_finite("the teacher's loss", values["loss"], step)
-        grad_norm = check_finite("the teacher's gradient", norm, step)
+        with global_seed(mixed_seed(self.config.run.seed, step, DROPOUT_STREAM), self.device):
+            values = workers.gradients(gradients_of, s.batch, parameters)
+        values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
+        logged = self.read_finite(values, step)  # before anything changes
         self.optimizer.step()
         self.ema.update(self.unet, step)
-        return {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+        return {**logged, "lr": lr}
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
+        """The loss."""
         return {"loss": f"{values['loss']:.4f}"}
 
 
-def _check_data(config: Config, images: ImageSet) -> None:
+def check_data(config: Config, images: ImageSet) -> None:
     unet = config.unet
     if {unet.in_channels, unet.out_channels} != {images.channels}:
         raise ConfigError(
@@ -147,7 +149,6 @@ def _check_data(config: Config, images: ImageSet) -> None:
 
 def _initial_unet(config: Config) -> UNet:
     schedule = Schedule(**vars(config.schedule))
-    torch.manual_seed(config.run.seed)
     unet = UNet(config.unet, schedule)
     if config.teacher.init:
         given = load_teacher(config.teacher.init)
@@ -155,7 +156,7 @@ def _initial_unet(config: Config) -> UNet:
             name
             for ours, theirs in ((unet.config, given.config), (schedule, given.schedule))
             for name, value in vars(theirs).items()
-            if name not in _NOT_LEARNT and getattr(ours, name, value) != value
+            if name not in _NOT_LEARNED and getattr(ours, name, value) != value
         ]
         if differing:
             raise ConfigError(
@@ -169,12 +170,12 @@ def _initial_unet(config: Config) -> UNet:
 def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     """Train from scratch, from `teacher.init`, or on from the last checkpoint; save `run/teacher`.
 
-    Returns the seconds of training, earlier sessions included. Raises TrainingError on a
-    non-finite loss and Interrupted after a signal, both with the state on disk.
+    Returns the seconds of training, interrupted parts included. Raises TrainingError on a value
+    that is not finite and Interrupted after a signal, both with the state on disk.
     """
     training = TeacherTraining(config, images)
     s = config.teacher
-    # Dropout draws from one generator: several threads would take its numbers in any order.
+    # Dropout has one generator, whose numbers several threads would take in any order.
     threads = 1 if config.unet.dropout else config.run.threads
     seconds = run_training(training, run, s.steps, s.log_every, s.checkpoint_every, threads)
     save_teacher(training.ema.model, run / "teacher")

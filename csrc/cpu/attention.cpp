@@ -9,7 +9,7 @@
 
 #include "cpu/exponential.h"
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 namespace {
@@ -110,13 +110,13 @@ class QueryBlock {
     const std::int64_t head_dim = args_.shape.head_dim, block = keys * kLanes;
     const bool last = tile + 1 == keys_.count;
     for (std::int64_t i = 0; i < vectors_ * kLanes; ++i) carry_[i] = highest_[i];
-    multiply<T>(rows_of(args_.k, sample_, head_, start), Right<T>{q_, kLanes, head_dim * kLanes},
+    multiply<T>(rows_of(args_.k, sample_, head_, start), BOperand<T>{q_, kLanes, head_dim * kLanes},
                 keys, vectors_, head_dim, StoreScores<T>{scores_, block, highest_});
     for (std::int64_t v = 0; v < vectors_; ++v) {
       exponentiate(v * kLanes, scores_ + v * block, keys, last);
     }
-    const Right<T> values =
-        right_factor(rows_of(args_.v, sample_, head_, start), keys, head_dim, values_);
+    const BOperand<T> values =
+        b_operand(rows_of(args_.v, sample_, head_, start), keys, head_dim, values_);
     const StoreOutput<T> store = {out_rows_of(args_.out, sample_, head_, first_), head_dim, carry_,
                                   gain_, tile == 0};
     multiply<T>(PackedColumns<T>{scores_, block}, values, count_, head_vectors_, keys, store);

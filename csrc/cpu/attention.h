@@ -51,10 +51,10 @@ OutRows<T> out_rows_of(const HeadRows<T>& operand, std::int64_t sample, std::int
           operand.row};
 }
 
-// `rows` rows as the right factor of a product: packed into `buffer` where there are many, as rows
+// `rows` rows as the B operand of a product: packed into `buffer` where there are many, as rows
 // far apart share few sets of the cache, or where the last vector would pass the row's end.
 template <class T>
-Right<T> right_factor(const ByRows<T>& from, std::int64_t rows, std::int64_t columns, T* buffer) {
+BOperand<T> b_operand(const ByRows<T>& from, std::int64_t rows, std::int64_t columns, T* buffer) {
   constexpr std::int64_t kFewRows = 64;
   if (rows <= kFewRows && columns % kLanesOf<T> == 0) return {from.at, from.stride, kLanesOf<T>};
   pack(from, rows, columns, buffer);

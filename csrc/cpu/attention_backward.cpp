@@ -9,7 +9,7 @@
 #include "cpu/attention.h"
 #include "cpu/exponential.h"
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 namespace {
@@ -103,12 +103,12 @@ void add_row(const T* from, T* to, std::int64_t n) {
 
 // How the work is cut.
 template <class T>
-struct Plan {
+struct Split {
   Parts<T> queries, ranges;
   std::int64_t heads;   // of all samples together
   std::int64_t padded;  // head_dim, up to whole vectors
 
-  explicit Plan(const AttentionShape& shape)
+  explicit Split(const AttentionShape& shape)
       : queries(shape.queries, kQueryBlock),
         ranges(shape.keys, longest_range(shape)),
         heads(shape.batch * shape.heads),
@@ -127,37 +127,37 @@ class KeyRanges {
  public:
   // `shares` keeps those that the ranges [1, ...) of all heads have of dq; null where this task
   // takes all ranges of its head.
-  KeyRanges(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, std::int64_t task,
+  KeyRanges(const AttentionBackwardArgs<T>& args, const Split<T>& split, std::int64_t task,
             T* shares)
       : args_(args),
-        plan_(plan),
-        head_of_all_(shares ? task / plan.ranges.count : task),
+        split_(split),
+        head_of_all_(shares ? task / split.ranges.count : task),
         sample_(head_of_all_ / args.shape.heads),
         head_(head_of_all_ % args.shape.heads),
-        first_range_(shares ? task % plan.ranges.count : 0),
-        end_range_(shares ? first_range_ + 1 : plan.ranges.count),
+        first_range_(shares ? task % split.ranges.count : 0),
+        end_range_(shares ? first_range_ + 1 : split.ranges.count),
         shares_(shares),
-        largest_block_(smaller(plan.ranges.size, kKeyBlock)),
-        memory_(plan.queries.size * (5 * plan.padded + largest_block_ + 2) +
-                largest_block_ * plan.padded),
+        largest_block_(smaller(split.ranges.size, kKeyBlock)),
+        memory_(split.queries.size * (5 * split.padded + largest_block_ + 2) +
+                largest_block_ * split.padded),
         lse_(memory_.data()),
-        delta_(lse_ + plan.queries.size),
-        q_lanes_(delta_ + plan.queries.size),
-        grad_lanes_(q_lanes_ + plan.queries.size * plan.padded),
-        q_packed_(grad_lanes_ + plan.queries.size * plan.padded),
-        grad_packed_(q_packed_ + plan.queries.size * plan.padded),
-        share_(grad_packed_ + plan.queries.size * plan.padded),
-        k_packed_(share_ + plan.queries.size * plan.padded),
-        weights_(k_packed_ + largest_block_ * plan.padded) {}
+        delta_(lse_ + split.queries.size),
+        q_lanes_(delta_ + split.queries.size),
+        grad_lanes_(q_lanes_ + split.queries.size * split.padded),
+        q_packed_(grad_lanes_ + split.queries.size * split.padded),
+        grad_packed_(q_packed_ + split.queries.size * split.padded),
+        share_(grad_packed_ + split.queries.size * split.padded),
+        k_packed_(share_ + split.queries.size * split.padded),
+        weights_(k_packed_ + largest_block_ * split.padded) {}
 
   void run() const {
-    for (std::int64_t i = 0; i < plan_.queries.count; ++i) {
+    for (std::int64_t i = 0; i < split_.queries.count; ++i) {
       const Queries queries = prepared(i);
       for (std::int64_t r = first_range_; r < end_range_; ++r) {
         const OutRows<T> dq = dq_of(r, queries.first);
-        const Parts<T> keys(plan_.ranges.size_of(r), kKeyBlock);
+        const Parts<T> keys(split_.ranges.size_of(r), kKeyBlock);
         for (std::int64_t block = 0; block < keys.count; ++block) {
-          add_block(queries, r * plan_.ranges.size + block * keys.size, keys.size_of(block), dq,
+          add_block(queries, r * split_.ranges.size + block * keys.size, keys.size_of(block), dq,
                     block == 0);
         }
         if (dq.at == share_) add_share(queries);
@@ -171,11 +171,11 @@ class KeyRanges {
   // A block of queries, ready for the products.
   struct Queries {
     std::int64_t first, count, vectors;
-    Right<T> q_lanes, grad_lanes, q, grad;
+    BOperand<T> q_lanes, grad_lanes, q, grad;
   };
 
   Queries prepared(std::int64_t block) const {
-    const std::int64_t first = block * plan_.queries.size, count = plan_.queries.size_of(block);
+    const std::int64_t first = block * split_.queries.size, count = split_.queries.size_of(block);
     const std::int64_t vectors = divided_up(count, kLanes), head_dim = args_.shape.head_dim;
     const ByRows<T> q = rows_of(args_.q, sample_, head_, first);
     const ByRows<T> grad = rows_of(args_.grad_out, sample_, head_, first);
@@ -191,8 +191,8 @@ class KeyRanges {
       delta_[i] = i < count ? dot(grad.start(i), out.start(i), head_dim) * args_.scale : T(0);
     }
     return {first, count, vectors, {q_lanes_, kLanes, head_dim * kLanes},
-            {grad_lanes_, kLanes, head_dim * kLanes}, right_factor(q, count, head_dim, q_packed_),
-            right_factor(grad, count, head_dim, grad_packed_)};
+            {grad_lanes_, kLanes, head_dim * kLanes}, b_operand(q, count, head_dim, q_packed_),
+            b_operand(grad, count, head_dim, grad_packed_)};
   }
 
   // Where a range's share of dq goes: the first range's is what the others' are added to.
@@ -200,7 +200,7 @@ class KeyRanges {
     if (range == 0) return out_rows_of(args_.dq, sample_, head_, query);
     const std::int64_t head_dim = args_.shape.head_dim;
     if (!shares_) return {share_, head_dim};
-    const std::int64_t share = head_of_all_ * (plan_.ranges.count - 1) + range - 1;
+    const std::int64_t share = head_of_all_ * (split_.ranges.count - 1) + range - 1;
     return {shares_ + (share * args_.shape.queries + query) * head_dim, head_dim};
   }
 
@@ -215,7 +215,7 @@ class KeyRanges {
   // One block of keys, from `start`: dk and dv, and its part of a share of dq.
   void add_block(const Queries& queries, std::int64_t start, std::int64_t keys,
                  const OutRows<T>& dq, bool first_keys) const {
-    const std::int64_t head_dim = args_.shape.head_dim, head_vectors = plan_.padded / kLanes;
+    const std::int64_t head_dim = args_.shape.head_dim, head_vectors = split_.padded / kLanes;
     const std::int64_t block = keys * kLanes;
     const ByRows<T> k = rows_of(args_.k, sample_, head_, start);
     const ByRows<T> v = rows_of(args_.v, sample_, head_, start);
@@ -230,12 +230,12 @@ class KeyRanges {
                 StoreScoreGradients<T>{weights_, block, delta_});
     multiply<T>(by_keys, queries.q, keys, head_vectors, queries.count,
                 AddRows<T>{out_rows_of(args_.dk, sample_, head_, start), head_dim, first_queries});
-    multiply<T>(PackedColumns<T>{weights_, block}, right_factor(k, keys, head_dim, k_packed_),
+    multiply<T>(PackedColumns<T>{weights_, block}, b_operand(k, keys, head_dim, k_packed_),
                 queries.count, head_vectors, keys, AddRows<T>{dq, head_dim, first_keys});
   }
 
   const AttentionBackwardArgs<T>& args_;
-  const Plan<T>& plan_;
+  const Split<T>& split_;
   const std::int64_t head_of_all_, sample_, head_, first_range_, end_range_;
   T* const shares_;
   const std::int64_t largest_block_;
@@ -247,14 +247,14 @@ class KeyRanges {
 
 // Adds to rows of dq of one head what its ranges [1, ...) have of them.
 template <class T>
-void add_shares(const AttentionBackwardArgs<T>& args, const Plan<T>& plan, const T* shares,
+void add_shares(const AttentionBackwardArgs<T>& args, const Split<T>& split, const T* shares,
                 std::int64_t head, std::int64_t first, std::int64_t rows) {
   const std::int64_t head_dim = args.shape.head_dim, size = args.shape.queries * head_dim;
-  const T* const from = shares + head * (plan.ranges.count - 1) * size + first * head_dim;
+  const T* const from = shares + head * (split.ranges.count - 1) * size + first * head_dim;
   const OutRows<T> dq =
       out_rows_of(args.dq, head / args.shape.heads, head % args.shape.heads, first);
   for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t r = 0; r + 1 < plan.ranges.count; ++r) {
+    for (std::int64_t r = 0; r + 1 < split.ranges.count; ++r) {
       add_row(from + r * size + i * head_dim, dq.at + i * dq.stride, head_dim);
     }
   }
@@ -266,20 +266,20 @@ template <class T>
 void attention_backward(const AttentionBackwardArgs<T>& args) {
   const AttentionShape& shape = args.shape;
   if (shape.batch * shape.heads * shape.queries == 0) return;
-  const Plan<T> plan(shape);
+  const Split<T> split(shape);
   // Ranges that are apart prepare the queries each for itself.
-  const bool apart = plan.heads < args.threads && plan.ranges.count > 1;
+  const bool apart = split.heads < args.threads && split.ranges.count > 1;
   const Buffer<T> shares(
-      apart ? plan.heads * (plan.ranges.count - 1) * shape.queries * shape.head_dim : 0);
-  parallel_for(plan.heads * (apart ? plan.ranges.count : 1), args.threads,
+      apart ? split.heads * (split.ranges.count - 1) * shape.queries * shape.head_dim : 0);
+  parallel_for(split.heads * (apart ? split.ranges.count : 1), args.threads,
                [&](std::int64_t task) {
-                 KeyRanges<T>(args, plan, task, apart ? shares.data() : nullptr).run();
+                 KeyRanges<T>(args, split, task, apart ? shares.data() : nullptr).run();
                });
   if (!apart) return;
-  parallel_for(plan.heads * plan.queries.count, args.threads, [&](std::int64_t task) {
-    const std::int64_t head = task / plan.queries.count, block = task % plan.queries.count;
-    add_shares(args, plan, shares.data(), head, block * plan.queries.size,
-               plan.queries.size_of(block));
+  parallel_for(split.heads * split.queries.count, args.threads, [&](std::int64_t task) {
+    const std::int64_t head = task / split.queries.count, block = task % split.queries.count;
+    add_shares(args, split, shares.data(), head, block * split.queries.size,
+               split.queries.size_of(block));
   });
 }
 

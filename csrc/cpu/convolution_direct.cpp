@@ -31,14 +31,14 @@ class Direct {
     }
   }
 
-  void prepare(const ConvolutionBlock& block, std::int64_t c, float* left, float* scratch) const {
+  void prepare(const ConvolutionBlock& block, std::int64_t c, float* a, float* scratch) const {
     const RowReader reader(input_, c * kPanel);
     const std::int64_t rows = (block.rows - 1) * stride_ + kernel_;
     const std::int64_t width = (block.columns - 1) * stride_ + kernel_;
     const std::int64_t row = block.row * stride_ - args_.shape.pad_before;
     const std::int64_t column = block.column * stride_ - args_.shape.pad_before;
     for (std::int64_t n = 0; n < block.images; ++n) {
-      float* const to = left + n * image_size_ + c * kernel_ * plane_;
+      float* const to = a + n * image_size_ + c * kernel_ * plane_;
       for (std::int64_t r = 0; r < rows; ++r) {
         reader.read(block.image + n, row + r, column, width, scratch);
         for (std::int64_t x = 0; x < kernel_; ++x) {
@@ -52,8 +52,8 @@ class Direct {
   void transform(std::int64_t, std::int64_t, float*) const {}
 
   void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
-                const float* left, const float* packed, float* products) const {
-    const Panels right = {packed, plan_.packed_panel, panels};
+                const float* a, const float* packed, float* products) const {
+    const Panels b = {packed, plan_.packed_panel, panels};
     // Rows of a narrower block are as far apart as those of the others.
     const bool whole = block.columns == plan_.columns;
     const std::int64_t runs = whole ? 1 : block.rows;
@@ -61,12 +61,12 @@ class Direct {
     for (std::int64_t n = 0; n < block.images; ++n) {
       const OutputWriters writers(args_, block.image + n, panel * kPanel, panels * kPanel);
       for (std::int64_t r = 0; r < runs; ++r) {
-        const float* const from = left + n * image_size_ + r * plan_.columns * kPanel;
+        const float* const from = a + n * image_size_ + r * plan_.columns * kPanel;
         for (std::int64_t first = 0; first < pixels; first += kChunk) {
           const std::int64_t count = least(kChunk, pixels - first);
           multiply_rows({from + first * kPanel, segments_.data(),
                          static_cast<std::int64_t>(segments_.size()), count},
-                        right, products);
+                        b, products);
           write(block, block.image + n, r * block.columns + first, count, writers, products,
                 panels * kPanel);
         }

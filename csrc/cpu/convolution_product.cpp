@@ -11,12 +11,12 @@ struct Store {
   Store at(std::int64_t panel) const { return {to + panel * kPanel, step}; }
 
   template <int kRows, int kPanels>
-  void operator()(std::int64_t row, const Sums<kRows, kPanels>& sums) const {
+  void operator()(std::int64_t row, const Accumulators<kRows, kPanels>& accumulators) const {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kPanels * kPanelVectors; ++v) {
-        store(to + (row + r) * step + v * kWidth, sums.part[r][v]);
+        store(to + (row + r) * step + v * kWidth, accumulators.part[r][v]);
       }
     }
   }
@@ -24,9 +24,9 @@ struct Store {
 
 }  // namespace
 
-void multiply_rows(const PreparedRows& left, const Panels& right, float* to) {
-  const LeftFactor<kPanel, 1> factor = {left.at, left.segments, left.segment_count};
-  multiply(factor, right, left.rows, Store{to, right.count * kPanel});
+void multiply_rows(const PreparedRows& a, const Panels& b, float* to) {
+  const AOperand<kPanel, 1> factor = {a.at, a.segments, a.segment_count};
+  multiply(factor, b, a.rows, Store{to, b.count * kPanel});
 }
 
 }  // namespace advkd::ADVKD_ISA

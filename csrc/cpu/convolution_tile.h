@@ -5,9 +5,9 @@
 #include <atomic>
 #include <cstdint>
 
-#include "cpu/convolution_plan.h"
+#include "runtime/convolution_plan.h"
 #include "cpu/exponential.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 
@@ -35,7 +35,7 @@ struct Panels {
 };
 
 // The product, a row of all panels' columns after the other.
-void multiply_rows(const PreparedRows& left, const Panels& right, float* to);
+void multiply_rows(const PreparedRows& a, const Panels& b, float* to);
 
 static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_t batch,
                                         std::int64_t block) {
@@ -43,8 +43,8 @@ static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_
   const std::int64_t row = block / plan.column_blocks % plan.row_blocks * plan.rows;
   const std::int64_t column = block % plan.column_blocks * plan.columns;
   return {image,  least(plan.images, batch - image),
-          row,    least(plan.rows, plan.unit_rows - row),
-          column, least(plan.columns, plan.unit_columns - column)};
+          row,    least(plan.rows, plan.tile_rows - row),
+          column, least(plan.columns, plan.tile_columns - column)};
 }
 
 // What is read: act(x * scale + shift), of images of height x width stored pixels.
@@ -170,8 +170,8 @@ class OutputWriters {
  public:
   OutputWriters(const ConvolutionArgs& args, std::int64_t image, std::int64_t channel,
                 std::int64_t columns) {
-    const std::int64_t left = least(columns, args.shape.out_channels - channel);
-    for (; count_ * kWidth < left; ++count_) {
+    const std::int64_t channels = least(columns, args.shape.out_channels - channel);
+    for (; count_ * kWidth < channels; ++count_) {
       writers_[count_] = OutputWriter(args, image, channel + count_ * kWidth);
     }
   }
@@ -196,9 +196,9 @@ void for_each_slot(std::int64_t count, int threads, const Task& task) {
   });
 }
 
-// Goes through all blocks. Method: prepare(block, channel_block, left, scratch) makes a part of a
-// block's left factor, transform(panel, panels, right) the right factor of some panels, if it is not
-// the packed weights, and multiply(block, panel, panels, left, right, products) their output.
+// Goes through all blocks. Method: prepare(block, channel_block, a, scratch) makes a part of a block's
+// A operand, transform(panel, panels, b) the B operand of some panels, if that is not the packed
+// weights, and multiply(block, panel, panels, a, b, products) their output.
 template <class Method>
 class BlockRunner {
  public:
@@ -206,9 +206,9 @@ class BlockRunner {
       : args_(args), plan_(plan), method_(method), own_(args.workspace + plan.shared_size()) {}
 
   void run() const {
-    if (plan_.wave == 0) return run_apart();
-    for (std::int64_t first = 0; first < plan_.blocks; first += plan_.wave) {
-      run_wave(first, least(plan_.wave, plan_.blocks - first));
+    if (plan_.tile_batch == 0) return run_apart();
+    for (std::int64_t first = 0; first < plan_.blocks; first += plan_.tile_batch) {
+      run_tile_batch(first, least(plan_.tile_batch, plan_.blocks - first));
     }
   }
 
@@ -228,30 +228,30 @@ class BlockRunner {
     float* const transformed = args_.workspace;
     if (plan_.transformed_panel != 0) method_.transform(0, plan_.panels, transformed);
     for_each_slot(plan_.blocks, args_.threads, [&](std::int64_t index, std::int64_t slot) {
-      float* const left = own(slot);
-      float* const products = left + plan_.left_size;
+      float* const a = own(slot);
+      float* const products = a + plan_.a_size;
       for (std::int64_t c = 0; c < plan_.channel_blocks; ++c) {
-        method_.prepare(block(index), c, left, products + plan_.product_size);
+        method_.prepare(block(index), c, a, products + plan_.product_size);
       }
       for (std::int64_t group = 0; group < plan_.groups; ++group) {
         const std::int64_t panel = first_panel(group);
-        const float* const right = plan_.transformed_panel == 0
+        const float* const b = plan_.transformed_panel == 0
                                        ? packed(panel)
                                        : transformed + panel * plan_.transformed_panel;
-        method_.multiply(block(index), panel, first_panel(group + 1) - panel, left, right, products);
+        method_.multiply(block(index), panel, first_panel(group + 1) - panel, a, b, products);
       }
     });
   }
 
   // Many weights, or few blocks for the threads: a group's transformed weights stay in a thread's
   // cache while the blocks pass by.
-  void run_wave(std::int64_t first, std::int64_t count) const {
-    float* const lefts = args_.workspace;
+  void run_tile_batch(std::int64_t first, std::int64_t count) const {
+    float* const inputs = args_.workspace;
     for_each_slot(count * plan_.channel_blocks, args_.threads,
                   [&](std::int64_t task, std::int64_t slot) {
                     const std::int64_t index = task / plan_.channel_blocks;
                     method_.prepare(block(first + index), task % plan_.channel_blocks,
-                                    lefts + index * plan_.left_size,
+                                    inputs + index * plan_.a_size,
                                     own(slot) + plan_.product_size);
                   });
     const std::int64_t parts = least(plan_.parts, count);
@@ -261,9 +261,9 @@ class BlockRunner {
       float* const products = own(slot);
       float* const transformed = products + plan_.product_size + plan_.scratch_size;
       if (plan_.transformed_panel != 0) method_.transform(panel, panels, transformed);
-      const float* const right = plan_.transformed_panel == 0 ? packed(panel) : transformed;
+      const float* const b = plan_.transformed_panel == 0 ? packed(panel) : transformed;
       for (std::int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i) {
-        method_.multiply(block(first + i), panel, panels, lefts + i * plan_.left_size, right,
+        method_.multiply(block(first + i), panel, panels, inputs + i * plan_.a_size, b,
                          products);
       }
     });

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 #include "cpu/vector.h"
 
 namespace advkd::ADVKD_ISA {

@@ -120,21 +120,21 @@ class Forward {
         threads_(threads_for(args.shape, kCyclesPerElement, args.threads)),
         cut_(args.shape, args.groups),
         columns_(cut_),
-        moments_(cut_.units * cut_.blocks * cut_.unit_groups),
+        moments_(cut_.instances * cut_.blocks * cut_.instance_groups),
         maps_(args.shape.batch * 3 * map_size()),
-        group_of_(cut_.unit_channels),
+        group_of_(cut_.instance_channels),
         streams_(args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
                  streams_to(args.y, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
-                 streams_to(args.y, cut_.unit_elements())),
-        ahead_(cut_.resident() ? cut_.unit_elements() * threads_
+                 streams_to(args.y, cut_.instance_elements())),
+        ahead_(cut_.resident() ? cut_.instance_elements() * threads_
                                : kAheadBytes / static_cast<std::int64_t>(sizeof(S))) {
     set_group_of(cut_, group_of_.data());
   }
 
   void run() const { run_phases(*this, cut_, threads_); }
 
-  void measure(std::int64_t unit, std::int64_t index) const {
-    const Block block = cut_.block(unit, index);
+  void measure(std::int64_t instance, std::int64_t index) const {
+    const Block block = cut_.block(instance, index);
     const S* const x = args_.x + block.start;
     const std::int64_t padded = columns_.padded(), groups = columns_.groups;
     T *const origin = scratch<T>(3 * padded), *const sums = origin + padded;
@@ -146,7 +146,7 @@ class Forward {
     fill(sums, padded, T(0));
     each_column<T>(few, columns_.period, AddValues<S>{x, columns_.period, sums});
     columns_.fold_groups(sums, of_channels, totals);
-    Moments* const out = moments_.data() + (unit * cut_.blocks + index) * groups;
+    Moments* const out = moments_.data() + (instance * cut_.blocks + index) * groups;
     set_origins(totals, static_cast<double>(groups) / static_cast<double>(few), out, origin);
 
     fill(sums, 2 * padded, T(0));
@@ -161,14 +161,14 @@ class Forward {
     }
   }
 
-  void settle(std::int64_t unit) const {
-    const std::int64_t image = cut_.image_of(unit), groups = cut_.unit_groups;
+  void settle(std::int64_t instance) const {
+    const std::int64_t image = cut_.image_of(instance), groups = cut_.instance_groups;
     const double elements = static_cast<double>(cut_.group_channels * cut_.pixels);
     T* const memory = scratch<T>(3 * groups);
     const GroupValues<T> values = {memory, memory + groups, memory + 2 * groups};
-    const std::int64_t at = image * cut_.groups + cut_.group_of(unit);
+    const std::int64_t at = image * cut_.groups + cut_.group_of(instance);
     for (std::int64_t g = 0; g < groups; ++g) {
-      const Moments all = merged(unit, g);
+      const Moments all = merged(instance, g);
       const double rstd = 1.0 / std::sqrt(all.squares / elements + args_.eps);
       values.set(g, all.mean, rstd);
       if (!args_.mean) continue;
@@ -177,17 +177,17 @@ class Forward {
     }
     T* const maps = map_of(image);
     const ChannelMaps<T> of_image = {maps, maps + map_size(), maps + 2 * map_size()};
-    set_channel_maps(args_.modulation, cut_, unit, group_of_.data(), values, of_image);
+    set_channel_maps(args_.affine, cut_, instance, group_of_.data(), values, of_image);
     if (!cut_.last) return;
     for (int k = 0; k < 3; ++k) columns_.repeat(maps + k * map_size());
   }
 
-  void finish(std::int64_t unit, std::int64_t index) const {
+  void finish(std::int64_t instance, std::int64_t index) const {
     const auto normalise = args_.silu ? (streams_ ? &Forward::normalise<true, true>
                                                   : &Forward::normalise<true, false>)
                                       : (streams_ ? &Forward::normalise<false, true>
                                                   : &Forward::normalise<false, false>);
-    (this->*normalise)(cut_.block(unit, index), map_of(cut_.image_of(unit)));
+    (this->*normalise)(cut_.block(instance, index), map_of(cut_.image_of(instance)));
     if (streams_) end_streaming();
   }
 
@@ -227,19 +227,19 @@ class Forward {
     columns_.repeat(origin);
   }
 
-  double group_elements(std::int64_t unit, std::int64_t block) const {
-    return static_cast<double>(cut_.block(unit, block).length / cut_.unit_groups);
+  double group_elements(std::int64_t instance, std::int64_t block) const {
+    return static_cast<double>(cut_.block(instance, block).length / cut_.instance_groups);
   }
 
   // The blocks of one group, in order.
-  Moments merged(std::int64_t unit, std::int64_t group) const {
-    const Moments* const of_unit =
-        moments_.data() + unit * cut_.blocks * cut_.unit_groups + group;
-    Moments all = of_unit[0];
-    double count = group_elements(unit, 0);
+  Moments merged(std::int64_t instance, std::int64_t group) const {
+    const Moments* const of_instance =
+        moments_.data() + instance * cut_.blocks * cut_.instance_groups + group;
+    Moments all = of_instance[0];
+    double count = group_elements(instance, 0);
     for (std::int64_t b = 1; b < cut_.blocks; ++b) {
-      const Moments& next = of_unit[b * cut_.unit_groups];
-      const double more = group_elements(unit, b);
+      const Moments& next = of_instance[b * cut_.instance_groups];
+      const double more = group_elements(instance, b);
       const double apart = next.mean - all.mean, share = more / (count + more);
       all.mean += apart * share;
       all.squares += next.squares + apart * apart * share * count;
@@ -261,8 +261,8 @@ class Forward {
   const Buffer<T> maps_;           // ChannelMaps of each image's columns (NHWC) or channels
   const Buffer<std::int32_t> group_of_;
   const bool streams_;
-  // How far the second phase looks ahead. What it reads of a resident unit is in the cache, and what
-  // this thread reads next is likely the unit after those that the others have.
+  // How far the second phase looks ahead. What it reads of a resident instance is in the cache, and what
+  // this thread reads next is likely the instance after those that the others have.
   const std::int64_t ahead_;
 };
 

@@ -7,9 +7,9 @@
 
 #include "cpu/buffer.h"
 #include "cpu/exponential.h"
-#include "cpu/kernel_table.h"
+#include "runtime/kernel_table.h"
 #include "cpu/storage.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 
@@ -65,24 +65,24 @@ static inline void sum_groups(const double* from, std::int64_t groups, std::int6
   }
 }
 
-// A part of a unit: consecutive elements in memory. In NHWC, whole pixels. In NCHW, whole channels,
+// A part of an instance: consecutive elements in memory. In NHWC, whole pixels. In NCHW, whole channels,
 // or a part of one; `run` is the number of elements of each.
 struct Block {
   std::int64_t start, length;  // in elements
   std::int64_t channel, channels, run;
 };
 
-// How a call is cut; it follows from the shape, never from the number of threads. A unit is what
+// How a call is cut; it follows from the shape, never from the number of threads. An instance is what
 // has statistics of its own: an image (NHWC, with those of all its groups) or a group of an image
 // (NCHW).
 struct Cut {
   bool last;
   std::int64_t channels, pixels, groups, group_channels;
-  std::int64_t units, unit_groups, unit_channels;
+  std::int64_t instances, instance_groups, instance_channels;
   std::int64_t block_channels;  // NCHW: whole channels in a block; NHWC: all
   std::int64_t block_pixels;    // NHWC: in a block; NCHW: of a channel in a block
   std::int64_t segments;        // NCHW: parts of a channel; NHWC: parts of an image
-  std::int64_t blocks;          // of a unit
+  std::int64_t blocks;          // of an instance
 
   Cut(const ImageShape& shape, std::int64_t group_count)
       : last(shape.channels_last),
@@ -90,36 +90,36 @@ struct Cut {
         pixels(shape.pixels),
         groups(group_count),
         group_channels(channels / groups),
-        units(shape.batch * (last ? 1 : groups)),
-        unit_groups(last ? groups : 1),
-        unit_channels(last ? channels : group_channels) {
+        instances(shape.batch * (last ? 1 : groups)),
+        instance_groups(last ? groups : 1),
+        instance_channels(last ? channels : group_channels) {
     const std::int64_t most = last ? kBlockElements / channels : kBlockElements;
     block_pixels = least(pixels, most < 1 ? 1 : most);
     segments = parts(pixels, block_pixels);
-    block_channels = unit_channels;
+    block_channels = instance_channels;
     if (!last) block_channels = segments > 1 ? 1 : least(group_channels, kBlockElements / pixels);
-    blocks = segments * parts(unit_channels, block_channels);
+    blocks = segments * parts(instance_channels, block_channels);
   }
 
-  std::int64_t unit_elements() const { return unit_channels * pixels; }
-  bool resident() const { return unit_elements() <= kResidentElements; }
-  std::int64_t image_of(std::int64_t unit) const { return last ? unit : unit / groups; }
-  std::int64_t group_of(std::int64_t unit) const { return last ? 0 : unit % groups; }
+  std::int64_t instance_elements() const { return instance_channels * pixels; }
+  bool resident() const { return instance_elements() <= kResidentElements; }
+  std::int64_t image_of(std::int64_t instance) const { return last ? instance : instance / groups; }
+  std::int64_t group_of(std::int64_t instance) const { return last ? 0 : instance % groups; }
 
-  Block block(std::int64_t unit, std::int64_t index) const {
+  Block block(std::int64_t instance, std::int64_t index) const {
     const std::int64_t pixel = index % segments * block_pixels;
     const std::int64_t channel = index / segments * block_channels;
     const std::int64_t run = least(block_pixels, pixels - pixel);
-    const std::int64_t count = least(block_channels, unit_channels - channel);
+    const std::int64_t count = least(block_channels, instance_channels - channel);
     const std::int64_t within = last ? pixel * channels : channel * pixels + pixel;
-    return {unit * unit_elements() + within, count * run,
-            group_of(unit) * group_channels + channel, count, run};
+    return {instance * instance_elements() + within, count * run,
+            group_of(instance) * group_channels + channel, count, run};
   }
 };
 
-// The group of each channel of a unit, counted within the unit.
+// The group of each channel of an instance, counted within the instance.
 static inline void set_group_of(const Cut& cut, std::int32_t* group_of) {
-  for (std::int64_t g = 0; g < cut.unit_groups; ++g) {
+  for (std::int64_t g = 0; g < cut.instance_groups; ++g) {
     fill(group_of + g * cut.group_channels, cut.group_channels, static_cast<std::int32_t>(g));
   }
 }
@@ -130,27 +130,27 @@ static inline int threads_for(const ImageShape& shape, double cycles_per_element
   return advkd::threads_for(cycles_per_element * elements, threads);
 }
 
-// Runs a kernel's phases: each block is measured, then the unit's results are settled, then each
+// Runs a kernel's phases: each block is measured, then the instance's results are settled, then each
 // block is finished, last ones first, as those are still in the cache.
 template <class Kernel>
 void run_phases(const Kernel& kernel, const Cut& cut, int threads) {
   const bool resident = cut.resident();
-  if (resident && (threads == 1 || cut.units >= 2 * threads)) {
-    parallel_for(cut.units, threads, [&](std::int64_t unit) {
-      for (std::int64_t b = 0; b < cut.blocks; ++b) kernel.measure(unit, b);
-      kernel.settle(unit);
-      for (std::int64_t b = cut.blocks; b-- > 0;) kernel.finish(unit, b);
+  if (resident && (threads == 1 || cut.instances >= 2 * threads)) {
+    parallel_for(cut.instances, threads, [&](std::int64_t instance) {
+      for (std::int64_t b = 0; b < cut.blocks; ++b) kernel.measure(instance, b);
+      kernel.settle(instance);
+      for (std::int64_t b = cut.blocks; b-- > 0;) kernel.finish(instance, b);
     });
     return;
   }
-  // Few or large units: every block is a task. What one wave read, its second phase finds in the
-  // cache as far as it goes.
-  const std::int64_t wave = resident ? cut.units : 1, tasks = wave * cut.blocks;
-  for (std::int64_t first = 0; first < cut.units; first += wave) {
+  // Few or large instances: every block is a task. Large instances come one at a time, so that the
+  // second phase finds in the cache what the first has read, as far as it goes.
+  const std::int64_t together = resident ? cut.instances : 1, tasks = together * cut.blocks;
+  for (std::int64_t first = 0; first < cut.instances; first += together) {
     parallel_for(tasks, threads, [&](std::int64_t task) {
       kernel.measure(first + task / cut.blocks, task % cut.blocks);
     });
-    for (std::int64_t unit = first; unit < first + wave; ++unit) kernel.settle(unit);
+    for (std::int64_t i = first; i < first + together; ++i) kernel.settle(i);
     parallel_for(tasks, threads, [&](std::int64_t task) {
       const std::int64_t back = tasks - 1 - task;
       kernel.finish(first + back / cut.blocks, back % cut.blocks);
@@ -268,14 +268,14 @@ struct ChannelMaps {
   T *mean, *factor, *shift;
 };
 
-// Sets the maps of the channels of one unit, `first` being the first of them; group_of tells which
+// Sets the maps of the channels of one instance, `first` being the first of them; group_of tells which
 // of `values` is a channel's. Loops over all channels, as groups are too small to be vectors.
 template <class T>
-void set_channel_maps(const Modulation<T>& m, const Cut& cut, std::int64_t unit,
+void set_channel_maps(const AffineParameters<T>& affine, const Cut& cut, std::int64_t instance,
                       const std::int32_t* group_of, const GroupValues<T>& values,
                       const ChannelMaps<T>& maps) {
-  const std::int64_t count = cut.unit_channels, first = cut.group_of(unit) * cut.group_channels;
-  const std::int64_t at = cut.image_of(unit) * cut.channels + first;
+  const std::int64_t count = cut.instance_channels, first = cut.group_of(instance) * cut.group_channels;
+  const std::int64_t at = cut.image_of(instance) * cut.channels + first;
   T *const mean = maps.mean + first, *const factor = maps.factor + first;
   T* const shift = maps.shift + first;
   for (std::int64_t c = 0; c < count; ++c) {
@@ -283,17 +283,17 @@ void set_channel_maps(const Modulation<T>& m, const Cut& cut, std::int64_t unit,
     factor[c] = values.rstd[group_of[c]];
     shift[c] = -values.rest[group_of[c]];
   }
-  if (m.weight) multiply(factor, m.weight + first, count);
+  if (affine.weight) multiply(factor, affine.weight + first, count);
   multiply(shift, factor, count);
-  if (m.bias) add(shift, m.bias + first, count);
-  if (m.scale) {
-    const T* const scale = m.scale + at;
+  if (affine.bias) add(shift, affine.bias + first, count);
+  if (affine.scale) {
+    const T* const scale = affine.scale + at;
     for (std::int64_t c = 0; c < count; ++c) {
       factor[c] *= T(1) + scale[c];
       shift[c] *= T(1) + scale[c];
     }
   }
-  if (m.shift) add(shift, m.shift + at, count);
+  if (affine.shift) add(shift, affine.shift + at, count);
 }
 
 }  // namespace advkd::ADVKD_ISA

@@ -137,58 +137,58 @@ class Backward {
         threads_(threads_for(args.shape, kCyclesPerElement, args.threads)),
         cut_(args.shape, args.groups),
         columns_(cut_),
-        partial_(cut_.units * cut_.blocks * cut_.block_channels * 2),
+        partial_(cut_.instances * cut_.blocks * cut_.block_channels * 2),
         for_weight_(args.shape.batch * cut_.channels),
         for_bias_(args.shape.batch * cut_.channels),
         maps_(args.shape.batch * kMaps * map_size()),
-        group_of_(cut_.unit_channels),
+        group_of_(cut_.instance_channels),
         source_(source(args, cut_)),
         streams_(source_ != Source::kStored &&
                  args.shape.batch * args.shape.elements() * sizeof(S) >= kStreamedBytes &&
                  streams_to(args.dx, cut_.last ? cut_.block_pixels * cut_.channels : cut_.pixels) &&
-                 streams_to(args.dx, cut_.unit_elements())) {
+                 streams_to(args.dx, cut_.instance_elements())) {
     set_group_of(cut_, group_of_.data());
   }
 
   void run() const {
-    parallel_for(cut_.units, threads_, [&](std::int64_t unit) { prepare(unit); });
+    parallel_for(cut_.instances, threads_, [&](std::int64_t instance) { prepare(instance); });
     run_phases(*this, cut_, threads_);
     reduce_parameters();
   }
 
-  void measure(std::int64_t unit, std::int64_t index) const {
+  void measure(std::int64_t instance, std::int64_t index) const {
     if (!args_.silu) {
-      add_up<false, false>(unit, index);
+      add_up<false, false>(instance, index);
     } else if (source_ == Source::kStored) {
-      add_up<true, true>(unit, index);
+      add_up<true, true>(instance, index);
     } else {
-      add_up<true, false>(unit, index);
+      add_up<true, false>(instance, index);
     }
   }
 
-  void settle(std::int64_t unit) const {
-    const std::int64_t count = cut_.unit_channels;
-    double *const sums = scratch<double>(2 * count + 2 * cut_.unit_groups);
+  void settle(std::int64_t instance) const {
+    const std::int64_t count = cut_.instance_channels;
+    double *const sums = scratch<double>(2 * count + 2 * cut_.instance_groups);
     double* const products = sums + count;
-    merge(unit, sums, products);
+    merge(instance, sums, products);
     const std::int32_t* const group_of = group_of_.data();
-    const double* const mean = args_.mean + first_group(unit);
+    const double* const mean = args_.mean + first_group(instance);
     for (std::int64_t c = 0; c < count; ++c) {
       products[c] -= rest_of(mean[group_of[c]]) * sums[c];
     }
-    keep_for_parameters(unit, sums, products);
-    set_slopes(unit, sums, products);
+    keep_for_parameters(instance, sums, products);
+    set_slopes(instance, sums, products);
   }
 
-  void finish(std::int64_t unit, std::int64_t index) const {
+  void finish(std::int64_t instance, std::int64_t index) const {
     if (source_ == Source::kGradY) {
-      streams_ ? write<Source::kGradY, true>(unit, index)
-               : write<Source::kGradY, false>(unit, index);
+      streams_ ? write<Source::kGradY, true>(instance, index)
+               : write<Source::kGradY, false>(instance, index);
     } else if (source_ == Source::kRecomputed) {
-      streams_ ? write<Source::kRecomputed, true>(unit, index)
-               : write<Source::kRecomputed, false>(unit, index);
+      streams_ ? write<Source::kRecomputed, true>(instance, index)
+               : write<Source::kRecomputed, false>(instance, index);
     } else {
-      write<Source::kStored, false>(unit, index);
+      write<Source::kStored, false>(instance, index);
     }
     if (streams_) end_streaming();
   }
@@ -197,31 +197,31 @@ class Backward {
   static Source source(const GroupNormSiluBackwardArgs<S>& args, const Cut& cut) {
     if (!args.silu) return Source::kGradY;
     // A half type would round g.
-    const bool holds = sizeof(S) == sizeof(T) && cut.unit_elements() <= kResidentElements;
+    const bool holds = sizeof(S) == sizeof(T) && cut.instance_elements() <= kResidentElements;
     return holds ? Source::kStored : Source::kRecomputed;
   }
 
   // What the first phase needs to know of every channel.
-  void prepare(std::int64_t unit) const {
-    const std::int64_t image = cut_.image_of(unit), groups = cut_.unit_groups;
+  void prepare(std::int64_t instance) const {
+    const std::int64_t image = cut_.image_of(instance), groups = cut_.instance_groups;
     T* const memory = scratch<T>(3 * groups);
     const GroupValues<T> values = {memory, memory + groups, memory + 2 * groups};
     for (std::int64_t g = 0; g < groups; ++g) {
-      values.set(g, args_.mean[first_group(unit) + g], args_.rstd[first_group(unit) + g]);
+      values.set(g, args_.mean[first_group(instance) + g], args_.rstd[first_group(instance) + g]);
     }
-    set_channel_maps(args_.modulation, cut_, unit, group_of_.data(), values,
+    set_channel_maps(args_.affine, cut_, instance, group_of_.data(), values,
                      {map_of(image, kMean), map_of(image, kFactor), map_of(image, kShift)});
     repeat(image, kMean, kSlope);
   }
 
   template <bool kSilu, bool kStore>
-  void add_up(std::int64_t unit, std::int64_t index) const {
-    const Block block = cut_.block(unit, index);
+  void add_up(std::int64_t instance, std::int64_t index) const {
+    const Block block = cut_.block(instance, index);
     const S *const grad_y = args_.grad_y + block.start, *const x = args_.x + block.start;
     S* const dx = args_.dx + block.start;
     const std::int64_t period = columns_.period, padded = columns_.padded();
     T *const sums = scratch<T>(2 * padded), *const products = sums + padded;
-    double* out = partial_of(unit, index);
+    double* out = partial_of(instance, index);
     each_panel(block, [&](std::int64_t at, std::int64_t length, const Maps<T>& maps) {
       fill(sums, 2 * padded, T(0));
       each_column<T>(
@@ -235,8 +235,8 @@ class Backward {
   }
 
   template <Source kSource, bool kStream>
-  void write(std::int64_t unit, std::int64_t index) const {
-    const Block block = cut_.block(unit, index);
+  void write(std::int64_t instance, std::int64_t index) const {
+    const Block block = cut_.block(instance, index);
     const S *const grad_y = args_.grad_y + block.start, *const x = args_.x + block.start;
     S* const dx = args_.dx + block.start;
     const std::int64_t period = columns_.period;
@@ -265,14 +265,14 @@ class Backward {
     }
   }
 
-  // The sums of a unit's channels, over its blocks in order.
-  void merge(std::int64_t unit, double* sums, double* products) const {
-    const std::int64_t count = cut_.unit_channels, width = cut_.block_channels;
+  // The sums of an instance's channels, over its blocks in order.
+  void merge(std::int64_t instance, double* sums, double* products) const {
+    const std::int64_t count = cut_.instance_channels, width = cut_.block_channels;
     fill(sums, 2 * count, 0.0);
     for (std::int64_t c = 0; c < count; c += width) {
       const std::int64_t n = least(width, count - c);
       for (std::int64_t segment = 0; segment < cut_.segments; ++segment) {
-        const double* const from = partial_of(unit, c / width * cut_.segments + segment);
+        const double* const from = partial_of(instance, c / width * cut_.segments + segment);
         add(sums + c, from, n);
         add(products + c, from + width, n);
       }
@@ -284,28 +284,28 @@ class Backward {
 
   // With a channel's sums of g and of g d: the gradients of its scale and shift, and its image's
   // part in those of weight and bias.
-  void keep_for_parameters(std::int64_t unit, const double* sums, const double* products) const {
-    const std::int64_t first = cut_.group_of(unit) * cut_.group_channels;
-    const std::int64_t at = cut_.image_of(unit) * cut_.channels + first;
-    const Modulation<T>& m = args_.modulation;
-    const double* const rstd = args_.rstd + first_group(unit);
-    for (std::int64_t c = 0; c < cut_.unit_channels; ++c) {
-      const double gain = m.scale ? 1.0 + static_cast<double>(m.scale[at + c]) : 1.0;
+  void keep_for_parameters(std::int64_t instance, const double* sums, const double* products) const {
+    const std::int64_t first = cut_.group_of(instance) * cut_.group_channels;
+    const std::int64_t at = cut_.image_of(instance) * cut_.channels + first;
+    const AffineParameters<T>& affine = args_.affine;
+    const double* const rstd = args_.rstd + first_group(instance);
+    for (std::int64_t c = 0; c < cut_.instance_channels; ++c) {
+      const double gain = affine.scale ? 1.0 + static_cast<double>(affine.scale[at + c]) : 1.0;
       const double along_x_hat = rstd[group_of_.data()[c]] * products[c];
       for_weight_.data()[at + c] = gain * along_x_hat;
       for_bias_.data()[at + c] = gain * sums[c];
       if (args_.dshift) args_.dshift[at + c] = static_cast<T>(sums[c]);
       if (!args_.dscale) continue;
-      const double weight = m.weight ? static_cast<double>(m.weight[first + c]) : 1.0;
-      const double bias = m.bias ? static_cast<double>(m.bias[first + c]) : 0.0;
+      const double weight = affine.weight ? static_cast<double>(affine.weight[first + c]) : 1.0;
+      const double bias = affine.bias ? static_cast<double>(affine.bias[first + c]) : 0.0;
       args_.dscale[at + c] = static_cast<T>(weight * along_x_hat + bias * sums[c]);
     }
   }
 
   // The last maps, from a channel's sums of g and of g d, which are lost.
-  void set_slopes(std::int64_t unit, double* sums, double* products) const {
-    const std::int64_t image = cut_.image_of(unit), count = cut_.unit_channels;
-    const std::int64_t first = cut_.group_of(unit) * cut_.group_channels, groups = cut_.unit_groups;
+  void set_slopes(std::int64_t instance, double* sums, double* products) const {
+    const std::int64_t image = cut_.image_of(instance), count = cut_.instance_channels;
+    const std::int64_t first = cut_.group_of(instance) * cut_.group_channels, groups = cut_.instance_groups;
     const T* const factor = map_of(image, kFactor) + first;
     for (std::int64_t c = 0; c < count; ++c) {
       sums[c] *= static_cast<double>(factor[c]);
@@ -317,9 +317,9 @@ class Backward {
     T *const slopes = scratch<T>(2 * groups), *const offsets = slopes + groups;
     const double elements = static_cast<double>(cut_.group_channels * cut_.pixels);
     for (std::int64_t g = 0; g < groups; ++g) {
-      const double rstd = args_.rstd[first_group(unit) + g];
+      const double rstd = args_.rstd[first_group(instance) + g];
       const double slope = -rstd * rstd * along_x[g] / elements;
-      const double rest = rest_of(args_.mean[first_group(unit) + g]);
+      const double rest = rest_of(args_.mean[first_group(instance) + g]);
       slopes[g] = static_cast<T>(slope);
       offsets[g] = static_cast<T>(-along_one[g] / elements - slope * rest);
     }
@@ -346,12 +346,12 @@ class Backward {
     for (std::int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(of_images[c]);
   }
 
-  std::int64_t first_group(std::int64_t unit) const {
-    return cut_.image_of(unit) * cut_.groups + cut_.group_of(unit);
+  std::int64_t first_group(std::int64_t instance) const {
+    return cut_.image_of(instance) * cut_.groups + cut_.group_of(instance);
   }
 
-  double* partial_of(std::int64_t unit, std::int64_t block) const {
-    return partial_.data() + (unit * cut_.blocks + block) * cut_.block_channels * 2;
+  double* partial_of(std::int64_t instance, std::int64_t block) const {
+    return partial_.data() + (instance * cut_.blocks + block) * cut_.block_channels * 2;
   }
 
   std::int64_t map_size() const { return cut_.last ? columns_.padded() : cut_.channels; }

@@ -1,4 +1,4 @@
-#include "cpu/kernel_table.h"
+#include "runtime/kernel_table.h"
 
 #include "cpu/kernels.h"
 
@@ -14,11 +14,10 @@ constexpr GroupNormSiluKernels<S> kGroupNormSilu = {group_norm_silu<S>,
 const KernelTable table = {
     ADVKD_TEXT(ADVKD_ISA), philox_uint32, philox_normal, sampling_step,
     kGroupNormSilu<float>, kGroupNormSilu<double>, kGroupNormSilu<Float16>,
-    kGroupNormSilu<BFloat16>, copy_float32,
-    group_norm_affine,
+    kGroupNormSilu<BFloat16>, group_norm_affine,
     attention<float>, attention<double>, attention_backward<float>, attention_backward<double>,
     pack_convolution, convolution_direct, convolution_winograd2, convolution_winograd4,
-    convolution_gradient,
+    convolution_wgrad,
 };
 
 }  // namespace advkd::ADVKD_ISA

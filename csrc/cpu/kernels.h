@@ -3,21 +3,20 @@
 // that the linker cannot hand one set's inline function to another.
 #pragma once
 
-#include "cpu/kernel_table.h"
+#include "runtime/kernel_table.h"
 
 namespace advkd::ADVKD_ISA {
 
 void philox_uint32(const PhiloxUint32Args& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void sampling_step(const SamplingStepArgs& args);
-void copy_float32(const CopyArgs& args);
 void group_norm_affine(const GroupNormAffineArgs& args);
 void pack_convolution(const ConvolutionShape& shape, const ConvolutionWeights& weights,
                       float* packed);
 void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd2(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd4(const ConvolutionArgs& args, const ConvolutionPlan& plan);
-void convolution_gradient(const ConvolutionGradientArgs& args, const ConvolutionGradientPlan& plan);
+void convolution_wgrad(const ConvolutionWgradArgs& args, const ConvolutionWgradPlan& plan);
 
 template <class S>
 void group_norm_silu(const GroupNormSiluArgs<S>& args);

@@ -1,6 +1,6 @@
 #include "cpu/philox.h"
 
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
-#include "normals.h"
+#include "runtime/normals.h"
 
 namespace advkd::ADVKD_ISA {
 

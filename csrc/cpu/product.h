@@ -1,8 +1,8 @@
-// Matrix products whose tiles stay in registers until the caller finishes them.
+// Matrix products A B whose tiles stay in registers until the caller finishes them.
 //
-// Vectors lie along the columns of the right factor, which are either columns of rows in memory or
-// lanes of a packed copy; each element of the left factor is broadcast. A packed copy of an (m, n)
-// matrix is [ceil(n / kLanes)][m][kLanes]: what a tile reads is consecutive, whatever n is.
+// Vectors lie along the columns of B, which are either columns of rows in memory or lanes of a packed
+// copy; each element of A is broadcast. A packed copy of an (m, n) matrix is
+// [ceil(n / kLanes)][m][kLanes]: what a tile reads is consecutive, whatever n is.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ inline void store_first(T* to, VectorOf<T> v, std::int64_t n) {
   std::memcpy(to, &v, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// A left factor tells where its element (row, k) lies. This one is a matrix by rows.
+// An A operand says where its element (row, k) lies. This one is a matrix by rows.
 template <class T>
 struct ByRows {
   static constexpr bool kSegmented = false;
@@ -77,7 +77,7 @@ struct PackedRows {
   std::int64_t segment_step() const { return block - kLanesOf<T>; }
 };
 
-// The same turned round: its lanes are the rows, and k runs over m.
+// The same transposed: its lanes are the rows, and k runs over m.
 template <class T>
 struct PackedColumns {
   static constexpr bool kSegmented = false;
@@ -92,15 +92,16 @@ struct PackedColumns {
   std::int64_t segment_step() const { return 0; }
 };
 
-// The right factor: vector v of row k lies at + k * step + v * vector_step.
+// The B operand: vector v of row k lies at + k * step + v * vector_step.
 template <class T>
-struct Right {
+struct BOperand {
   const T* at;
   std::int64_t step, vector_step;
 };
 
-// Rows and vectors of a tile: as many as fill the registers, beside a vector of each column and a
-// broadcast element. A row must not straddle two blocks of PackedColumns, so rows divide the lanes.
+// Rows and vectors of a tile: as many accumulators as fill the registers, beside a vector of each
+// column and a broadcast element. A row must not straddle two blocks of PackedColumns, so rows divide
+// the lanes.
 template <class T>
 constexpr int kTileRows = kWidth == 16 ? 8 : (kLanesOf<T> < 4 ? kLanesOf<T> : 4);
 constexpr int kTileVectors = 3;
@@ -110,14 +111,15 @@ struct Tile {
   VectorOf<T> part[kRows][kVectors];
 };
 
+// Adds `count` columns of A times as many rows of B, and moves a and b behind them.
 template <int kRows, int kVectors, class T>
 inline void add_products(Tile<T, kRows, kVectors>& tile, const T*& a, std::int64_t row_step,
-                         std::int64_t step, const T*& b, const Right<T>& right,
+                         std::int64_t step, const T*& b, const BOperand<T>& b_operand,
                          std::int64_t count) {
-  for (std::int64_t k = 0; k < count; ++k, a += step, b += right.step) {
+  for (std::int64_t k = 0; k < count; ++k, a += step, b += b_operand.step) {
     VectorOf<T> column[kVectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) column[v] = load_vector(b + v * right.vector_step);
+    for (int v = 0; v < kVectors; ++v) column[v] = load_vector(b + v * b_operand.vector_step);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const T element = a[r * row_step];
@@ -127,8 +129,8 @@ inline void add_products(Tile<T, kRows, kVectors>& tile, const T*& a, std::int64
   }
 }
 
-template <int kRows, int kVectors, class T, class Left>
-inline Tile<T, kRows, kVectors> product_tile(const Left& left, const Right<T>& right,
+template <int kRows, int kVectors, class T, class A>
+inline Tile<T, kRows, kVectors> product_tile(const A& a_operand, const BOperand<T>& b_operand,
                                              std::int64_t row, std::int64_t vector,
                                              std::int64_t inner) {
   Tile<T, kRows, kVectors> tile;
@@ -137,54 +139,54 @@ inline Tile<T, kRows, kVectors> product_tile(const Left& left, const Right<T>& r
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) tile.part[r][v] = VectorOf<T>{};
   }
-  const T* a = left.start(row);
-  const T* b = right.at + vector * right.vector_step;
-  if constexpr (Left::kSegmented) {
+  const T* a = a_operand.start(row);
+  const T* b = b_operand.at + vector * b_operand.vector_step;
+  const std::int64_t row_step = a_operand.row_step(), step = a_operand.step();
+  if constexpr (A::kSegmented) {
     constexpr std::int64_t run = kLanesOf<T>;
     std::int64_t done = 0;
-    for (; done + run <= inner; done += run, a += left.segment_step()) {
-      add_products<kRows, kVectors>(tile, a, left.row_step(), left.step(), b, right, run);
+    for (; done + run <= inner; done += run, a += a_operand.segment_step()) {
+      add_products<kRows, kVectors>(tile, a, row_step, step, b, b_operand, run);
     }
     inner -= done;
   }
-  add_products<kRows, kVectors>(tile, a, left.row_step(), left.step(), b, right, inner);
+  add_products<kRows, kVectors>(tile, a, row_step, step, b, b_operand, inner);
   return tile;
 }
 
 // A function of its own, so that its loop has the registers for itself.
-template <int kRows, int kVectors, class T, class Left, class Finish>
-__attribute__((noinline)) void make_tile(const Left& left, const Right<T>& right, std::int64_t row,
+template <int kRows, int kVectors, class T, class A, class Finish>
+__attribute__((noinline)) void make_tile(const A& a, const BOperand<T>& b, std::int64_t row,
                                          std::int64_t vector, std::int64_t inner,
                                          const Finish& finish) {
-  finish(row, vector, product_tile<kRows, kVectors>(left, right, row, vector, inner));
+  finish(row, vector, product_tile<kRows, kVectors>(a, b, row, vector, inner));
 }
 
 // Rows [row, rows) of one panel of columns, in tiles of kRows rows, then of half as many, ...
-template <int kRows, int kVectors, class T, class Left, class Finish>
-inline void multiply_panel(const Left& left, const Right<T>& right, std::int64_t row,
-                           std::int64_t rows, std::int64_t vector, std::int64_t inner,
-                           const Finish& finish) {
+template <int kRows, int kVectors, class T, class A, class Finish>
+inline void multiply_panel(const A& a, const BOperand<T>& b, std::int64_t row, std::int64_t rows,
+                           std::int64_t vector, std::int64_t inner, const Finish& finish) {
   for (; row + kRows <= rows; row += kRows) {
-    make_tile<kRows, kVectors>(left, right, row, vector, inner, finish);
+    make_tile<kRows, kVectors>(a, b, row, vector, inner, finish);
   }
   if constexpr (kRows > 1) {
-    multiply_panel<kRows / 2, kVectors>(left, right, row, rows, vector, inner, finish);
+    multiply_panel<kRows / 2, kVectors>(a, b, row, rows, vector, inner, finish);
   }
 }
 
-// Calls finish(row, vector, tile) with the tiles of left (rows, inner) times right (inner,
+// Calls finish(row, vector, tile) with the tiles of A (rows, inner) times B (inner,
 // vectors * kLanes), panel after panel.
-template <class T, class Left, class Finish>
-void multiply(const Left& left, const Right<T>& right, std::int64_t rows, std::int64_t vectors,
+template <class T, class A, class Finish>
+void multiply(const A& a, const BOperand<T>& b, std::int64_t rows, std::int64_t vectors,
               std::int64_t inner, const Finish& finish) {
   constexpr int kRows = kTileRows<T>;
   for (std::int64_t v = 0; v < vectors;) {
     const std::int64_t rest = vectors - v;
     // Four are two and two, because a panel of one vector leaves arithmetic units idle.
     const int width = rest == 1 ? 1 : (rest == 2 || rest == 4 ? 2 : kTileVectors);
-    if (width == 3) multiply_panel<kRows, 3>(left, right, 0, rows, v, inner, finish);
-    if (width == 2) multiply_panel<kRows, 2>(left, right, 0, rows, v, inner, finish);
-    if (width == 1) multiply_panel<kRows, 1>(left, right, 0, rows, v, inner, finish);
+    if (width == 3) multiply_panel<kRows, 3>(a, b, 0, rows, v, inner, finish);
+    if (width == 2) multiply_panel<kRows, 2>(a, b, 0, rows, v, inner, finish);
+    if (width == 1) multiply_panel<kRows, 1>(a, b, 0, rows, v, inner, finish);
     v += width;
   }
 }

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "cpu/philox.h"
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace advkd::ADVKD_ISA {
 
@@ -17,8 +17,7 @@ static void step_run(const SamplingStepArgs& args, std::int64_t at, std::int64_t
   const float *__restrict x_t = args.x_t + at, *__restrict model_out = args.model_out + at;
   float *__restrict x_prev = args.x_prev + at, *__restrict x0_hat = args.x0_hat + at;
   const float bound = args.clip > 0.0f ? args.clip : __builtin_inff();
-  const float a_x = args.a_x, a_m = args.a_m, sigma = args.sigma;
-  const float c_0 = args.c_0, c_x = args.c_x, c_m = args.c_m;
+  const auto [a_x, a_m, c_0, c_x, c_m, sigma] = args.coefficients;
   for (std::int64_t i = 0; i < n; ++i) {
     const float x = x_t[i], m = model_out[i];
     float x0 = a_x * x + a_m * m;
@@ -35,7 +34,7 @@ static void step_run(const SamplingStepArgs& args, std::int64_t at, std::int64_t
 static void step_nchw(const SamplingStepArgs& args, std::int64_t image, std::int64_t first,
                       std::int64_t n) {
   const std::int64_t at = image * args.shape.elements() + first;
-  if (args.sigma == 0.0f) return step_run<false>(args, at, n);
+  if (args.coefficients.sigma == 0.0f) return step_run<false>(args, at, n);
   fill_normals(PhiloxStream(args.source, image), first, n, args.x_prev + at);
   step_run<true>(args, at, n);
 }
@@ -45,7 +44,7 @@ static void step_nhwc(const SamplingStepArgs& args, std::int64_t image, std::int
                       std::int64_t n) {
   const std::int64_t channels = args.shape.channels, pixels = args.shape.pixels;
   const std::int64_t at = (image * pixels + first) * channels;
-  if (args.sigma == 0.0f) return step_run<false>(args, at, n * channels);
+  if (args.coefficients.sigma == 0.0f) return step_run<false>(args, at, n * channels);
   const PhiloxStream stream(args.source, image);
   float plane[kTaskLength];
   for (std::int64_t c = 0; c < channels; ++c) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/kernel_table.h"
+#include "runtime/kernel_table.h"
 #include "cpu/product.h"
 
 #ifdef __SSE2__

@@ -23,9 +23,9 @@ class WinogradConvolution {
     }
   }
 
-  void prepare(const ConvolutionBlock& block, std::int64_t c, float* left, float* scratch) const {
-    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_.left_step);
-    input.transform(block, c * kPanel, scratch, left + segments_[static_cast<std::size_t>(c)].offset);
+  void prepare(const ConvolutionBlock& block, std::int64_t c, float* a, float* scratch) const {
+    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_.a_step);
+    input.transform(block, c * kPanel, scratch, a + segments_[static_cast<std::size_t>(c)].offset);
   }
 
   // [panel][point][in][kPanel]
@@ -45,13 +45,13 @@ class WinogradConvolution {
   }
 
   void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
-                const float* left, const float* transformed, float* products) const {
+                const float* a, const float* transformed, float* products) const {
     const std::int64_t tiles = block.images * block.rows * block.columns;
     for (int point = 0; point < kPoints; ++point) {
-      const PreparedRows rows = {left + point * plan_.left_step, segments_.data(),
+      const PreparedRows rows = {a + point * plan_.a_step, segments_.data(),
                                  plan_.channel_blocks, tiles};
-      const Panels right = {transformed + point * plan_.transformed_step, plan_.transformed_panel, panels};
-      multiply_rows(rows, right, products + point * plan_.product_step);
+      const Panels b = {transformed + point * plan_.transformed_step, plan_.transformed_panel, panels};
+      multiply_rows(rows, b, products + point * plan_.product_step);
     }
     write(block, panel * kPanel, panels * kPanel, products);
   }

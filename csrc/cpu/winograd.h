@@ -86,7 +86,7 @@ struct Winograd<4> {
     to[5] = y[3];
   }
 
-  static inline __attribute__((always_inline)) void weight_gradient(const Vector (&u)[6],
+  static inline __attribute__((always_inline)) void wgrad(const Vector (&u)[6],
                                                                     Vector (&to)[3]) {
     const Vector near_sum = u[1] + u[2], near_difference = u[1] - u[2];
     const Vector far_sum = u[3] + u[4], far_difference = u[3] - u[4];

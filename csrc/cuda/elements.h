@@ -51,7 +51,7 @@ __device__ __forceinline__ Elements<T, kCount> load(const T* from) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof v / 16); ++i) target[i] = source[i];
   } else {
-    static_assert(kCount == 1, "rows that do not begin at 16 bytes go element by element");
+    static_assert(kCount == 1, "elements that fill no 16 bytes go one by one");
     v.at[0] = *from;
   }
   return v;

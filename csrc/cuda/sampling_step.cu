@@ -1,19 +1,18 @@
-// One step of DDIM (Song et al. 2021, eq. 12) or DDPM (Ho et al. 2020, algorithm 2) on a GPU; the reference of
-// csrc/cpu/sampling_step.cpp, bit for bit: compiled without contraction, every float32 product and
-// sum is rounded on its own.
+// One step of DDIM (Song et al. 2021, eq. 12) or DDPM (Ho et al. 2020, algorithm 2) on a GPU, with the
+// bits of csrc/cpu/sampling_step.cpp: compiled without contraction, every float32 product and sum is
+// rounded on its own.
 #include "cuda/sampling_step.h"
 
-#include "normals.h"
+#include "runtime/normals.h"
 
 namespace advkd::cuda {
 namespace {
 
-constexpr int kThreads = 128, kLeastBlocks = 8;  // of a processor, so 64 registers a thread
-constexpr int kVector = 8;  // elements of a thread: 16 bytes of half types
+constexpr int kThreads = 128, kMinBlocks = 8;  // of a multiprocessor: at most 64 registers a thread
+constexpr int kVector = 8;  // elements of a thread: 16 bytes of the half types
 constexpr int kTile = kThreads * kVector;
 
-// How a batch is cut into tiles, one a block: runs of one image's memory. An image in (C, P) order
-// counts as one channel of C P pixels.
+// How a batch is cut into tiles, one per block: consecutive pixels of one image.
 struct Cut {
   unsigned channels;
   unsigned width;  // pixels of a tile; a multiple of kVector, so that tiles of aligned images are aligned
@@ -24,7 +23,7 @@ struct Cut {
 struct Tile {
   unsigned image;
   std::int64_t pixel;  // the first
-  std::int64_t begin;  // of all elements of the batch
+  std::int64_t begin;  // its first element among those of the batch
   int width, count;    // pixels, elements
 };
 
@@ -39,12 +38,14 @@ __device__ Tile tile_of_block(const Cut& cut) {
   return tile;
 }
 
-// The tile's normals, in memory order. Philox blocks count elements in (C, P) order, so each thread
-// makes the four normals of neighbouring pixels of a channel, and keeps those inside the tile.
+// The tile's normals of a step word, in memory order. Philox blocks count elements in (C, P) order, so
+// each thread computes the four normals of neighbouring pixels of a channel and uses those inside the
+// tile.
 template <class Shared>
-__device__ void draw_normals(const LoopState& loop, std::uint32_t step, const Cut& cut,
-                             const Tile& tile, Shared& noise) {
+__device__ void compute_normals(const LoopState& loop, std::uint32_t step, const Cut& cut,
+                                const Tile& tile, Shared& noise) {
   const std::int64_t index = loop.image_index[tile.image];
+  const std::uint32_t word = step ^ loop.purpose;
   const int blocks = tile.width / 4 + 2;  // of one channel, at most
   const int channels = static_cast<int>(cut.channels);
   for (int i = threadIdx.x; i < blocks * channels; i += kThreads) {
@@ -54,7 +55,7 @@ __device__ void draw_normals(const LoopState& loop, std::uint32_t step, const Cu
     const int pixel = static_cast<int>(4 * quad - first);
     if (pixel >= tile.width) continue;
     const PhiloxBlock block =
-        philox_block(static_cast<std::uint32_t>(quad), step, static_cast<std::uint32_t>(index),
+        philox_block(static_cast<std::uint32_t>(quad), word, static_cast<std::uint32_t>(index),
                      static_cast<std::uint32_t>(static_cast<std::uint64_t>(index) >> 32),
                      static_cast<std::uint32_t>(loop.seed),
                      static_cast<std::uint32_t>(loop.seed >> 32));
@@ -71,41 +72,35 @@ __device__ void draw_normals(const LoopState& loop, std::uint32_t step, const Cu
   }
 }
 
-// What the network is told of the step to come.
-__device__ void tell(const StepBuffers& buffers, std::uint32_t step) {
-  const std::int64_t vectors = buffers.told_bytes / 16;
-  const uint4* const from = static_cast<const uint4*>(buffers.loop->told) + step * vectors;
+// Copies the time embedding of a step to where the network reads it.
+__device__ void copy_time_embedding(const StepBuffers& buffers, std::uint32_t step) {
+  const std::int64_t vectors = buffers.time_embedding_bytes / 16;
+  const uint4* const from =
+      static_cast<const uint4*>(buffers.loop->time_embedding) + step * vectors;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < vectors;
        i += threads) {
-    static_cast<uint4*>(buffers.told)[i] = from[i];
+    static_cast<uint4*>(buffers.time_embedding)[i] = from[i];
   }
 }
 
-// Counts the blocks; the last one moves the loop on, when all have read which step it is.
-template <bool kCondition>
-__device__ void end_block(LoopState* loop, std::uint32_t step,
-                          cudaGraphConditionalHandle condition) {
+// Counts the blocks; the last one advances the loop, when all have read which step it is.
+__device__ void end_block(LoopState* loop, std::uint32_t step) {
   if (threadIdx.x != 0) return;
   __threadfence();
   if (atomicInc(&loop->blocks_done, gridDim.x - 1) != gridDim.x - 1) return;
   loop->step = step + 1;
-  if constexpr (kCondition) {
-    const bool pauses = step + 1 == loop->pause;
-    if (pauses) loop->pause += loop->chunk;
-    cudaGraphSetConditional(condition, pauses || step + 1 == loop->steps ? 0 : 1);
-  }
 }
 
 template <int kCount>
-__device__ void keep(const StepBuffers& buffers, std::int64_t target, std::int64_t at,
+__device__ void save(const StepBuffers& buffers, std::int64_t target, std::int64_t at,
                      const float (&v)[kCount]) {
   const LoopState& loop = *buffers.loop;
   const std::int64_t to = target * buffers.batch * buffers.channels * buffers.pixels + at;
-  if (loop.kept_half != 0) {
-    store(static_cast<__half*>(loop.kept) + to, v);
+  if (loop.saved_half != 0) {
+    store(static_cast<__half*>(loop.saved) + to, v);
   } else {
-    store(static_cast<float*>(loop.kept) + to, v);
+    store(static_cast<float*>(loop.saved) + to, v);
   }
 }
 
@@ -116,12 +111,12 @@ __device__ void put_state(const StepBuffers& buffers, std::int64_t at, const flo
 }
 
 template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     first_state_kernel(const StepBuffers buffers, const Cut cut) {
   ADVKD_SHARED(float, noise, kTile);
   const Tile tile = tile_of_block(cut);
-  draw_normals(*buffers.loop, kXTStep, cut, tile, noise);
-  tell(buffers, 0);
+  compute_normals(*buffers.loop, kXTStep, cut, tile, noise);
+  copy_time_embedding(buffers, 0);
   __syncthreads();
   for (int i = threadIdx.x * kCount; i < tile.count; i += kThreads * kCount) {
     float x_T[kCount];
@@ -131,26 +126,25 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   }
 }
 
-template <class T, int kCount, bool kCondition>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    sampling_step_kernel(const StepBuffers buffers, const Cut cut,
-                         const cudaGraphConditionalHandle condition) {
+template <class T, int kCount>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    sampling_step_kernel(const StepBuffers buffers, const Cut cut) {
   ADVKD_SHARED(float, noise, kTile);
   const LoopState& loop = *buffers.loop;
   const std::uint32_t step = loop.step;
   const StepRow row = loop.rows[step];
   const Tile tile = tile_of_block(cut);
   const bool noisy = row.sigma != 0.0f;
-  if (noisy) draw_normals(loop, step, cut, tile, noise);
-  if (step + 1 < loop.steps) tell(buffers, step + 1);
-  // The normals are there, and every thread of the block has read the step.
+  if (noisy) compute_normals(loop, step, cut, tile, noise);
+  if (step + 1 < loop.steps) copy_time_embedding(buffers, step + 1);
+  // Now the normals are complete, and every thread of the block has read the step.
   __syncthreads();
   const float bound = loop.clip > 0.0f ? loop.clip : INFINITY;
   for (int i = threadIdx.x * kCount; i < tile.count; i += kThreads * kCount) {
     const std::int64_t at = tile.begin + i;
     const auto x_t = load<float, kCount>(buffers.x_t + at);
     const auto model_out = load<T, kCount>(static_cast<const T*>(buffers.model_out) + at);
-    float x_prev[kCount], kept[kCount];
+    float x_prev[kCount], saved[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const float x = x_t.at[k], m = widened(model_out.at[k]);
@@ -160,52 +154,43 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       float next = row.c_0 * x0 + row.c_x * x + row.c_m * m;
       if (noisy) next = next + row.sigma * noise[i + k];
       x_prev[k] = next;
-      kept[k] = row.keeps_x0 != 0 ? x0 : next;
+      saved[k] = row.saves_x0 != 0 ? x0 : next;
     }
     put_state<T>(buffers, at, x_prev);
-    if (row.kept >= 0) keep(buffers, row.kept, at, kept);
+    if (row.saved >= 0) save(buffers, row.saved, at, saved);
   }
-  end_block<kCondition>(buffers.loop, step, condition);
+  end_block(buffers.loop, step);
 }
 
 Cut cut_of(const StepBuffers& buffers) {
-  if (buffers.channels_last && buffers.channels > kMostChannels) {
-    throw std::invalid_argument("a channels_last image has at most 128 channels here");
+  if (buffers.channels < 1 || buffers.channels > kMaxChannels) {
+    throw std::invalid_argument("an image on a CUDA device has from 1 to 128 channels");
   }
-  const std::int64_t channels = buffers.channels_last ? buffers.channels : 1;
-  const std::int64_t pixels = buffers.channels * buffers.pixels / channels;
-  const std::int64_t width = kTile / channels / kVector * kVector;
-  const std::int64_t tiles = divide_up(pixels, width), blocks = buffers.batch * tiles;
+  const std::int64_t width = kTile / buffers.channels / kVector * kVector;
+  const std::int64_t tiles = divide_up(buffers.pixels, width), blocks = buffers.batch * tiles;
   if (blocks < 1 || blocks > 0x7FFFFFFF) {
     throw std::invalid_argument("a batch has from one element to 2^31 tiles of elements");
   }
-  return {static_cast<unsigned>(channels), static_cast<unsigned>(width),
-          static_cast<unsigned>(tiles), pixels};
+  return {static_cast<unsigned>(buffers.channels), static_cast<unsigned>(width),
+          static_cast<unsigned>(tiles), buffers.pixels};
 }
 
 unsigned blocks_of(const StepBuffers& buffers, const Cut& cut) {
   return static_cast<unsigned>(buffers.batch) * cut.tiles;
 }
 
-// Whether every image begins at 16 bytes in every buffer. What is kept lies in memory of its own,
-// which begins so too.
+// Whether every image begins at 16 bytes in every buffer. The saved targets are an allocation of
+// their own, which does.
 bool aligned(const StepBuffers& buffers) {
   return buffers.channels * buffers.pixels % kVector == 0 && begins_at_16_bytes(buffers.x_t) &&
          begins_at_16_bytes(buffers.x_in) && begins_at_16_bytes(buffers.model_out);
 }
 
 template <class T, int kCount>
-void launch_step(const StepBuffers& buffers, const cudaGraphConditionalHandle* condition,
-                 cudaStream_t stream) {
+void launch_step(const StepBuffers& buffers, cudaStream_t stream) {
+  const auto kernel = sampling_step_kernel<T, kCount>;
   const Cut cut = cut_of(buffers);
-  const unsigned blocks = blocks_of(buffers, cut);
-  if (condition == nullptr) {
-    const auto kernel = sampling_step_kernel<T, kCount, false>;
-    ADVKD_LAUNCH(kernel, blocks, kThreads, stream, buffers, cut, cudaGraphConditionalHandle{});
-  } else {
-    const auto kernel = sampling_step_kernel<T, kCount, true>;
-    ADVKD_LAUNCH(kernel, blocks, kThreads, stream, buffers, cut, *condition);
-  }
+  ADVKD_LAUNCH(kernel, blocks_of(buffers, cut), kThreads, stream, buffers, cut);
 }
 
 template <class T, int kCount>
@@ -224,11 +209,10 @@ void launch_first_state(const StepBuffers& buffers, cudaStream_t stream) {
   });
 }
 
-void launch_sampling_step(const StepBuffers& buffers, const cudaGraphConditionalHandle* condition,
-                          cudaStream_t stream) {
+void launch_sampling_step(const StepBuffers& buffers, cudaStream_t stream) {
   with_type(buffers.type, [&](auto element) {
     using T = decltype(element);
-    (aligned(buffers) ? launch_step<T, kVector> : launch_step<T, 1>)(buffers, condition, stream);
+    (aligned(buffers) ? launch_step<T, kVector> : launch_step<T, 1>)(buffers, stream);
   });
 }
 

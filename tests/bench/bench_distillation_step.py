@@ -15,19 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from advkd import ops
+from advkd import device, ops
 from advkd.config import load_preset
 from advkd.data.images import shipped
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
-from advkd.device import pick_device
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
-from advkd.training.distill import (
-    Batch,
-    Distillation,
-    Labelled,
-    judged_heads,
-)
+from advkd.training.batches import Batch, Labeled
+from advkd.training.distill import Distillation
+from advkd.training.schedule import adversary_heads
 
 from .measuring import Contender, Contest
 
@@ -57,7 +53,7 @@ def prepared(part: str, store: Trajectories) -> tuple[Distillation, list[int]]:
     """A training, and the steps of one part of it, whose batches it has at hand."""
     training = Distillation(CONFIG, store, shipped("train"))
     length = CONFIG.distill.r1_every
-    first = -(-training.first_judged // length) * length
+    first = -(-training.adversary_start // length) * length
     steps = [0] if part == PARTS[0] else list(range(first, first + length))
     batches = {step: training.batch(step) for step in steps}
     training.batch = batches.__getitem__  # type: ignore[method-assign]
@@ -71,17 +67,17 @@ def doubled(value: Any) -> Any:
     if isinstance(value, Batch):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return Batch(**{name: doubled(part) for name, part in fields.items()})
-    if isinstance(value, Labelled):
-        return Labelled(doubled(value.x), value.y)
+    if isinstance(value, Labeled):
+        return Labeled(doubled(value.x), value.y)
     return [doubled(part) for part in value] if isinstance(value, list) else value
 
 
 def gradients(training: Distillation, batch: Batch, backend: str | None) -> Tensor:
     """All gradients of a step with everything in it, in one vector."""
     heads = len(training.stages)
-    judged = judged_heads(training.weights, heads, 0, CONFIG.distill.inner_every)
+    seen = adversary_heads(training.weights, heads, 0, CONFIG.distill.inner_every)
     with ops.use_backend(backend):
-        found, _ = training.gradients(batch, heads, judged, penalise=True)
+        found, _ = training.gradients(batch, heads, seen, penalize=True)
     return torch.cat([gradient.double().flatten() for gradient in found])
 
 
@@ -90,7 +86,7 @@ def check(store: Trajectories, backend: str | None) -> None:
     single, exact = (Distillation(CONFIG, store, shipped("train")) for _ in range(2))
     exact.student.double()
     exact.discriminator.double()
-    batch = single.batch(single.first_judged).share(slice(0, 8))
+    batch = single.batch(single.adversary_start).share(slice(0, 8))
     truth = gradients(exact, doubled(batch), "reference")
     error = float((gradients(single, batch, backend) - truth).norm() / truth.norm())
     bound = 16 * torch.finfo(torch.float32).eps * (LAYERS * TERMS) ** 0.5
@@ -115,5 +111,5 @@ def contest_of(part: str, store: Trajectories, workers: Workers) -> Contest:
 @pytest.mark.parametrize("part", PARTS)
 def test_step(contest: Any, store: Trajectories, part: str, implementation: str) -> None:
     op = f"distillation, batch {CONFIG.distill.batch}"
-    with Workers(torch.get_num_threads(), pick_device(CONFIG.run.device)) as workers:
+    with Workers(torch.get_num_threads(), device.resolve(CONFIG.run.device)) as workers:
         contest(op, part, implementation, lambda: contest_of(part, store, workers))

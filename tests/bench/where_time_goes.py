@@ -38,7 +38,7 @@ KINDS = {
     "attention": r"^attention$|advkd::attention|_Attention$",
     "GroupNorm-SiLU, backward": r"GroupNorm.*Backward|SiluBackward|group_norm_silu_backward",
     "GroupNorm-SiLU": r"^group_norm_silu$|advkd::group_norm_silu|aten::group_norm|aten::silu",
-    "convolution, backward": r"onvolution_?[bB]ackward|Conv3x3.*Backward|conv3x3_weights",
+    "convolution, backward": r"onvolution_?[bB]ackward|Conv3x3.*Backward|conv3x3_wgrad",
     "convolution": r"aten::conv2d|aten::convolution|^conv3x3$|advkd::conv3x3|_Conv3x3$",
     "linear": r"aten::linear|aten::addmm|AddmmBackward|aten::mm$|MmBackward",
     "sums": r"aten::add_?$|aten::sum$|AccumulateGrad",

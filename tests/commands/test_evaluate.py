@@ -21,7 +21,9 @@ from advkd.config import (
     to_toml,
 )
 from advkd.data.images import load_images, shipped
+from advkd.data.split import hold_out
 from advkd.diffusion import Schedule
+from advkd.engine.noise import Purpose
 from advkd.engine.sampling import generate
 from advkd.evaluate import (
     main,
@@ -40,7 +42,8 @@ from advkd.pretrained import (
     save_student,
     save_teacher,
 )
-from advkd.run.stages import Run, has_images, hold_out
+from advkd.run.folder import FORMAT
+from advkd.run.run import Run
 
 STUDENT = StudentConfig(stages=(4, 8), widths=(8, 8), attention=(4,), groups=4)
 TEACHER = UNetConfig(
@@ -132,11 +135,11 @@ def test_networks_on_their_own(
     images = hold_out(load_images(given / "images.npz"))
     net = load_features(given / "features")
     real = extract(net, images.held_out).values
-    drawn = {
-        "teacher": generate(load_teacher(given / "teacher"), NUM, EVALUATION_SEED, STEPS),
-        "student": generate(load_student(given / "student"), NUM, EVALUATION_SEED),
+    sampled = {
+        "teacher": _sampled(load_teacher(given / "teacher"), STEPS),
+        "student": _sampled(load_student(given / "student"), 1),
     }
-    for side, samples in drawn.items():
+    for side, samples in sampled.items():
         fake = extract(net, samples)
         expected = frechet_distance(real, fake.values)
         assert float(figures["FD ↓"][side]) == pytest.approx(expected, rel=1e-3)
@@ -150,6 +153,10 @@ def test_networks_on_their_own(
     assert words.startswith("20 images of each network (the teacher by DDIM in")
     assert f"DDIM in {STEPS} steps" in words and "12 held-out images" in words
     assert f"a small classifier ({given / 'features'})" in words
+
+
+def _sampled(model: Any, steps: int) -> torch.Tensor:
+    return generate(model, NUM, EVALUATION_SEED, steps, purpose=Purpose.EVALUATION)
 
 
 def test_a_student_alone(
@@ -168,26 +175,26 @@ def test_a_run_and_its_stored_evaluation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = _run(given, tmp_path / "run")
-    drawn = _watch_sampling(monkeypatch)
-    assert main(["--run", str(run.folder)]) == 0
+    sampled = _watch_sampling(monkeypatch)
+    assert main(["--run", str(run.path)]) == 0
     first = capsys.readouterr().out
-    assert drawn == [UNet, Student]
-    assert (run.folder / "evaluation" / "evaluation.json").is_file()
+    assert sampled == [UNet, Student]
+    assert (run.path / "evaluation" / "evaluation.json").is_file()
 
-    assert main(["--run", str(run.folder)]) == 0
-    assert drawn == [UNet, Student, Student]
-    assert main(["--run", str(run.folder), "--fresh"]) == 0
-    assert drawn == [UNet, Student, Student, UNet, Student]
-    assert capsys.readouterr().out == first * 2  # the very same figures, stored or drawn
+    assert main(["--run", str(run.path)]) == 0
+    assert sampled == [UNet, Student, Student]
+    assert main(["--run", str(run.path), "--fresh"]) == 0
+    assert sampled == [UNet, Student, Student, UNet, Student]
+    assert capsys.readouterr().out == first * 2  # the very same figures, stored or sampled
     assert list(_figures(first)["KID ↓"]) == ["real", "teacher", "student"]
     assert f"{NUM} images of each network" in first
 
     # Other features are another protocol, for which nothing is stored.
     other = dataclasses.replace(run.config.evaluate, teacher_steps=STEPS + 1)
     config = dataclasses.replace(run.config, evaluate=other)
-    (run.folder / "config.toml").write_text(to_toml(config))
-    assert main(["--run", str(run.folder)]) == 0
-    assert drawn[-2:] == [UNet, Student]
+    _configure(run.path, config)
+    assert main(["--run", str(run.path)]) == 0
+    assert sampled[-2:] == [UNet, Student]
 
 
 def test_what_lies_beside_a_given_teacher_is_not_believed(
@@ -221,11 +228,14 @@ def test_a_run_needs_no_other_folder(
     """Its own copy of the teacher is evaluated; the folder that it was copied from may be gone."""
     run = _run(given, tmp_path / "run")
     teacher = dataclasses.replace(run.config.teacher, source=str(tmp_path / "gone"))
-    (run.folder / "config.toml").write_text(
-        to_toml(dataclasses.replace(run.config, teacher=teacher))
-    )
-    assert main(["--run", str(run.folder)]) == 0
+    _configure(run.path, dataclasses.replace(run.config, teacher=teacher))
+    assert main(["--run", str(run.path)]) == 0
     assert list(_figures(capsys.readouterr().out)["FD ↓"]) == ["real", "teacher", "student"]
+
+
+def _configure(folder: Path, config: Config) -> None:
+    """Give a run's folder another configuration."""
+    (folder / "config.toml").write_text(f"format = {FORMAT}\n{to_toml(config)}")
 
 
 def _run(given: Path, folder: Path) -> Run:
@@ -234,7 +244,7 @@ def _run(given: Path, folder: Path) -> Run:
         data=DataConfig(path=str(given / "images.npz"), size=8),
         evaluate=EvaluateConfig(num=NUM, teacher_steps=STEPS, features=str(given / "features")),
     )
-    run = Run(config, folder)
+    run = Run(folder, config)
     with run.opened():
         save_teacher(load_teacher(given / "teacher"), folder / "teacher")
         save_student(load_student(given / "student"), folder / "student")
@@ -245,14 +255,14 @@ def _run(given: Path, folder: Path) -> Run:
 
 def _watch_sampling(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     """The kinds of networks that are sampled, in order."""
-    drawn: list[type] = []
+    sampled: list[type] = []
 
     def watched(model: Any, *arguments: Any, **settings: Any) -> Any:
-        drawn.append(type(model))
+        sampled.append(type(model))
         return generate(model, *arguments, **settings)
 
     monkeypatch.setattr(advkd.evaluation.protocol, "generate", watched)
-    return drawn
+    return sampled
 
 
 def test_runs_that_cannot_be_evaluated(
@@ -262,7 +272,7 @@ def test_runs_that_cannot_be_evaluated(
     assert "is no run of advkd train" in capsys.readouterr().err
     run = _run(given, tmp_path / "run")
     run.marker("distill").unlink()
-    assert main(["--run", str(run.folder)]) == 1
+    assert main(["--run", str(run.path)]) == 1
     assert "has not finished stage distill" in capsys.readouterr().err
 
 
@@ -273,7 +283,8 @@ def test_runs_that_cannot_be_evaluated(
 def test_which_runs_have_images(path: str, source: str, expected: bool) -> None:
     config = Config(data=DataConfig(path=path))
     teacher = dataclasses.replace(config.teacher, source=source)
-    assert has_images(dataclasses.replace(config, teacher=teacher)) is expected
+    run = Run(Path("absent"), dataclasses.replace(config, teacher=teacher))
+    assert run.has_images is expected
 
 
 @pytest.mark.parametrize(

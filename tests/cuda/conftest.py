@@ -31,12 +31,12 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def cuda(emulation: Any) -> Iterator[Any]:
-    """The emulation; afterwards nothing may be left that was not given back or waited for."""
+    """The emulation; afterwards everything must be destroyed, waited for, and on device 0."""
     emulation.set_order(0)
     emulation.launches()
     yield emulation
     emulation.fail_call(0)
-    emulation.set_driver(13000)
     emulation.set_devices(1)
+    assert emulation.device() == 0
     assert emulation.live_objects() == {}
     assert emulation.pending() == 0

@@ -82,7 +82,7 @@ def build(folder: Path, csrc: Path = CSRC) -> Path:
 
     paths = sysconfig.get_paths()
     includes = [csrc, pybind11.get_include(), paths["include"], paths["platinclude"]]
-    found = [*sources(csrc), csrc / "cuda_bindings.cpp", HERE / "module.cpp"]
+    found = [*sources(csrc), csrc / "python" / "cuda_bindings.cpp", HERE / "module.cpp"]
     objects = objects_of(found, folder, [f"-I{path}" for path in includes])
     module = folder / f"{NAME}.so"
     run([str(compiler()), "-shared", *objects, "-o", str(module)])

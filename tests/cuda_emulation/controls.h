@@ -22,11 +22,13 @@ void add_host_node(FakeGraph* graph, const std::function<void()>& function);
 
 // From now on the call of that number (from 1) fails; 0: none does.
 void fail_call(int number);
-void set_driver(int version);
 void set_devices(int count);                // 0: none, which is an error; negative: none, and no error
+void set_device(int device);                // this thread's current one
+int device();
 int calls();                                // since fail_call
+bool failed();                              // whether that call was made
 std::map<std::string, int> launches();      // since the last time, by kernel: "graph NAME" or NAME
-std::map<std::string, int> live_objects();  // that were created and not given back
+std::map<std::string, int> live_objects();  // created and not destroyed
 int pending();                              // pieces of work that nobody has waited for
 
 }  // namespace emulation

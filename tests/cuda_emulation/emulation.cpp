@@ -1,6 +1,6 @@
 // Fibers: each of a block's threads has a stack of its own, and a scheduler lets them run in turn.
 // Compiled without instrumentation, so that the thread sanitizer sees only the kernels' accesses, and
-// knows of each barrier and collective what is said here.
+// knows of each barrier what is said here.
 #include "emulation.h"
 
 #include <algorithm>
@@ -8,7 +8,6 @@
 #include <csignal>
 #include <cstdlib>
 #include <exception>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -102,13 +101,6 @@ struct Fiber {
   void* tsan = nullptr;
 };
 
-// One collective of the lanes in a mask: they arrive, and when all are there, they leave.
-struct Exchange {
-  std::uint64_t value[32], result[32];
-  unsigned arrived = 0, leaving = 0;
-  int line = 0;
-};
-
 struct Shared {
   void* at;
   std::size_t bytes;
@@ -116,7 +108,6 @@ struct Shared {
 
 std::vector<Shared> shared_arrays;
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::map<std::pair<unsigned, unsigned>, Exchange> exchanges;  // by warp and mask
 Context scheduler;
 unsigned current = 0, order_of_all = 0;
 bool moved = false;
@@ -192,7 +183,7 @@ std::vector<unsigned> ordered(unsigned count, unsigned salt) {
 void release_barrier() {
   int line = 0;
   for (const auto& fiber : fibers) {
-    if (fiber->state == State::kReady) fail("threads wait for others that do not come");
+    if (fiber->state == State::kReady) fail("threads wait for others that never arrive");
     if (fiber->state != State::kAtBarrier) continue;
     if (line != 0 && line != fiber->line) fail("threads wait at different barriers");
     line = fiber->line;
@@ -205,7 +196,6 @@ void release_barrier() {
 void run_block(unsigned block) {
   block_index = {block, 0, 0};
   for (const Shared& array : shared_arrays) std::memset(array.at, 0xFF, array.bytes);
-  exchanges.clear();
   for (const auto& fiber : fibers) {
     fiber->state = State::kReady;
     __asan_unpoison_memory_region(fiber->stack.get(), kStack);  // its last frames never returned
@@ -272,29 +262,6 @@ void barrier(int line) {
   __tsan_release(&barrier_tag);
   to_scheduler();
   __tsan_acquire(&barrier_tag);
-}
-
-const std::uint64_t* exchange(unsigned mask, std::uint64_t value, int line) {
-  const unsigned lane = thread_index.x % 32, bit = 1u << lane;
-  if ((mask & bit) == 0) fail("a lane takes part in a collective that its mask leaves it out of");
-  Exchange& all = exchanges[{thread_index.x / 32, mask}];
-  while (all.leaving != 0) to_scheduler();
-  if (all.arrived == 0) all.line = line;
-  if (all.line != line) fail("lanes of one mask are at different collectives");
-  all.value[lane] = value;
-  all.arrived |= bit;
-  moved = true;
-  __tsan_release(&all);
-  if (all.arrived == mask) {
-    std::memcpy(all.result, all.value, sizeof all.value);
-    all.leaving = mask;
-  }
-  while (all.leaving == 0 || (all.leaving & bit) == 0) to_scheduler();
-  __tsan_acquire(&all);
-  moved = true;
-  all.leaving &= ~bit;
-  if (all.leaving == 0) all.arrived = 0;
-  return all.result;
 }
 
 void run_grid(const std::string& kernel, unsigned grid, unsigned block,

@@ -1,6 +1,6 @@
 // What csrc/cuda takes of CUDA, for g++: its kernels run on the CPU, a block's threads as fibers that
-// switch at __syncthreads and at warp collectives, one block after the other. See emulation.cpp; the
-// host's half is fake_runtime.h.
+// switch at __syncthreads, one block after the other. See emulation.cpp; the host's half is
+// fake_runtime.h.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,6 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 [[noreturn]] void fail(const std::string& what);
 
 void barrier(int line);
-const std::uint64_t* exchange(unsigned mask, std::uint64_t value, int line);
 void register_shared(void* at, std::size_t bytes);
 void run_grid(const std::string& kernel, unsigned grid, unsigned block,
               const std::function<void()>& body);
@@ -52,18 +51,6 @@ class SharedArray {
   alignas(16) T at_[kCount];
 };
 
-template <class T>
-T shuffle_xor(unsigned mask, T value, int lane_mask, int line) {
-  static_assert(sizeof(T) <= 8);
-  std::uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  const std::uint64_t* const all = exchange(mask, bits, line);
-  const unsigned from = thread_index.x % 32 ^ static_cast<unsigned>(lane_mask);
-  if ((mask >> from & 1) == 0) fail("a lane reads from one that its mask does not name");
-  std::memcpy(&value, &all[from], sizeof value);
-  return value;
-}
-
 }  // namespace emulation
 
 #define threadIdx ::emulation::thread_index
@@ -71,7 +58,6 @@ T shuffle_xor(unsigned mask, T value, int lane_mask, int line) {
 #define blockDim ::emulation::block_size
 #define gridDim ::emulation::grid_size
 #define __syncthreads() ::emulation::barrier(__LINE__)
-#define __shfl_xor_sync(mask, value, lanes) ::emulation::shuffle_xor(mask, value, lanes, __LINE__)
 #define ADVKD_SHARED(type, name, count) static ::emulation::SharedArray<type, (count)> name
 
 // Fibers take turns on one thread, so these are atomic as they stand; for the thread sanitizer they
@@ -115,8 +101,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if (f != f) return {0x7FFF};
   return {static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
-
-inline float __expf(float v) { return std::exp(v); }
-inline float __fdividef(float a, float b) { return a / b; }
 
 #include "fake_runtime.h"

@@ -18,8 +18,6 @@ struct FakeNode {
   std::string what;
   std::function<void()> run;
   std::vector<FakeNode*> after;
-  std::shared_ptr<FakeGraph> body;  // of a child or a WHILE node
-  cudaGraph_t body_handle = nullptr;
 };
 
 struct FakeGraph {
@@ -28,6 +26,7 @@ struct FakeGraph {
 
 struct FakeExecutable {
   FakeGraph graph;
+  int device;
 };
 
 struct FakeStream {
@@ -35,9 +34,11 @@ struct FakeStream {
   std::uint64_t queued = 0, done = 0;
   FakeGraph* capturing = nullptr;
   FakeNode* last = nullptr;
+  int device = 0;
 };
 
 struct FakeEvent {
+  int device = 0;
   FakeStream* stream = nullptr;
   std::uint64_t after = 0;
 };
@@ -45,14 +46,17 @@ struct FakeEvent {
 namespace emulation {
 namespace {
 
-int devices = 1, driver = 13000, call_number = 0, failing_call = 0;
+int devices = 1, call_number = 0, failing_call = 0;
+thread_local int current_device = 0;
 std::map<std::string, int> counted, live;
 std::map<void*, std::pair<void*, std::size_t>> guarded;
-std::map<cudaGraphConditionalHandle, std::pair<unsigned, unsigned>> conditions;  // value, default
 std::set<FakeStream*> streams;
 FakeStream legacy;
 
 FakeStream& of(cudaStream_t stream) { return stream == nullptr ? legacy : *stream; }
+
+// The legacy stream is each device's own.
+bool is_of(cudaStream_t stream, int device) { return stream == nullptr || stream->device == device; }
 
 bool fails() { return ++call_number == failing_call; }
 
@@ -105,9 +109,11 @@ void fail_call(int number) {
   call_number = 0;
   failing_call = number;
 }
-void set_driver(int version) { driver = version; }
 void set_devices(int count) { devices = count; }
+void set_device(int device) { current_device = device; }
+int device() { return current_device; }
 int calls() { return call_number; }
+bool failed() { return failing_call != 0 && call_number >= failing_call; }
 
 std::map<std::string, int> launches() {
   std::map<std::string, int> found;
@@ -154,6 +160,7 @@ void add_host_node(FakeGraph* graph, const std::function<void()>& function) {
 
 cudaError_t enqueue(cudaStream_t stream, const Launch& launch) {
   if (fails()) return cudaErrorMemoryAllocation;
+  if (!is_of(stream, current_device)) return cudaErrorInvalidResourceHandle;
   FakeStream& on = of(stream);
   if (on.capturing == nullptr) {
     queue(on, [launch] { run_launch(launch, ""); });
@@ -174,6 +181,7 @@ const char* cudaGetErrorString(cudaError_t status) {
     case cudaSuccess: return "no error";
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     default: return "invalid argument";
   }
 }
@@ -183,6 +191,7 @@ const char* cudaGetErrorName(cudaError_t status) {
     case cudaSuccess: return "cudaSuccess";
     case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
     default: return "cudaErrorInvalidValue";
   }
 }
@@ -194,28 +203,16 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return devices == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = driver;
-  return fails() ? cudaErrorMemoryAllocation : cudaSuccess;
+cudaError_t cudaGetDevice(int* device) {
+  if (fails()) return cudaErrorMemoryAllocation;
+  *device = current_device;
+  return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
   if (fails()) return cudaErrorMemoryAllocation;
-  return device >= 0 && device < devices ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-cudaError_t cudaMalloc(void** at, std::size_t bytes) {
-  if (fails()) return cudaErrorMemoryAllocation;
-  *at = allocate_guarded(bytes, 16);
-  ++live["memory"];
-  return cudaSuccess;
-}
-
-cudaError_t cudaFree(void* at) {
-  if (at != nullptr) {
-    free_guarded(at);
-    --live["memory"];
-  }
+  if (device < 0 || device >= devices) return cudaErrorInvalidValue;
+  current_device = device;
   return cudaSuccess;
 }
 
@@ -232,6 +229,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   if (fails()) return cudaErrorMemoryAllocation;
   *stream = new FakeStream;
+  (*stream)->device = current_device;
   streams.insert(*stream);
   ++live["stream"];
   return cudaSuccess;
@@ -250,27 +248,33 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph,
-                                          const cudaGraphNode_t* after, const cudaGraphEdgeData*,
-                                          std::size_t count, cudaStreamCaptureMode) {
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (fails()) return cudaErrorMemoryAllocation;
-  if (stream == nullptr || stream->capturing != nullptr || count > 1) return cudaErrorInvalidValue;
-  stream->capturing = graph;
-  stream->last = count == 1 ? *after : nullptr;
+  if (stream == nullptr || stream->capturing != nullptr) return cudaErrorInvalidValue;
+  stream->capturing = new FakeGraph;
+  stream->last = nullptr;
+  ++live["graph"];
   return cudaSuccess;
 }
 
+// A capture that fails has ended, and leaves no graph.
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  if (fails()) return cudaErrorMemoryAllocation;
   if (stream->capturing == nullptr) return cudaErrorInvalidValue;
-  *graph = stream->capturing;
+  const cudaGraph_t captured = stream->capturing;
   stream->capturing = nullptr;
-  return cudaSuccess;
+  if (!fails()) {
+    *graph = captured;
+    return cudaSuccess;
+  }
+  cudaGraphDestroy(captured);
+  *graph = nullptr;
+  return cudaErrorMemoryAllocation;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   if (fails()) return cudaErrorMemoryAllocation;
   *event = new FakeEvent;
+  (*event)->device = current_device;
   ++live["event"];
   return cudaSuccess;
 }
@@ -283,7 +287,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (fails()) return cudaErrorMemoryAllocation;
-  *event = {&of(stream), of(stream).queued};
+  if (!is_of(stream, event->device)) return cudaErrorInvalidResourceHandle;
+  event->stream = &of(stream);
+  event->after = of(stream).queued;
   return cudaSuccess;
 }
 
@@ -312,42 +318,13 @@ cudaError_t cudaGraphAddChildGraphNode(cudaGraphNode_t* node, cudaGraph_t graph,
   if (fails()) return cudaErrorMemoryAllocation;
   if (child == nullptr) return cudaErrorInvalidValue;
   *node = add(*graph, "child", after, count);
-  (*node)->body = std::make_shared<FakeGraph>(*child);
-  (*node)->run = [body = (*node)->body] { run_graph(*body); };
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle* handle, cudaGraph_t,
-                                             unsigned default_value, unsigned) {
-  if (fails()) return cudaErrorMemoryAllocation;
-  *handle = conditions.size() + 1;
-  conditions[*handle] = {0, default_value};
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after,
-                             const cudaGraphEdgeData*, std::size_t count,
-                             cudaGraphNodeParams* params) {
-  if (fails()) return cudaErrorMemoryAllocation;
-  const cudaGraphConditionalHandle handle = params->conditional.handle;
-  if (params->type != cudaGraphNodeTypeConditional || params->conditional.size != 1 ||
-      conditions.count(handle) == 0) {
-    return cudaErrorInvalidValue;
-  }
-  *node = add(*graph, "while", after, count);
-  (*node)->body = std::make_shared<FakeGraph>();
-  (*node)->body_handle = (*node)->body.get();
-  params->conditional.phGraph_out = &(*node)->body_handle;
-  (*node)->run = [body = (*node)->body, handle] {
-    auto& [value, at_launch] = conditions.at(handle);
-    for (value = at_launch; value != 0;) run_graph(*body);
-  };
+  (*node)->run = [body = *child] { run_graph(body); };
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned) {
   if (fails()) return cudaErrorMemoryAllocation;
-  *executable = new FakeExecutable{*graph};
+  *executable = new FakeExecutable{*graph, current_device};
   ++live["executable"];
   return cudaSuccess;
 }
@@ -361,11 +338,8 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   if (fails()) return cudaErrorMemoryAllocation;
   if (of(stream).capturing != nullptr) return cudaErrorStreamCaptureInvalidated;
+  if (!is_of(stream, executable->device)) return cudaErrorInvalidResourceHandle;
   ++counted["graph launch"];
   queue(of(stream), [executable] { run_graph(executable->graph); });
   return cudaSuccess;
-}
-
-void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value) {
-  conditions.at(handle).first = value;
 }

@@ -6,7 +6,7 @@
 
 #include "controls.h"
 #include "cuda/runtime.h"
-#include "cuda_bindings.h"
+#include "python/cuda_bindings.h"
 #include "toy_network.h"
 
 namespace py = pybind11;
@@ -17,25 +17,15 @@ using namespace advkd;
 
 // Captures one pass of the toy network.
 std::uintptr_t toy_network(std::uintptr_t x_in, std::uintptr_t model_out, int type,
-                           std::uintptr_t told, std::int64_t elements) {
+                           std::uintptr_t time_embedding, std::int64_t elements) {
   cuda::StepBuffers buffers = {};
   buffers.x_in = reinterpret_cast<void*>(x_in);
   buffers.model_out = reinterpret_cast<const void*>(model_out);
   buffers.type = static_cast<cuda::ElementType>(type);
-  buffers.told = reinterpret_cast<void*>(told);
+  buffers.time_embedding = reinterpret_cast<void*>(time_embedding);
   buffers.batch = buffers.channels = 1;
   buffers.pixels = elements;
-  cudaGraph_t graph;
-  cudaStream_t stream;
-  cuda::check(cudaGraphCreate(&graph, 0), "cudaGraphCreate");
-  cuda::check(cudaStreamCreateWithFlags(&stream, 0), "cudaStreamCreateWithFlags");
-  cuda::check(cudaStreamBeginCaptureToGraph(stream, graph, nullptr, nullptr, 0,
-                                            cudaStreamCaptureModeThreadLocal),
-              "cudaStreamBeginCaptureToGraph");
-  cuda::launch_toy_network(buffers, stream);
-  cuda::check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  cudaStreamDestroy(stream);
-  return reinterpret_cast<std::uintptr_t>(graph);
+  return reinterpret_cast<std::uintptr_t>(cuda::captured_toy_network(buffers));
 }
 
 // A graph whose one node calls a Python function: a network that is torch's, on the CPU.
@@ -74,8 +64,10 @@ PYBIND11_MODULE(cuda_emulation, module) {
   module.def("set_order", &emulation::set_order);
   module.def("fail_call", &emulation::fail_call);
   module.def("calls", &emulation::calls);
-  module.def("set_driver", &emulation::set_driver);
+  module.def("failed", &emulation::failed);
   module.def("set_devices", &emulation::set_devices);
+  module.def("set_device", &emulation::set_device);
+  module.def("device", &emulation::device);
   module.def("launches", &emulation::launches);
   module.def("live_objects", &emulation::live_objects);
   module.def("pending", &emulation::pending);

@@ -1,19 +1,22 @@
-"""The store of trajectories: same bits however it was drawn, resuming, refusals, reading."""
+"""The store of trajectories: same bits however it was sampled, resuming, refusals, reading."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from advkd.config import ConfigError, TrajectoryConfig, UNetConfig
+import advkd.data.trajectories
+from advkd.config import ConfigError, TrajectoryConfig, UNetConfig, build
 from advkd.data.trajectories import (
     INDEX,
     Trajectories,
@@ -21,13 +24,10 @@ from advkd.data.trajectories import (
     index_of,
     sample_trajectories,
 )
-from advkd.diffusion import Schedule
-from advkd.engine.sampling import (
-    sample,
-    sample_labels,
-    sample_x_T,
-    table_of,
-)
+from advkd.diffusion import Schedule, StepTable
+from advkd.engine.cache import engine_for
+from advkd.engine.noise import FIRST_FRESH, Noise, Purpose
+from advkd.engine.sampling import table_of
 from advkd.files import CheckpointError, write_json
 from advkd.models.unet import UNet
 
@@ -50,6 +50,16 @@ def small_unet(seed: int = 0, num_classes: int | None = None) -> UNet:
     return UNet(config, Schedule(num_train_timesteps=20)).eval().requires_grad_(False)
 
 
+def sample(
+    unet: UNet, table: StepTable, seed: int, indices: Tensor, saved: Sequence[int] = (), **how: Any
+) -> list[Tensor]:
+    """What the network's engine saves after the steps `saved` and the last one."""
+    noise = Noise(seed, Purpose.TRAINING)
+    engine = engine_for(unet, len(indices))
+    steps = sorted({*saved, len(table)})
+    return list(engine.sample(table, noise, indices, saved=steps, **how).unbind(1))
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet:
     return small_unet()
@@ -65,7 +75,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def store(unet: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole store of 10 trajectories in shards of 4, drawn by one thread."""
+    """A whole store of 10 trajectories in shards of 4, sampled by one thread."""
     folder = tmp_path_factory.mktemp("store") / "trajectories"
     assert sample_trajectories(unet, folder, index(unet), 10, threads=1) is not None
     return folder
@@ -84,7 +94,7 @@ class StopAfter:
             return self.left < 0
 
 
-# Drawing.
+# Sampling.
 
 
 def test_files_of_a_store(store: Path) -> None:
@@ -93,11 +103,11 @@ def test_files_of_a_store(store: Path) -> None:
         *(f"shard-0000{i}.{kind}" for i in range(3) for kind in ("json", "npy")),
     ]
     shard = np.load(store / "shard-00002.npy", allow_pickle=False)
-    assert shard.shape == (4, K, 1, 8, 8)  # drawn whole, also where num ends in its middle
+    assert shard.shape == (4, K, 1, 8, 8)  # sampled whole, also where num ends in its middle
     assert shard.dtype == np.float32
 
 
-def test_two_threads_draw_the_same_bits(store: Path, unet: UNet, tmp_path: Path) -> None:
+def test_two_threads_sample_the_same_bits(store: Path, unet: UNet, tmp_path: Path) -> None:
     sample_trajectories(unet, tmp_path, index(unet), 10, threads=2)
     assert shards(tmp_path) == shards(store)
 
@@ -118,7 +128,7 @@ def test_resuming_gives_the_same_bits(
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_a_finished_store_is_not_drawn_again(store: Path, unet: UNet) -> None:
+def test_a_finished_store_is_not_sampled_again(store: Path, unet: UNet) -> None:
     def report(done: int, total: int) -> None:
         raise AssertionError("a network pass")
 
@@ -159,7 +169,7 @@ def _empty(path: Path) -> None:
         ("shard-00001.json", Path.unlink),
     ],
 )
-def test_a_damaged_shard_is_an_error_and_is_drawn_again(
+def test_a_damaged_shard_is_an_error_and_is_sampled_again(
     store: Path, unet: UNet, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     for file in store.iterdir():
@@ -183,7 +193,7 @@ def test_report_counts_images(unet: UNet, tmp_path: Path) -> None:
     assert seen == [(n, 12) for n in range(1, 13)]
 
 
-def test_an_error_while_drawing_is_raised(
+def test_an_error_while_sampling_is_raised(
     unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
@@ -201,12 +211,12 @@ def test_an_error_while_drawing_is_raised(
 @pytest.mark.parametrize(
     ("differs", "changes"),
     [
-        ("steps, kept", {"steps": 5}),
+        ("steps, saved", {"steps": 5}),
         ("eta", {"eta": 0.5}),
         ("target", {"target": "state"}),
         ("dtype", {"dtype": "float16"}),
         ("shard", {"shard": 5}),
-        ("sampler, steps, eta, kept", {"sampler": "ddpm"}),
+        ("sampler, steps, eta, saved", {"sampler": "ddpm"}),
     ],
 )
 def test_a_store_made_otherwise_is_refused(
@@ -226,7 +236,7 @@ def test_a_store_of_another_teacher_seed_or_number_of_heads_is_refused(
         sample_trajectories(other, store, index(other), 10)
     with pytest.raises(ConfigError, match=r"differ in seed\)"):
         sample_trajectories(unet, store, index_of(unet, SETTINGS, K, SEED + 1, 8), 10)
-    with pytest.raises(ConfigError, match=r"differ in kept\)"):
+    with pytest.raises(ConfigError, match=r"differ in saved\)"):
         sample_trajectories(unet, store, index_of(unet, SETTINGS, K + 1, SEED, 8), 10)
     unet.schedule, before = Schedule(num_train_timesteps=40), unet.schedule
     try:
@@ -252,18 +262,14 @@ def test_an_index_that_is_none_is_an_error(unet: UNet, tmp_path: Path) -> None:
 
 
 def test_index_survives_its_file(store: Path, unet: UNet) -> None:
-    found = TrajectoryIndex(**json.loads((store / INDEX).read_text()))
+    found = Trajectories(store, 10).index
     assert found == index(unet)
-    assert found.kept == [2, 4]
+    assert found.saved == (2, 4)
 
 
 @pytest.mark.parametrize(
-    ("kept", "changes", "words"),
+    ("heads", "changes", "words"),
     [
-        (2, {"dtype": "int8"}, "trajectory.dtype='int8'"),
-        (2, {"target": "x0"}, "trajectory.target='x0'"),
-        (2, {"shard": 0}, "trajectory.shard=0"),
-        (2, {"num": 0}, "trajectory.num=0"),
         (2, {"sampler": "euler"}, "'euler'"),
         (2, {"eta": 1.5}, "eta=1.5"),
         (2, {"steps": 21}, "steps=21"),
@@ -271,10 +277,10 @@ def test_index_survives_its_file(store: Path, unet: UNet) -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused(
-    unet: UNet, kept: int, changes: dict[str, Any], words: str
+    unet: UNet, heads: int, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        index_of(unet, dataclasses.replace(SETTINGS, **changes), kept, SEED, 8)
+        index_of(unet, dataclasses.replace(SETTINGS, **changes), heads, SEED, 8)
 
 
 def test_a_size_that_is_not_the_teachers_is_refused(unet: UNet) -> None:
@@ -282,15 +288,15 @@ def test_a_size_that_is_not_the_teachers_is_refused(unet: UNet) -> None:
         index_of(unet, SETTINGS, K, SEED, 16)
 
 
-# What is kept.
+# What is saved.
 
 
-@pytest.mark.parametrize("kept", range(1, 12))
+@pytest.mark.parametrize("heads", range(1, 12))
 @pytest.mark.parametrize("steps", [11, 12, 17, 20])
-def test_kept_steps_ascend_evenly_to_the_last(unet: UNet, kept: int, steps: int) -> None:
-    found = index_of(unet, TrajectoryConfig(steps=steps), kept, SEED, 8).kept
+def test_saved_steps_ascend_evenly_to_the_last(unet: UNet, heads: int, steps: int) -> None:
+    found = index_of(unet, TrajectoryConfig(steps=steps), heads, SEED, 8).saved
     assert found[-1] == steps
-    assert len(found) == len(set(found)) == kept
+    assert len(found) == len(set(found)) == heads
     gaps = np.diff([0, *found])
     assert gaps.min() >= 1
     assert gaps.max() - gaps.min() <= 2
@@ -299,7 +305,7 @@ def test_kept_steps_ascend_evenly_to_the_last(unet: UNet, kept: int, steps: int)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("target", ["denoised", "state"])
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
-def test_targets_are_what_the_sampler_kept(
+def test_targets_are_what_the_sampler_saves(
     unet: UNet, tmp_path: Path, sampler: str, eta: float, target: str, dtype: str
 ) -> None:
     wanted = index(unet, sampler=sampler, eta=eta, target=target, dtype=dtype, shard=3)
@@ -307,27 +313,27 @@ def test_targets_are_what_the_sampler_kept(
     assert store is not None
     assert store.K == K
     table = table_of(unet.schedule, sampler, SETTINGS.steps, eta)
-    keep = [len(table) // 2, len(table)]
+    steps = [len(table) // 2, len(table)]
     chosen = torch.tensor([4, 0, 3, 0])
-    kept = sample(unet, table, SEED, chosen, keep=keep, target=target)
+    targets = sample(unet, table, SEED, chosen, saved=steps, target=target)
     found = store.targets(chosen)
     assert found.shape == (4, K, 1, 8, 8)
     assert found.dtype == torch.float32
     assert torch.equal(found[1], found[3])
-    assert torch.equal(store.x_T(chosen), sample_x_T(SEED, chosen, (1, 8, 8)))
-    # Drawn in another batch; and half precision keeps 11 bits.
+    assert torch.equal(store.x_T(chosen), Noise(SEED, Purpose.TRAINING).x_T(chosen, (1, 8, 8)))
+    # Sampled in another batch; and half precision keeps 11 bits.
     tolerance = 1e-4 if dtype == "float32" else 1e-3
-    torch.testing.assert_close(found, torch.stack(kept, 1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, torch.stack(targets, 1), rtol=tolerance, atol=tolerance)
 
 
-def test_targets_are_stored_as_they_are_drawn(store: Path, unet: UNet) -> None:
+def test_targets_are_stored_as_they_are_sampled(store: Path, unet: UNet) -> None:
     """In the store's own batch the bits agree: nothing is clipped or rounded on the way."""
     table = table_of(unet.schedule, "ddim", SETTINGS.steps, 0.0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    kept = sample(unet, table, SEED, torch.arange(4, 8), keep=[2, 4])
+    targets = sample(unet, table, SEED, torch.arange(4, 8), saved=[2, 4])
     torch.set_num_threads(before)
-    assert torch.equal(Trajectories(store, 10).targets(torch.arange(4, 8)), torch.stack(kept, 1))
+    assert torch.equal(Trajectories(store, 10).targets(torch.arange(4, 8)), torch.stack(targets, 1))
 
 
 def test_class_conditional_trajectories(tmp_path: Path) -> None:
@@ -338,10 +344,10 @@ def test_class_conditional_trajectories(tmp_path: Path) -> None:
     chosen = torch.arange(6)
     labels = store.labels(chosen)
     assert labels is not None
-    assert torch.equal(labels, sample_labels(SEED, chosen, 3))
+    assert torch.equal(labels, Noise(SEED, Purpose.TRAINING).labels(chosen, 3))
     table = table_of(unet.schedule, "ddim", SETTINGS.steps, 0.0)
-    kept = sample(unet, table, SEED, chosen, y=labels, keep=[2])
-    torch.testing.assert_close(store.targets(chosen), torch.stack(kept, 1), rtol=1e-4, atol=1e-4)
+    targets = sample(unet, table, SEED, chosen, y=labels, saved=[2])
+    torch.testing.assert_close(store.targets(chosen), torch.stack(targets, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_unconditional_trajectories_have_no_labels(store: Path) -> None:
@@ -351,3 +357,42 @@ def test_unconditional_trajectories_have_no_labels(store: Path) -> None:
 def test_a_store_that_is_too_short_is_an_error(store: Path) -> None:
     with pytest.raises(CheckpointError, match="shard-00003"):
         Trajectories(store, 13)
+
+
+@pytest.mark.parametrize("seed", [0, 1 << 63, (1 << 64) - 1])
+def test_trajectories_take_every_64_bit_seed(unet: UNet, seed: int) -> None:
+    assert index_of(unet, SETTINGS, K, seed, 8).noise == Noise(seed, Purpose.TRAINING)
+
+
+def test_a_store_ends_before_the_numbers_of_fresh_noise() -> None:
+    with pytest.raises(ConfigError, match=r"trajectory\.num="):
+        build(TrajectoryConfig, {"num": FIRST_FRESH + 1}, "trajectory.")
+
+
+def test_a_shard_is_hashed_once_by_a_process(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for file in store.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    hashed: list[Path] = []
+    sha256 = advkd.data.trajectories._sha256
+    monkeypatch.setattr(
+        advkd.data.trajectories, "_sha256", lambda path: (hashed.append(path), sha256(path))[1]
+    )
+    for _ in range(3):
+        Trajectories(tmp_path, 10)
+    assert len(hashed) == 3  # shards
+    _alter(tmp_path / "shard-00000.npy")
+    with pytest.raises(CheckpointError, match="shard-00000"):
+        Trajectories(tmp_path, 10)
+
+
+def test_what_a_killed_process_left_is_removed(store: Path, unet: UNet, tmp_path: Path) -> None:
+    for file in store.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    stale = tmp_path / f".shard-00007.npy.{process.pid}.tmp"
+    stale.write_bytes(b"half")
+    sample_trajectories(unet, tmp_path, index(unet), 10)
+    assert not stale.exists()

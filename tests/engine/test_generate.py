@@ -1,4 +1,4 @@
-"""The Python interface: three functions that no module shadows, reproducible images."""
+"""The Python interface: four functions that no module shadows, reproducible images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import advkd
 from advkd.config import StudentConfig, UNetConfig
 from advkd.diffusion import Schedule
-from advkd.engine.sampling import sample_labels, sample_x_T
+from advkd.engine.noise import Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import save_student, save_teacher
@@ -60,7 +60,7 @@ def test_no_module_shadows_a_function(folders: Path) -> None:
 
 
 def test_names() -> None:
-    assert set(advkd.__all__) == {"generate", "load_student", "load_teacher"}
+    assert set(advkd.__all__) == {"compile", "generate", "load_student", "load_teacher"}
     with pytest.raises(AttributeError, match="no attribute 'load_studnet'"):
         _ = advkd.load_studnet  # type: ignore[attr-defined]
 
@@ -82,19 +82,6 @@ def test_an_image_does_not_depend_on_its_batch(
     assert (torch.cat(alone) - together).abs().max() <= 1e-4 * scale
 
 
-def test_x_T_and_labels_are_the_same_bits_in_any_batch() -> None:
-    numbers = torch.arange(NUM)
-    together = sample_x_T(5, numbers, (3, 8, 8))
-    labels = sample_labels(5, numbers, 10)
-    for number in range(NUM):
-        assert torch.equal(
-            sample_x_T(5, numbers[number : number + 1], (3, 8, 8))[0], together[number]
-        )
-        assert torch.equal(sample_labels(5, numbers[number : number + 1], 10)[0], labels[number])
-    backwards = sample_x_T(5, numbers.flip(0), (3, 8, 8)).flip(0)
-    assert torch.equal(backwards, together)
-
-
 def test_seeds_and_numbers_give_other_images(folders: Path) -> None:
     student = advkd.load_student(folders / "student")
     images = advkd.generate(student, 2, seed=0)
@@ -106,11 +93,36 @@ def test_seeds_and_numbers_give_other_images(folders: Path) -> None:
 def test_given_labels_are_followed(folders: Path) -> None:
     student = advkd.load_student(folders / "conditional")
     numbers = torch.arange(NUM)
-    drawn = advkd.generate(student, NUM, seed=0)
-    assert torch.equal(drawn, advkd.generate(student, NUM, seed=0, y=sample_labels(0, numbers, 3)))
-    others = advkd.generate(student, NUM, seed=0, y=(sample_labels(0, numbers, 3) + 1) % 3)
-    assert ((others - drawn).abs().amax((1, 2, 3)) > 0).all()
+    labels = Noise(0, Purpose.SAMPLING).labels(numbers, 3)
+    assert labels is not None
+    images = advkd.generate(student, NUM, seed=0)
+    assert torch.equal(images, advkd.generate(student, NUM, seed=0, y=labels))
+    others = advkd.generate(student, NUM, seed=0, y=(labels + 1) % 3)
+    assert ((others - images).abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_no_images(folders: Path) -> None:
     assert advkd.generate(advkd.load_student(folders / "student"), 0, seed=0).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "conditional"])
+def test_an_engine_of_compile_samples_as_its_network_does(folders: Path, name: str) -> None:
+    model = load(folders, name)
+    expected = advkd.generate(model, NUM, seed=4, steps=3)
+    engine = advkd.compile(model, NUM)
+    assert torch.equal(advkd.generate(engine, NUM, seed=4, steps=3), expected)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert torch.equal(advkd.generate(engine, NUM, seed=4, steps=3), expected)
+    with pytest.raises(ValueError, match="compile"):
+        advkd.generate(engine, 1, seed=0, exit_at=1)
+
+
+def test_an_engine_leaves_early_where_it_was_made_to(folders: Path) -> None:
+    student = advkd.load_student(folders / "student")
+    engine = advkd.compile(student, exit_at=1)
+    assert torch.equal(
+        advkd.generate(engine, 2, seed=0), advkd.generate(student, 2, seed=0, exit_at=1)
+    )
+    with pytest.raises(ValueError, match="exit_at=3"):
+        advkd.compile(student, exit_at=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from advkd import engine as plan
 from advkd import ops
 from advkd.config import StudentConfig, UNetConfig
-from advkd.engine.cpu import Engine, lower
+from advkd.engine import plan
+from advkd.engine.cpu import Engine, describe, lower
 from advkd.engine.lowering import LoweringError
+from advkd.engine.networks import lower_student, lower_unet, time_plan
+from advkd.models.layers import Conv3x3
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
@@ -312,7 +314,7 @@ def test_buffers_that_live_together_lie_apart(wanted: list[tuple[int, int, int]]
         )
         for step in range(21)
     ]  # fmt: skip
-    arena = plan._data.lay_out(buffers, operations)
+    arena = plan.lay_out(buffers, operations)
     for i, a in enumerate(buffers[2:]):
         assert a.offset % 16 == 0
         assert a.offset + a.floats <= arena
@@ -328,7 +330,7 @@ def test_the_arena_is_much_smaller_than_all_buffers() -> None:
 
 def test_memory_and_flops_are_told() -> None:
     engine = lower(teacher(), (8, 8), batch=2)
-    lines = list(plan.describe(engine, 2))
+    lines = list(describe(engine, 2))
     assert len(lines) == len(engine.plan.ops) + 2
     assert any(line.split()[:2] == ["convolution", "conv_in"] for line in lines)
     convolution = next(op for op in engine.plan.ops if op.module == "conv_in")
@@ -372,6 +374,60 @@ def test_what_would_change_the_network_is_refused() -> None:
         lower(student(), (8, 8), batch=1, exit_at=3)
     with pytest.raises(ValueError, match="batch=0"):
         lower(teacher(), (8, 8), batch=0)
+
+
+def zeros(x: Tensor, *args: object) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_a_replaced_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = student()
+    assert lower(model, (8, 8), batch=1)
+    model.heads[1].forward = zeros
+    with pytest.raises(LoweringError, match=r"heads\.1 has its own method forward"):
+        lower(model, (8, 8), batch=1)
+    model = student()
+    model.forward = zeros
+    with pytest.raises(LoweringError, match="the network has its own method forward"):
+        lower(model, (8, 8), batch=1)
+    model = teacher()
+    model.embed = zeros
+    with pytest.raises(LoweringError, match="the network has its own method embed"):
+        lower(model, (8, 8), batch=1)
+    model = teacher()
+    for kind, name in ((type(model.mid_block), "mid_block"), (Conv3x3, "conv1"), (UNet, "network")):
+        with monkeypatch.context() as patch, pytest.raises(LoweringError, match=name):
+            patch.setattr(kind, "forward", zeros)
+            lower(model, (8, 8), batch=1)
+    assert lower(model, (8, 8), batch=1)
+
+
+@pytest.fixture
+def ambient() -> Iterator[None]:
+    """The defaults of a program that computes in float64 on another device."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_plan_does_not_depend_on_ambient_defaults(request: pytest.FixtureRequest) -> None:
+    models = [teacher("scaled, centred, without attention"), student(num_classes=3)]
+    expected = [lowered(model) for model in models]
+    request.getfixturevalue("ambient")
+    for model, plans in zip(models, expected, strict=True):
+        for ours, theirs in zip(lowered(model), plans, strict=True):
+            assert ours.weights.dtype is torch.float32
+            assert torch.equal(ours.weights, theirs.weights)
+
+
+def lowered(model: UNet | Student) -> list[plan.Plan]:
+    """The plan of a pass and, of a teacher, that of its conditioning."""
+    if isinstance(model, Student):
+        return [lower_student(model, (8, 8), 1, 1, None).plan.finished()]
+    low = lower_unet(model, (8, 8), 1, 1)
+    return [low.plan.finished(), time_plan(low, model)]
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
@@ -420,13 +476,14 @@ def run_anyway(corrupt: plan.Plan) -> None:
     compiled = corrupt.compiled()
     # As large as any input or output that passes the checks may be.
     pixels = [b.height * b.width * b.channels for b in corrupt.buffers[:2]]
-    if max(*pixels, corrupt.row) > 1 << 20:
+    if max(*pixels, corrupt.conditioning) > 1 << 20:
         return
     x, y = (torch.zeros(2 * n) for n in pixels)
-    row, labels = torch.zeros(corrupt.row + 1), torch.zeros(2, dtype=torch.int64)
+    conditioning = torch.zeros(corrupt.conditioning + 1)
+    labels = torch.zeros(2, dtype=torch.int64)
     compiled.run(
-        x=x.data_ptr(), y=y.data_ptr(), row=row.data_ptr(), labels=labels.data_ptr(), images=2,
-        threads=1, nan_fill=False,
+        x=x.data_ptr(), y=y.data_ptr(), conditioning=conditioning.data_ptr(),
+        labels=labels.data_ptr(), images=2, threads=1, nan_fill=False,
     )  # fmt: skip
 
 
@@ -497,7 +554,7 @@ def in_list(data: st.DataObject, corrupt: plan.Plan) -> plan.Plan:
 
 
 def in_head(data: st.DataObject, corrupt: plan.Plan) -> plan.Plan:
-    name = data.draw(st.sampled_from(["arena", "row", "classes", "batch"]))
+    name = data.draw(st.sampled_from(["arena", "conditioning", "classes", "batch"]))
     before = getattr(corrupt, name)
     value = data.draw(st.one_of(st.integers(-1, before), st.just(1 << 62)))
     return changed(corrupt, **{name: value})
@@ -531,7 +588,7 @@ def test_what_is_wrong_is_said(words: str, spoil: Callable[[plan.Plan], object])
 
 def test_buffers_that_overlap_are_refused() -> None:
     whole = lower(teacher(), (8, 8), batch=2).plan
-    lives = plan._data.lives_of(whole.buffers, whole.ops)
+    lives = plan.lives_of(whole.buffers, whole.ops)
     i, j = next(
         (i, j)
         for i in range(2, len(lives))

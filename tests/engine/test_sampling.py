@@ -1,32 +1,27 @@
-"""Sampling: noise by image number, both backends of the step, what is kept, generate."""
+"""Sampling: noise by image number, both backends of the step, what is found, generate."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from advkd import ops
-from advkd.config import StudentConfig, TrajectoryConfig, UNetConfig
-from advkd.data.trajectories import index_of
+from advkd.config import StudentConfig, UNetConfig
 from advkd.diffusion import (
     Schedule,
     StepTable,
     ddim_table,
     ddpm_table,
 )
-from advkd.engine.sampling import (
-    EVALUATION_SEED,
-    generate,
-    sample,
-    sample_labels,
-    sample_x_T,
-    shape_of,
-    table_of,
-)
+from advkd.engine.cache import engine_for
+from advkd.engine.interface import input_shape
+from advkd.engine.noise import MAX_STEPS, Noise, Purpose
+from advkd.engine.sampling import generate, table_of
 from advkd.models.layers import area_resized
 from advkd.models.student import Student
 from advkd.models.unet import UNet
@@ -64,6 +59,26 @@ def numbers(*which: int) -> Tensor:
     return torch.tensor(which, dtype=torch.int64)
 
 
+def sample(
+    unet: UNet, table: StepTable, seed: int, indices: Tensor, saved: Sequence[int] = (), **how: Any
+) -> list[Tensor]:
+    """What the network's engine saves after the steps `saved` and the last one."""
+    noise = Noise(seed, Purpose.TRAINING)
+    engine = engine_for(unet, len(indices))
+    steps = sorted({*saved, len(table)})
+    return list(engine.sample(table, noise, indices, saved=steps, **how).unbind(1))
+
+
+def x_T_of(seed: int, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    return Noise(seed, Purpose.TRAINING).x_T(indices, shape)
+
+
+def labels_of(seed: int, indices: Tensor, num_classes: int) -> Tensor:
+    labels = Noise(seed, Purpose.TRAINING).labels(indices, num_classes)
+    assert labels is not None
+    return labels
+
+
 # x_T and labels.
 
 
@@ -72,26 +87,26 @@ def test_x_T_has_the_same_bits_in_any_batch_order_and_thread_count(
     shape: tuple[int, int, int], set_threads: Callable[[int], None]
 ) -> None:
     set_threads(1)
-    whole = sample_x_T(7, torch.arange(40), shape)
+    whole = x_T_of(7, torch.arange(40), shape)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     set_threads(2)
-    assert torch.equal(sample_x_T(7, order, shape), whole[order])
-    one_by_one = torch.cat([sample_x_T(7, numbers(i), shape) for i in range(40)])
+    assert torch.equal(x_T_of(7, order, shape), whole[order])
+    one_by_one = torch.cat([x_T_of(7, numbers(i), shape) for i in range(40)])
     assert torch.equal(one_by_one, whole)
     with ops.use_backend("reference"):
-        assert torch.equal(sample_x_T(7, torch.arange(40), shape), whole)
+        assert torch.equal(x_T_of(7, torch.arange(40), shape), whole)
 
 
 def test_x_T_is_channels_last_and_depends_on_the_seed() -> None:
-    x_T = sample_x_T(0, torch.arange(3), (3, 4, 4))
+    x_T = x_T_of(0, torch.arange(3), (3, 4, 4))
     assert x_T.is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(x_T, sample_x_T(1, torch.arange(3), (3, 4, 4)))
-    assert sample_x_T(EVALUATION_SEED, torch.arange(3), (3, 4, 4)).isfinite().all()
-    assert sample_x_T(0, torch.arange(0), (3, 4, 4)).shape == (0, 3, 4, 4)
+    assert not torch.equal(x_T, x_T_of(1, torch.arange(3), (3, 4, 4)))
+    assert x_T_of((1 << 64) - 1, torch.arange(3), (3, 4, 4)).isfinite().all()
+    assert x_T_of(0, torch.arange(0), (3, 4, 4)).shape == (0, 3, 4, 4)
 
 
 def test_x_T_is_standard_normal() -> None:
-    x_T = sample_x_T(3, torch.arange(1000), (1, 8, 8)).double()
+    x_T = x_T_of(3, torch.arange(1000), (1, 8, 8)).double()
     n = x_T.numel()
     assert abs(x_T.mean()) < 5 / n**0.5
     assert abs(x_T.square().mean() - 1) < 5 * (2 / n) ** 0.5
@@ -101,8 +116,8 @@ def test_x_T_is_standard_normal() -> None:
 
 
 def test_labels_do_not_depend_on_the_batch() -> None:
-    labels = sample_labels(5, torch.arange(3000), 3)
-    assert torch.equal(sample_labels(5, numbers(2999, 4), 3), labels[[2999, 4]])
+    labels = labels_of(5, torch.arange(3000), 3)
+    assert torch.equal(labels_of(5, numbers(2999, 4), 3), labels[[2999, 4]])
     counts = torch.bincount(labels, minlength=3)
     assert len(counts) == 3
     assert (counts - 1000).abs().max() < 5 * (3000 * 2 / 9) ** 0.5
@@ -111,10 +126,10 @@ def test_labels_do_not_depend_on_the_batch() -> None:
 # The loop.
 
 
-def by_hand(unet: UNet, table: StepTable, seed: int, indices: Tensor) -> tuple[list, list]:
+def by_hand(unet: UNet, table: StepTable, noise: Noise, indices: Tensor) -> tuple[list, list]:
     """States x_t and estimates x0_hat after every step, in float64 from the table's definition."""
     unet = unet.double()
-    x_t = sample_x_T(seed, indices, (1, 8, 8)).double()
+    x_t = noise.x_T(indices, (1, 8, 8)).double()
     states, estimates = [], []
     for i, t in enumerate(table.timesteps.tolist()):
         a_x, a_m, c_0, c_x, c_m, sigma = table.coefficients[i].tolist()
@@ -124,7 +139,9 @@ def by_hand(unet: UNet, table: StepTable, seed: int, indices: Tensor) -> tuple[l
             x0_hat = x0_hat.clamp(-table.clip, table.clip)
         x_t = c_0 * x0_hat + c_x * x_t + c_m * m
         if sigma:
-            x_t = x_t + sigma * ops.philox_normal(seed, indices, i, (1, 8, 8)).double()
+            word = noise.step_word(i)
+            z = ops.philox_normal(noise.seed, indices, word, (1, 8, 8))
+            x_t = x_t + sigma * z.double()
         states.append(x_t)
         estimates.append(x0_hat)
     unet.float()
@@ -150,41 +167,42 @@ def test_loop_equals_the_definition(unet: UNet, name: str, target: str, backend:
         pytest.skip("the C++ extension is not installed")
     table = TABLES[name]
     N = len(table)
-    states, estimates = by_hand(unet, table, 9, numbers(5, 0))
+    states, estimates = by_hand(unet, table, Noise(9, Purpose.TRAINING), numbers(5, 0))
     expected = (estimates if target == "denoised" else states)[:-1]
     expected = [expected[1], expected[3], states[-1]]
     with ops.use_backend(backend):
-        kept = sample(unet, table, 9, numbers(5, 0), keep=(2, 4, N), target=target)
-    assert len(kept) == 3
+        found = sample(unet, table, 9, numbers(5, 0), saved=(2, 4, N), target=target)
+    assert len(found) == 3
     # Every step is a handful of roundings and a network some dozens of layers deep.
     tolerance = 100 * N * EPS
-    for ours, theirs in zip(kept, expected, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max().item())
 
 
-def test_last_kept_is_always_the_final_sample(unet: UNet) -> None:
+def test_the_last_target_is_always_the_final_sample(unet: UNet) -> None:
     table = ddim_table(SCHEDULE, 4)
     alone = sample(unet, table, 0, numbers(0, 1))
     assert len(alone) == 1
-    for keep in ((), (4,), (2, 4), (1, 2, 3)):
+    for saved in ((), (4,), (2, 4), (1, 2, 3)):
         for target in ("denoised", "state"):
-            kept = sample(unet, table, 0, numbers(0, 1), keep=keep, target=target)
-            assert len(kept) == len(set(keep) - {4}) + 1
-            assert torch.equal(kept[-1], alone[0])
+            found = sample(unet, table, 0, numbers(0, 1), saved=saved, target=target)
+            assert len(found) == len(set(saved) - {4}) + 1
+            assert torch.equal(found[-1], alone[0])
 
 
-def test_kept_states_are_no_views_of_one_buffer(unet: UNet) -> None:
-    kept = sample(unet, ddim_table(SCHEDULE, 4), 0, numbers(0), keep=(1, 2, 3), target="state")
-    assert len({state.data_ptr() for state in kept}) == 4
-    assert not torch.equal(kept[0], kept[1])
+def test_saved_states_are_no_views_of_one_buffer(unet: UNet) -> None:
+    found = sample(unet, ddim_table(SCHEDULE, 4), 0, numbers(0), saved=(1, 2, 3), target="state")
+    assert len({state.data_ptr() for state in found}) == 4
+    assert not torch.equal(found[0], found[1])
 
 
-def test_steps_to_keep_that_do_not_exist_are_errors(unet: UNet) -> None:
+def test_steps_to_save_that_do_not_exist_are_errors(unet: UNet) -> None:
     table = ddim_table(SCHEDULE, 4)
-    for keep in ((0, 4), (2, 5), (3, 1), (2, 2)):
-        with pytest.raises(ValueError, match="keep"):
-            sample(unet, table, 0, numbers(0), keep=keep)
+    engine, noise = engine_for(unet, 1), Noise(0, Purpose.TRAINING)
+    for saved in ((0, 4), (2, 5), (3, 1), (2, 2)):
+        with pytest.raises(ValueError, match="saved"):
+            engine.sample(table, noise, numbers(0), saved=saved)
     with pytest.raises(ValueError, match="'noisy' is not one of"):
         sample(unet, table, 0, numbers(0), target="noisy")
 
@@ -203,8 +221,8 @@ def test_eta_0_is_deterministic_and_eta_1_draws_noise_of_its_seed(unet: UNet) ->
 def test_clipping_is_the_schedules(unet: UNet) -> None:
     clipped = Schedule(num_train_timesteps=20, clip_sample=True, clip_sample_range=0.25)
     for schedule, bound in ((clipped, 0.25), (SCHEDULE, None)):
-        kept = sample(unet, ddim_table(schedule, 5), 0, torch.arange(4), keep=(1, 2, 3))[:-1]
-        largest = max(x.abs().max().item() for x in kept)
+        found = sample(unet, ddim_table(schedule, 5), 0, torch.arange(4), saved=(1, 2, 3))[:-1]
+        largest = max(x.abs().max().item() for x in found)
         if bound is None:
             assert largest > 1  # so the clipped ones had something to lose
         else:
@@ -233,7 +251,7 @@ def test_class_conditional_teacher() -> None:
         sample(small_unet(), table, 0, numbers(0), y=numbers(0))
 
 
-def test_callback_of_sample_may_stop_it(unet: UNet) -> None:
+def test_on_step_may_stop_it(unet: UNet) -> None:
     seen = []
 
     def callback(done: int, steps: int) -> None:
@@ -242,7 +260,7 @@ def test_callback_of_sample_may_stop_it(unet: UNet) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(unet, ddim_table(SCHEDULE, 5), 0, numbers(0), callback=callback)
+        sample(unet, ddim_table(SCHEDULE, 5), 0, numbers(0), on_step=callback)
     assert seen == [(1, 5), (2, 5), (3, 5)]
 
 
@@ -253,13 +271,24 @@ def test_table_of() -> None:
         table_of(SCHEDULE, "euler", 7, 0.0)
 
 
-def test_shape_of() -> None:
-    assert shape_of(small_unet()) == (1, 8, 8)
-    assert shape_of(small_unet(), 16) == (1, 16, 16)
+def test_the_shape_of_a_networks_images() -> None:
+    assert input_shape(small_unet()) == (1, 8, 8)
+    assert input_shape(small_unet(), (16, 8)) == (1, 16, 8)
     nameless = UNet(dataclasses.replace(SMALL, sample_size=None))
     with pytest.raises(ValueError, match="sample_size"):
-        shape_of(nameless)
-    assert shape_of(nameless, 8) == (1, 8, 8)
+        input_shape(nameless)
+    assert input_shape(nameless, (8, 8)) == (1, 8, 8)
+    assert generate(nameless, 1, 0, 2, size=16).shape == (1, 1, 16, 16)
+    assert input_shape(small_student()) == (1, 8, 8)
+    for model, size in ((nameless, (9, 8)), (small_student(), (16, 16))):
+        with pytest.raises(ValueError, match=r"9x8|16x16"):
+            input_shape(model, size)
+
+
+def test_a_teacher_that_also_predicts_a_variance_is_refused() -> None:
+    unet = UNet(dataclasses.replace(SMALL, out_channels=2), SCHEDULE)
+    with pytest.raises(ValueError, match="takes 1 channels and gives 2"):
+        generate(unet, 1, 0, 2)
 
 
 def test_area_resized_averages() -> None:
@@ -269,15 +298,39 @@ def test_area_resized_averages() -> None:
     assert area_resized(image, 1).item() == 7.5
 
 
-# Seeds.
+# Purposes.
 
 
-@pytest.mark.parametrize("seed", [EVALUATION_SEED, EVALUATION_SEED + 1, (1 << 64) - 1, -1])
-def test_trajectories_refuse_the_seeds_of_judging(unet: UNet, seed: int) -> None:
-    with pytest.raises(ValueError, match=str(seed)):
-        index_of(unet, TrajectoryConfig(steps=4), 2, seed, 8)
-    last = EVALUATION_SEED - 1
-    assert index_of(unet, TrajectoryConfig(steps=4), 2, last, 8).seed == last
+def test_no_purpose_shares_a_number_of_the_generator_with_another() -> None:
+    """Whatever the seed: step words of two purposes are never equal."""
+    steps = [*range(64), MAX_STEPS - 2, MAX_STEPS - 1, ops.LABEL_STEP, ops.X_T_STEP]
+    words = [Noise(0, purpose).step_word(step) for purpose in Purpose for step in steps]
+    assert len(set(words)) == len(steps) * len(Purpose)
+    assert all(0 <= word < 1 << 32 for word in words)
+    # For any step: the purpose is told from the high byte, which no step reaches.
+    high = {(purpose << 24 ^ base) >> 24 for purpose in Purpose for base in (0, 0xFF << 24)}
+    assert len(high) == 2 * len(Purpose)
+    assert MAX_STEPS <= 1 << 24
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 64) - 1])
+def test_an_image_that_is_sampled_never_grows_from_a_noise_of_training(seed: int) -> None:
+    trained = x_T_of(seed, torch.arange(2000), (1, 8, 8)).flatten(1)
+    for purpose in (Purpose.SAMPLING, Purpose.EVALUATION):
+        sampled = Noise(seed, purpose).x_T(torch.arange(2000), (1, 8, 8)).flatten(1)
+        assert (torch.cdist(sampled, trained) > 1.0).all()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("purpose", Purpose)
+def test_a_sampler_takes_all_of_its_noise_from_its_purpose(purpose: Purpose, backend: str) -> None:
+    unet = small_unet()
+    table = ddpm_table(SCHEDULE, 5)
+    noise = Noise(3, purpose)
+    with ops.use_backend(backend):
+        found = engine_for(unet, 2).sample(table, noise, numbers(1, 4), saved=[5])[:, 0]
+    expected = by_hand(unet, table, noise, numbers(1, 4))[0][-1]
+    assert (found - expected).abs().max() <= 500 * EPS * max(1.0, expected.abs().max().item())
 
 
 # generate.
@@ -326,7 +379,9 @@ def test_generate_samples_as_told() -> None:
         ("ddpm", 0.0, ddpm_table(SCHEDULE)),
     ):
         images = generate(unet, 3, 11, 4, sampler=sampler, eta=eta)
-        expected = sample(unet, table, 11, torch.arange(3))[-1].clamp(-1, 1)
+        noise = Noise(11, Purpose.SAMPLING)
+        expected = engine_for(unet, 3).sample(table, noise, torch.arange(3), saved=[len(table)])
+        expected = expected[:, 0].clamp(-1, 1)
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -359,12 +414,12 @@ def test_generate_by_class(make: Callable[..., UNet | Student]) -> None:
     model = make(num_classes=4)
     model.class_embedding.weight.normal_(std=3.0)
     drawn = generate(model, 6, 2, 3)
-    labels = sample_labels(2, torch.arange(6), 4)
-    assert len(set(labels.tolist())) > 1
+    labels = Noise(2, Purpose.SAMPLING).labels(torch.arange(6), 4)
+    assert labels is not None and len(set(labels.tolist())) > 1
     given = generate(model, 6, 2, 3, y=labels, batch=4)
     torch.testing.assert_close(given, drawn, rtol=1e-4, atol=1e-4)
     assert (generate(model, 6, 2, 3, y=(labels + 1) % 4) - drawn).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="5 labels"):
+    with pytest.raises(ValueError, match=r"\(5,\).*not \(6,\)"):
         generate(model, 6, 2, 3, y=labels[:5])
     with pytest.raises(ValueError, match="label"):
         generate(model, 6, 2, 3, y=labels + 4)
@@ -373,7 +428,8 @@ def test_generate_by_class(make: Callable[..., UNet | Student]) -> None:
 def test_generate_leaves_early() -> None:
     student = small_student()
     images = generate(student, 3, 0, exit_at=1)
-    expected = student.states(sample_x_T(0, torch.arange(3), (1, 8, 8)))[0].clamp(-1, 1)
+    x_T = Noise(0, Purpose.SAMPLING).x_T(torch.arange(3), (1, 8, 8))
+    expected = student.states(x_T)[0].clamp(-1, 1)
     assert images.shape == (3, 1, 4, 4)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="exit_at=3"):
@@ -395,3 +451,13 @@ def test_what_generate_cannot_do_is_an_error() -> None:
         generate(small_unet(), 1, 0, 3, y=numbers(0))
     with pytest.raises(ValueError, match="steps=21"):
         generate(small_unet(), 1, 0, 21)
+    with pytest.raises(ValueError, match="2\\^63"):
+        generate(small_student(), 2, 0, first=(1 << 63) - 1)
+
+
+def test_generate_takes_every_64_bit_seed() -> None:
+    for seed in (0, 1 << 63, (1 << 64) - 1):
+        assert generate(small_student(), 1, seed).isfinite().all()
+    for seed in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="seed"):
+            generate(small_student(), 1, seed)

@@ -1,9 +1,11 @@
-"""The sampling loop on a real GPU: the CPU's bits where promised, else within tolerances."""
+"""CudaEngine on a real GPU: the CPU's bits where they are promised, else within tolerances."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,25 @@ from torch import Tensor
 from advkd import ops
 from advkd.config import load_preset
 from advkd.diffusion import Schedule, ddim_table
-from advkd.engine import cuda as graph
-from advkd.engine import sampling
+from advkd.engine import cuda as cuda_engine
+from advkd.engine.cuda import Buffers, CudaEngine, Loop
+from advkd.engine.lowering import LoweringError
+from advkd.engine.noise import Noise, Purpose
 from advkd.models.unet import UNet
 from advkd.pretrained import load_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_emulation"))
-from harness import expected, told_of, toy
+from harness import eager, expected, time_embeddings, toy
 
 pytestmark = pytest.mark.gpu
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
+NOISE = Noise(3, Purpose.SAMPLING)
+SIZE = (32, 32)
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions() -> Any:
+def exact_convolutions() -> Iterator[None]:
     """float32 is multiplied in float32; and the extension must be there."""
     missing = ops.cuda_missing()
     assert missing is None, missing
@@ -40,45 +45,39 @@ def exact_convolutions() -> Any:
 
 
 def toy_loop(
-    batch: int, shape: tuple[int, int, int], dtype: torch.dtype,
-    memory_format: torch.memory_format, on_device: bool,
-) -> tuple[graph.Loop, Any]:  # fmt: skip
-    """The loop over a network of one product and one sum, by torch; and its graph, to be kept."""
+    batch: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Loop, tuple[Any, ...]]:
+    """The loop over a network of one product and one sum, by torch; and what must stay with it."""
     device = torch.device("cuda", torch.cuda.current_device())
-    buffers = graph.new_buffers((batch, *shape), 4, dtype, device, memory_format)
-    buffers.told = torch.empty(4, device=device)
-    buffers.x_in.zero_()
-    captured, out = graph.captured(lambda: toy(buffers.x_in, buffers.told), device)
-    buffers.model_out = out
-    assert ops.extension is not None
-    return graph.Loop(ops.extension, buffers, captured.raw_cuda_graph(), on_device), captured
+    buffers = Buffers.allocate((batch, *shape), 4, dtype, device)
+    buffers = dataclasses.replace(buffers, time_embedding=torch.zeros(4, device=device))
+    graph, out = cuda_engine.captured(lambda: toy(buffers.x_in, buffers.time_embedding), device)
+    return Loop(ops.extension, buffers, graph.raw_cuda_graph(), out), (graph, out)
 
 
-@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 32, 32), (3, 7, 5), (1, 28, 28), (5, 13, 17)])
 def test_noise_and_update_have_the_cpus_bits(
-    shape: tuple[int, int, int], memory_format: torch.memory_format, dtype: torch.dtype,
-    on_device: bool,
-) -> None:  # fmt: skip
-    loop, captured = toy_loop(3, shape, dtype, memory_format, on_device)
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    loop, graph = toy_loop(3, shape, dtype)
     table = ddim_table(Schedule(), 50, eta=1.0)
     indices = torch.tensor([5, 1, (1 << 32) + 7])
-    stream = graph.current_stream(loop.buffers.x_t.device)
+    stream = cuda_engine.current_stream(loop.buffers.x_t.device)
     got = loop.run(
-        table, told_of(table, dtype), 9, indices, kept=[20, 50], target="denoised", stream=stream
-    )
-    want = expected(table, 9, indices, shape, dtype, [20, 50], "denoised", memory_format)
+        table, time_embeddings(table), NOISE, indices, saved=[20, 50], target="denoised",
+        stream=stream,
+    )  # fmt: skip
+    want = expected(table, NOISE, indices, shape, dtype, [20, 50], "denoised")
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.cpu(), b)
-    del captured
+    del graph
 
 
-def cifar10(dtype: torch.dtype = torch.float32) -> UNet:
+def cifar10(dtype: torch.dtype = torch.float32, device: int = 0) -> UNet:
     torch.manual_seed(0)
     config = dataclasses.replace(load_preset("cifar10-32").unet, dropout=0.0)
-    unet = UNet(config).eval().requires_grad_(False).cuda().to(dtype)
+    unet = UNet(config).eval().requires_grad_(False).to(torch.device("cuda", device), dtype)
     return unet.to(memory_format=torch.channels_last)
 
 
@@ -87,58 +86,126 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_teacher_draws_the_cpus_images(eta: float) -> None:
-    on_cpu = load_teacher("zoo:fashion-mnist")
-    table = ddim_table(on_cpu.schedule, 50, eta)
-    indices = torch.arange(8)
-    want = sampling.sample(on_cpu, table, 3, indices, keep=[25])
-    got = sampling.sample(load_teacher("zoo:fashion-mnist").cuda(), table, 3, indices, keep=[25])
-    for a, b in zip(got, want, strict=True):
-        assert difference(a, b) < 2e-3
+def test_the_teacher_samples_the_cpus_images(eta: float) -> None:
+    on_cpu, on_cuda = load_teacher("zoo:fashion-mnist"), load_teacher("zoo:fashion-mnist").cuda()
+    table, indices = ddim_table(on_cpu.schedule, 50, eta), torch.arange(8)
+    engine = CudaEngine.make(on_cuda, (28, 28), 8)
+    got = engine.sample(table, NOISE, indices, saved=[25, 50])
+    assert difference(got[:, 1], eager(on_cpu, table, NOISE, indices)) < 2e-3
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [*zip(TYPES, (1e-3, 5e-2, 2e-1), strict=True)])
-def test_the_graph_draws_what_the_plain_loop_draws(dtype: torch.dtype, tolerance: float) -> None:
+def test_the_graph_samples_what_the_modules_sample(dtype: torch.dtype, tolerance: float) -> None:
     unet = cifar10(dtype)
-    table = ddim_table(unet.schedule, 10, eta=0.0)
-    indices = torch.arange(4)
-    want = sampling.sample_eagerly(unet, table, 3, indices, kept=[10])[0]
-    engines = [graph.CudaEngine(unet, 4, 32, on_device=where) for where in (False, True)]
-    found = [e.sample(table, 3, indices, None, kept=[10], target="denoised")[0] for e in engines]
+    table, indices = ddim_table(unet.schedule, 10, eta=0.0), torch.arange(4)
+    engine = CudaEngine.make(unet, SIZE, 4)
+    found = [engine.sample(table, NOISE, indices, saved=[10])[:, 0] for _ in range(2)]
     assert torch.equal(found[0], found[1])
-    again = engines[0].sample(table, 3, indices, None, kept=[10], target="denoised")[0]
-    assert torch.equal(found[0], again)
-    assert difference(found[0], want) < tolerance
+    assert difference(found[0], eager(unet, table, NOISE, indices)) < tolerance
+    x = torch.randn(3, 3, *SIZE, device="cuda")
+    with torch.inference_mode():
+        want = unet(x.to(dtype), 300).float()
+    assert difference(engine.run(x, t=300), want) < tolerance
+
+
+def test_a_contiguous_network_is_sampled_in_channels_last() -> None:
+    unet = cifar10()
+    table, indices = ddim_table(unet.schedule, 5), torch.arange(4)
+    want = CudaEngine.make(unet, SIZE, 4).sample(table, NOISE, indices, saved=[5])
+    unet = unet.to(memory_format=torch.contiguous_format)
+    got = CudaEngine.make(unet, SIZE, 4).sample(table, NOISE, indices, saved=[5])
+    assert difference(got, want) < 1e-4
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
     unet = cifar10()
-    engine = graph.CudaEngine(unet, 4, 32)
+    engine = CudaEngine.make(unet, SIZE, 4)
     table = ddim_table(unet.schedule, 5, eta=1.0)
-    how: dict[str, Any] = {"kept": [5], "target": "state"}
-    whole = engine.sample(table, 3, torch.arange(7), None, **how)[0]
-    alone = engine.sample(table, 3, torch.tensor([6]), None, **how)[0]
+    whole = engine.sample(table, NOISE, torch.arange(7), saved=[5])
+    alone = engine.sample(table, NOISE, torch.tensor([6]), saved=[5])
     assert torch.equal(whole[6:], alone)
+
+
+def test_threads_take_turns_and_others_may_use_cuda_during_a_capture() -> None:
+    unet = cifar10()
+    table, indices = ddim_table(unet.schedule, 20), torch.arange(4)
+    engine = CudaEngine.make(unet, SIZE, 4)
+    want = engine.sample(table, NOISE, indices, saved=[20])
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.extend(engine.sample(table, NOISE, indices, saved=[20]) for _ in range(3))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    made = CudaEngine.make(unet, SIZE, 4)
+    for thread in threads:
+        thread.join()
+    found.append(made.sample(table, NOISE, indices, saved=[20]))
+    assert len(found) == 7 and all(torch.equal(each, want) for each in found)
+
+
+def test_autocast_does_not_reach_it() -> None:
+    unet = cifar10()
+    table, indices = ddim_table(unet.schedule, 5), torch.arange(4)
+    want = CudaEngine.make(unet, SIZE, 4).sample(table, NOISE, indices, saved=[5])
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        engine = CudaEngine.make(unet, SIZE, 4)
+        assert torch.equal(engine.sample(table, NOISE, indices, saved=[5]), want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_samples_the_firsts_images() -> None:
+    table, indices = ddim_table(Schedule(), 5), torch.arange(4)
+    found = []
+    for device in (0, 1):
+        engine = CudaEngine.make(cifar10(device=device), SIZE, 4)
+        found.append(engine.sample(table, NOISE, indices, saved=[5]))
+        assert found[-1].device.index == device and torch.cuda.current_device() == 0
+    assert difference(found[1], found[0]) < 1e-4
+
+
+def test_a_failed_capture_leaves_torch_sane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network reads a value back, which no capture allows; then all goes on as before."""
+    unet = cifar10()
+    table, indices = ddim_table(unet.schedule, 5), torch.arange(4)
+    want = CudaEngine.make(unet, SIZE, 4).sample(table, NOISE, indices, saved=[5])
+    torch.cuda.empty_cache()
+    before, denoise = torch.cuda.memory_reserved(), UNet.denoise
+
+    def reading(self: UNet, x: Tensor, temb: Tensor) -> Tensor:
+        out = denoise(self, x, temb)
+        return out * (1 if float(out.sum()) == float(out.sum()) else 2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UNet, "denoise", reading)
+        with pytest.raises(LoweringError, match="could not be captured"):
+            CudaEngine.make(unet, SIZE, 4)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+    assert not torch.cuda.is_current_stream_capturing()
+    engine = CudaEngine.make(unet, SIZE, 4)
+    assert torch.equal(engine.sample(table, NOISE, indices, saved=[5]), want)
 
 
 def test_a_callback_ends_the_run() -> None:
     unet = cifar10()
-    engine = graph.CudaEngine(unet, 1, 32)
+    engine = CudaEngine.make(unet, SIZE, 1)
 
     def stop(done: int, steps: int) -> None:
         raise KeyboardInterrupt
 
+    table = ddim_table(unet.schedule, 500)
     with pytest.raises(KeyboardInterrupt):
-        engine.sample(
-            ddim_table(unet.schedule, 500), 3, torch.arange(1), None, kept=[500], target="state",
-            callback=stop,
-        )  # fmt: skip
+        engine.sample(table, NOISE, torch.arange(1), saved=[500], on_step=stop)
     torch.cuda.synchronize()
 
 
-def test_refused_calls_are_told() -> None:
-    loop, captured = toy_loop(1, (3, 8, 8), torch.float32, torch.channels_last, False)
-    assert ops.extension is not None
+def test_refused_calls_are_named() -> None:
+    loop, (graph, out) = toy_loop(1, (3, 8, 8), torch.float32)
     with pytest.raises(RuntimeError, match=r"cudaGraphAddChildGraphNode failed: .*invalid"):
-        graph.Loop(ops.extension, loop.buffers, 0, False)
-    del captured
+        Loop(ops.extension, loop.buffers, 0, out)
+    del graph

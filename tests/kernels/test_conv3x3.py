@@ -17,7 +17,7 @@ from advkd.models.layers import Conv3x3
 from advkd.ops import _conv3x3
 
 CONV = torch.ops.advkd.conv3x3
-WEIGHTS = torch.ops.advkd.conv3x3_weights
+WGRAD = torch.ops.advkd.conv3x3_wgrad
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
 
@@ -157,16 +157,16 @@ def test_what_is_not_finite_is_not_lost(place: int, bad: float) -> None:
         assert not (got.isfinite() & ~expected.isfinite()).any()
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_gradients_and_their_gradients(turned: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_and_their_gradients(transposed: bool) -> None:
     # In float64, so with torch's convolutions: this is about how the ops differentiate each other.
-    C, D = (4, 3) if turned else (3, 4)
+    C, D = (4, 3) if transposed else (3, 4)
     x, weight, bias, grad = inputs((2, 3, 3, 4, 4), torch.float64)
-    args = [t.requires_grad_() for t in ((grad, weight) if turned else (x, weight, bias))]
+    args = [t.requires_grad_() for t in ((grad, weight) if transposed else (x, weight, bias))]
     assert args[0].shape[1] == C
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return CONV(x, weight, bias, turned, True)
+        return CONV(x, weight, bias, transposed, True)
 
     assert conv(*args).shape[1] == D
     assert torch.autograd.gradcheck(conv, args)
@@ -175,8 +175,8 @@ def test_gradients_and_their_gradients(turned: bool) -> None:
 
 def test_gradients_of_the_weights_gradient() -> None:
     x, _, _, grad = (t.requires_grad_() for t in inputs((2, 3, 3, 4, 4), torch.float64))
-    assert torch.autograd.gradcheck(lambda g, x: WEIGHTS(g, x, True), (grad, x))
-    assert torch.autograd.gradgradcheck(lambda g, x: WEIGHTS(g, x, True), (grad, x))
+    assert torch.autograd.gradcheck(lambda g, x: WGRAD(g, x, True), (grad, x))
+    assert torch.autograd.gradgradcheck(lambda g, x: WGRAD(g, x, True), (grad, x))
 
 
 def second_slopes(args: list[Tensor], backend: str) -> list[Tensor]:
@@ -231,7 +231,7 @@ def test_ops_are_registered_correctly() -> None:
     x, weight, bias, grad = (t.requires_grad_() for t in inputs((2, 5, 7, 6, 4)))
     torch.library.opcheck(CONV, (x, weight, bias, False, True))
     torch.library.opcheck(CONV, (grad, weight, None, True, True))
-    torch.library.opcheck(WEIGHTS, (grad, x, True))
+    torch.library.opcheck(WGRAD, (grad, x, True))
 
 
 def test_autocast_runs_in_its_dtype() -> None:
@@ -293,7 +293,7 @@ def test_an_exported_op_runs_without_the_extension(monkeypatch: pytest.MonkeyPat
     x, weight, bias, grad = inputs(SHAPES[3])
 
     def results() -> list[Tensor]:
-        return [CONV(x, weight, bias, False, True), *WEIGHTS(grad, x, True)]
+        return [CONV(x, weight, bias, False, True), *WGRAD(grad, x, True)]
 
     fused = results()
     monkeypatch.setattr("advkd.ops._backend.extension_missing", "it was left out")
@@ -367,7 +367,7 @@ def test_the_ops_themselves_refuse_shapes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         CONV(x, weight, None, True, True)
     with pytest.raises(ValueError, match="is of no output of x"):
-        WEIGHTS(torch.zeros(1, 2, 7, 8), x, True)
+        WGRAD(torch.zeros(1, 2, 7, 8), x, True)
 
 
 def test_a_type_without_a_kernel_is_refused_if_fused_is_asked_for() -> None:

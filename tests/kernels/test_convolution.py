@@ -86,7 +86,7 @@ class Problem:
         plan = ops.extension.Plan(
             buffers=[(0, H * W, GAP + C + D), (0, pixels, D)],
             ops=[("convolution", step, 0.7 if self.folded else 1.0)],
-            arena=0, row=0, classes=0, batch=B, weights=weights.data_ptr(),
+            arena=0, conditioning=0, classes=0, batch=B, weights=weights.data_ptr(),
             weights_size=weights.numel(),
         )  # fmt: skip
         return plan, weights
@@ -97,8 +97,8 @@ class Problem:
         y = torch.full((x.shape[0], *self.truth.shape[1:]), float("nan"))
         plan, _weights = self.plan(algorithm)
         plan.run(
-            x=x.data_ptr(), y=y.data_ptr(), row=0, labels=0, images=x.shape[0], threads=threads,
-            nan_fill=True,
+            x=x.data_ptr(), y=y.data_ptr(), conditioning=0, labels=0, images=x.shape[0],
+            threads=threads, nan_fill=True,
         )  # fmt: skip
         return y
 

@@ -527,16 +527,6 @@ def test_bad_arguments_are_refused(
         ops.group_norm_silu(**args)
 
 
-@pytest.mark.parametrize("count", [0, 1, 17, 1 << 18, 200_001])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_the_copy_that_benchmarks_measure_by(count: int, offset: int, isa: str) -> None:
-    x, y = torch.randn(count + offset), torch.full((count + offset + 1,), -1.0)
-    assert ops.extension is not None
-    ops.extension.copy_float32(x[offset:].data_ptr(), y[offset:].data_ptr(), count, 2)
-    assert torch.equal(y[offset:-1], x[offset:])
-    assert y[-1] == -1
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)

@@ -1,4 +1,7 @@
-"""The extension's thread pool: every task once, errors, nesting, several callers, fork."""
+"""The extension's thread pool by itself: every task once, errors, nesting, several callers, fork.
+
+`python tests/native/thread_sanitizer.py` looks for races in it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,18 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from advkd import ops
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
+import native
 
-pytestmark = pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
 
 def run_tasks(tasks: int, threads: int, function: object) -> None:
-    assert ops.extension is not None
-    ops.extension.run_tasks(tasks, threads, function)
+    native.module().run_tasks(tasks, threads, function)
 
 
 @pytest.mark.parametrize(("tasks", "threads"), [(0, 4), (1, 4), (3, 8), (1000, 1), (1000, 5)])
@@ -69,8 +73,8 @@ def test_several_callers_at_once() -> None:
 
 FORKING = """
 import os, sys
-from advkd import ops
-run = ops.extension.run_tasks
+sys.path.insert(0, sys.argv[1])
+from native_tests import run_tasks as run
 run(64, 4, lambda task: None)
 child = os.fork()
 done = []
@@ -83,4 +87,5 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or len(done) != 64)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_child_gets_a_pool_of_its_own() -> None:
-    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=120)
+    folder = str(Path(str(native.module().__file__)).parent)
+    subprocess.run([sys.executable, "-c", FORKING, folder], check=True, timeout=120)

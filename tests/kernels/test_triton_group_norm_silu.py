@@ -113,8 +113,9 @@ def bounds(x, weight, bias, scale, shift, grad, groups, silu):
 
 def run(module, x, *rest):
     *parameters, grad, groups, silu = rest
-    y, mean, rstd = module.forward(x, *parameters, groups, EPS, silu)
-    return [y, *module.backward(grad, x, *parameters, mean, rstd, groups, EPS, silu)]
+    y, *statistics = module.forward(x, parameters, groups, EPS, silu)
+    dx, gradients = module.backward(grad, x, parameters, statistics, groups, silu)
+    return [y, dx, *gradients]
 
 
 def outcome(case, module, device="cpu"):
@@ -237,7 +238,8 @@ for last in (False, True):
         for case in json.loads(sys.argv[1]):
             x, weight, bias, scale, shift, grad = inputs(case | {"last": last})
             x[0, 1, 0, 1] = value
-            y = module.forward(x, weight, bias, scale, shift, case["groups"], EPS, case["silu"])[0]
+            affine = weight, bias, scale, shift
+            y = module.forward(x, affine, case["groups"], EPS, case["silu"])[0]
             truth = formula(x, weight, bias, scale, shift, case["groups"], case["silu"])
             apart = (y - truth).nan_to_num().abs().max()
             where = torch.equal(y.isnan(), truth.isnan()) and y.isnan().any()
@@ -257,17 +259,17 @@ def test_infinity_and_nan_stay_in_their_group_as_in_torch() -> None:
 def test_a_group_that_is_too_large_is_refused() -> None:
     x = torch.empty(1, 4, 1 << 14, 1 << 14, device="meta")
     with pytest.raises(ValueError, match="too large"):
-        module.forward(x, None, None, None, None, 2, 1e-5, True)
+        module.forward(x, (None,) * 4, 2, 1e-5, True)
 
 
 def test_gradients_of_an_empty_batch_are_zero() -> None:
     x, parameter, film = torch.empty(0, 4, 3), torch.ones(4), torch.empty(0, 4)
-    y, mean, rstd = module.forward(x, parameter, parameter, film, film, 2, 1e-5, True)
+    affine = (parameter, parameter, film, film)
+    y, mean, rstd = module.forward(x, affine, 2, 1e-5, True)
     assert y.shape == x.shape
     assert mean.shape == (0, 2)
-    given = (x, parameter, parameter, film, film)
-    grads = module.backward(x, *given, mean, rstd, 2, 1e-5, True)
-    for grad, argument in zip(grads, given, strict=True):
+    dx, gradients = module.backward(x, x, affine, (mean, rstd), 2, True)
+    for grad, argument in zip((dx, *gradients), (x, *affine), strict=True):
         assert grad is not None
         assert torch.equal(grad, torch.zeros_like(argument))
 

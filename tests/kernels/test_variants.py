@@ -89,14 +89,14 @@ def test_group_norm_silu_never_leaves_the_list(
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.movedim(-1, 1) if last else x
     weight, film = torch.empty(channels, device="meta"), torch.empty(batch, channels, device="meta")
-    parameters = (weight, weight, film, film)
+    affine = (weight, weight, film, film)
     with recorded(group_norm_silu) as launches:
         try:
-            y, mean, rstd = group_norm_silu.forward(x, *parameters, groups, 1e-5, silu)
+            y, mean, rstd = group_norm_silu.forward(x, affine, groups, 1e-5, silu)
         except ValueError:
             assert group_channels * x[0, 0].numel() >= 1 << 29
             return
-        group_norm_silu.backward(y, x, *parameters, mean, rstd, groups, 1e-5, silu)
+        group_norm_silu.backward(y, x, affine, (mean, rstd), groups, silu)
     names = [name for name, *_ in launches]
     backward = ["sums", "reduce", "dx", "parameters"]
     assert names in (["forward", *backward], ["moments", "merge", "apply", *backward])

@@ -76,11 +76,12 @@ for shape, groups, last in json.loads(sys.argv[1]):
     x = torch.randn(shape).half()
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     weight, bias = torch.randn(2, shape[1])
-    y, mean, rstd = module.forward(x, weight, bias, None, None, groups, 1e-5, True)
+    affine = weight, bias, None, None
+    y, *statistics = module.forward(x, affine, groups, 1e-5, True)
     size = x.numel() * x.element_size()
     results.append((list(launched), taken()[0] / (2 * size)))
     launched.clear()
-    module.backward(y, x, weight, bias, None, None, mean, rstd, groups, 1e-5, True)
+    module.backward(y, x, affine, statistics, groups, True)
     results.append((list(launched), taken()[0] / (3 * size)))
     launched.clear()
 print(json.dumps(results))

@@ -31,9 +31,9 @@ def test_metrics_are_read_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="line 2 is not JSON"):
         read_metrics(path)
     path.write_bytes(b'{"step": 1, "a": "\xff"}\n')
-    with pytest.raises(CheckpointError, match="line 1 is not JSON"):
+    with pytest.raises(CheckpointError, match="cannot be read: byte 18 is not UTF-8"):
         read_metrics(path)
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match="cannot be read: it is not a file"):
         read_metrics(tmp_path)
 
 
@@ -65,12 +65,13 @@ def test_a_summary_is_read(tmp_path: Path) -> None:
         ({"classes": [0.5, 0.5]}, "classes=.* is not a list of shares for each side"),
         ({"classes": {"teacher": [0.5, None]}}, "not a list of shares"),
         ({"classes": {"teacher": [0.5, "a"]}}, "not a list of shares"),
+        ({"classes": {"teacher": [0.5, float("nan")]}}, "not a list of shares"),
         ({"classes": {"nobody": [0.5]}}, "not a list of shares"),
         ({"classes": {"teacher": [1.0], "real": [0.5, 0.5]}}, "not of equally many classes"),
         ({"class_names": ["bag"]}, "not of equally many classes"),
         ({"class_names": "bag"}, "class_names='bag' is not a list of names"),
         ({"seconds": {"teacher": "long"}}, "seconds=.* is not a number for each stage"),
-        ({"speed_up": "x" * 500}, r"speed_up='x{56}\.\.\. is not a number"),
+        ({"speed_up": "x" * 500}, r"speed_up='x{59} is not a number"),
         ({"name": 3}, "name=3 is not text"),
     ],
 )

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert not any("onerror" in attributes for _, attributes in page.tags)
     # title, h1, lead, protocol, features, settings, and the class in bars and words
     assert page.text.count('alert("x")') >= 8
+
+
+def test_a_file_name_that_is_not_text_is_shown(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    summary = some_summary() | {"protocol": f"held-out images of {name}"}
+    path = write_report(tmp_path, summary, [], some_pictures(), f'path = "{name}"')
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert text.count("caf\\udce9") == 2
 
 
 def test_missing_values_are_dashes(tmp_path: Path) -> None:

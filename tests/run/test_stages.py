@@ -11,39 +11,38 @@ import numpy as np
 import pytest
 import torch
 
+import advkd.run.evaluation
 import advkd.run.stages
 from advkd.config import (
     Config,
     ConfigError,
     DataConfig,
     DiscriminatorConfig,
-    DistillConfig,
+    EvaluateConfig,
     StudentConfig,
     TeacherConfig,
     TrajectoryConfig,
     UNetConfig,
+    load_preset,
+    to_toml,
 )
 from advkd.console import Interrupted, StopSignals
-from advkd.data.images import ImageSet
+from advkd.data import DataError, ImageSet
+from advkd.data.split import MIN_IMAGES, hold_out, real_images
 from advkd.data.trajectories import Trajectories, sample_trajectories
 from advkd.diffusion import Schedule
-from advkd.engine.sampling import EVALUATION_SEED, generate, sample_x_T
-from advkd.evaluation.features import FeatureNet, FitSettings, save_features
-from advkd.files import read_json, write_json
+from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
+from advkd.evaluation.features import FeatureNet, save_features
+from advkd.files import CheckpointError, read_json, write_json
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import save_student, save_teacher
-from advkd.run.stages import (
-    MIN_IMAGES,
-    STAGES,
-    Run,
-    draw_pictures,
-    features_of,
-    has_images,
-    hold_out,
-    make_trajectories,
-    read_images,
-)
+from advkd.run.check import check
+from advkd.run.evaluation import features_of
+from advkd.run.folder import STAGES, stored_config
+from advkd.run.run import Run
+from advkd.run.stages import PICTURE_SEED, make_trajectories, pictures_of
 
 CONFIG = Config(
     data=DataConfig(size=8),
@@ -59,6 +58,7 @@ CONFIG = Config(
     trajectory=TrajectoryConfig(num=12, steps=4, shard=6),
     student=StudentConfig(stages=(4, 8), widths=(8, 8), attention=(), groups=4),
     discriminator=DiscriminatorConfig(widths=(8,), groups=4),
+    evaluate=EvaluateConfig(num=12, teacher_steps=4),
 )
 
 
@@ -79,7 +79,9 @@ def run(tmp_path: Path) -> Run:
     torch.manual_seed(0)
     save_teacher(UNet(CONFIG.unet, Schedule(num_train_timesteps=20)), tmp_path / "teacher")
     save_student(Student(CONFIG.student, 8, 1), tmp_path / "student")
-    return Run(CONFIG, tmp_path, has_images=False)
+    run = Run(tmp_path, CONFIG)
+    run.finish("teacher", 1.0)
+    return run
 
 
 def numbered(count: int) -> ImageSet:
@@ -105,17 +107,27 @@ def test_what_is_held_out_is_never_trained_on(count: int, held: int) -> None:
 
 
 def test_too_few_images_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=f"numbers holds {MIN_IMAGES - 1} images"):
+    with pytest.raises(DataError, match=f"numbers holds {MIN_IMAGES - 1} images"):
         hold_out(numbered(MIN_IMAGES - 1))
 
 
 def test_the_images_that_ship() -> None:
-    images = read_images(changed(data={"size": 28}))
-    assert (len(images.train), len(images.held_out)) == (10_000, 2000)
-    with pytest.raises(ConfigError, match="28x28 with 1 channel, not 8x8"):
-        read_images(CONFIG)
-    with pytest.raises(ConfigError, match="with 3: give --data"):
-        read_images(changed(data={"size": 28, "channels": 3}))
+    for path in ("", "fashion-mnist"):
+        images = real_images(path, 28, 1, True)
+        assert (len(images.train), len(images.held_out)) == (10_000, 2000)
+        assert images.train.classes is not None and images.train.classes[5] == "sandal"
+    with pytest.raises(DataError, match="with 8x8 pixels and 1 channels: give --data"):
+        real_images("", 8, 1, True)
+    with pytest.raises(DataError, match="28x28 pixels and 3 channels"):
+        real_images("", 28, 3, True)
+
+
+def test_a_data_set_without_test_images_has_a_part_held_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "some.npy", np.zeros((50, 8, 8), np.uint8))
+    text = 'size = 8\nchannels = 1\n[splits]\ntrain = "some.npy"\n'
+    (tmp_path / "dataset.toml").write_text(text)
+    images = real_images(str(tmp_path), 8, 1, True)
+    assert (len(images.train), len(images.held_out)) == (40, 10)
 
 
 @pytest.mark.parametrize(
@@ -128,42 +140,128 @@ def test_the_images_that_ship() -> None:
     ],
 )
 def test_a_given_teacher_alone_has_no_images(source: str, path: str, has: bool) -> None:
-    assert has_images(changed(teacher={"source": source}, data={"path": path})) == has
+    config = changed(teacher={"source": source}, data={"path": path})
+    assert Run(Path("nowhere"), config).has_images == has
 
 
 def test_markers(run: Run) -> None:
-    assert not any(run.is_done(stage) for stage in STAGES)
+    assert [stage for stage in STAGES if run.is_done(stage)] == ["teacher"]
     assert len({run.marker(stage) for stage in STAGES}) == len(STAGES)
     run.finish("distill", 1.23456)
     assert run.is_done("distill")
     assert run.seconds("distill") == 1.235
-    assert run.seconds("teacher") is None
+    assert run.seconds("trajectories") is None
+    run.marker("distill").write_text('{"seconds": "many"}')
+    with pytest.raises(CheckpointError, match=r"distill\.done\.json does not say"):
+        run.seconds("distill")
+
+
+# Folders that are not to be gone on with.
+
+
+def test_a_run_of_version_0_1_is_refused_by_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(to_toml(CONFIG))
+    with pytest.raises(ConfigError, match=r"was made by advkd 0\.1 and cannot go on"):
+        stored_config(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"made by advkd 0\.1"),
+        Run(tmp_path, CONFIG).opened(),
+    ):
+        pass
+    assert (tmp_path / "config.toml").read_text() == to_toml(CONFIG)
+
+
+def test_a_run_is_what_its_configuration_says(run: Run) -> None:
+    with run.opened():
+        pass
+    assert stored_config(run.path) == CONFIG
+    other = Run(run.path, changed(unet={"layers_per_block": 2}))
+    with pytest.raises(ConfigError, match=r"another unet\.layers_per_block"), other.opened():
+        pass
+    with pytest.raises(CheckpointError, match="it has no config"):
+        stored_config(run.path / "nowhere")
+
+
+def test_other_images_than_a_run_began_with_are_refused(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    path = tmp_path / "images.npy"
+    config = changed(data={"path": str(path)})
+    run = tmp_path / "run"
+    np.save(path, pixels)
+    with Run(run, config).opened():
+        first = Run(run, config).images()
+        assert first is not None and len(first.train) == 32
+        assert Run(run, config).images() is not None
+        np.save(path, 255 - pixels)
+        with pytest.raises(ConfigError, match="made from other images than"):
+            Run(run, config).images()
+    with Run(run, config).opened("teacher"):
+        assert Run(run, config).images() is not None
+
+
+# Checks before anything is made.
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"student": {"stages": (2, 8)}},
-        {"student": {"widths": (9, 8)}},
-        {"discriminator": {"widths": (8, 8, 8, 8)}},
-        {"distill": {"inner_every": 0}},
-        {"distill": {"head_weights": (1.0,)}},
-        {"trajectory": {"target": "x0"}},
-        {"trajectory": {"num": 0}},
+        ({"student": {"stages": (2, 8)}}, "student.stages"),
+        ({"student": {"widths": (9, 8)}}, "9"),
+        ({"student": {"groups": 3}}, "3"),
+        ({"discriminator": {"widths": (8, 8, 8, 8)}}, "halvings|level"),
+        ({"discriminator": {"groups": 3}}, "3"),
+        ({"distill": {"inner_every": 0}}, "distill.inner_every=0"),
+        ({"distill": {"head_weights": (1.0,)}}, "head_weights"),
+        ({"distill": {"rho": "l1"}}, "rho"),
+        ({"trajectory": {"target": "x0"}}, "trajectory.target='x0'"),
+        ({"trajectory": {"num": 0}}, "trajectory.num=0"),
+        ({"trajectory": {"sampler": "euler"}}, "trajectory.sampler='euler'"),
+        ({"trajectory": {"eta": 2.0}}, "trajectory.eta=2.0"),
+        ({"trajectory": {"steps": 1}}, "trajectory.steps=1"),
+        ({"trajectory": {"steps": 21}}, "trajectory.steps=21.*20"),
+        ({"evaluate": {"num": 3}}, "evaluate.num=3"),
+        ({"evaluate": {"teacher_steps": 21}}, "evaluate.teacher_steps=21.*20"),
+        ({"evaluate": {"features": "nowhere"}}, "nowhere"),
+        ({"data": {"channels": 2}}, "data.channels=2"),
+        ({"data": {"channels": 3}}, "data.channels=3"),
+        ({"data": {"size": 16}}, "data.size=16"),
+        ({"run": {"device": "cuda:99"}}, "cuda:99"),
+        ({"run": {"device": "abacus"}}, "abacus"),
     ],
 )
 def test_check_refuses_what_a_later_stage_would(
-    changes: dict[str, dict[str, Any]], tmp_path: Path
+    changes: dict[str, dict[str, Any]], words: str, run: Run
 ) -> None:
-    Run(CONFIG, tmp_path).check()
-    with pytest.raises(ValueError, match=r"\S"):
-        Run(changed(**changes), tmp_path).check()
+    check(run, STAGES)
+    with pytest.raises((ValueError, CheckpointError), match=words):
+        check(Run(run.path, changed(**changes)), STAGES)
 
 
-def test_check_leaves_the_random_state_alone(tmp_path: Path) -> None:
+def test_check_refuses_features_of_another_shape(run: Run, tmp_path: Path) -> None:
+    save_features(FeatureNet(1, 16), tmp_path / "features16")
+    config = changed(evaluate={"features": str(tmp_path / "features16")})
+    with pytest.raises(ConfigError, match=r"for 16x16 images.*not 8x8"):
+        check(Run(run.path, config), STAGES)
+
+
+def test_check_needs_a_teacher_or_images(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="given"):
+        check(Run(tmp_path, CONFIG), STAGES)
+
+
+def test_check_of_the_teacher_alone_minds_only_the_teacher(run: Run) -> None:
+    check(Run(run.path, changed(student={"stages": (2, 8)})), ("teacher",))
+
+
+def test_check_leaves_the_random_state_alone(run: Run) -> None:
     state = torch.random.get_rng_state()
-    Run(CONFIG, tmp_path).check()
+    check(run, STAGES)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_default_and_the_presets_that_ship_their_teacher_are_sound(tmp_path: Path) -> None:
+    for name in ("fashion-mnist", "fashion-mnist-full", "fashion-mnist-paper", "smoke"):
+        check(Run(tmp_path / name, load_preset(name)), STAGES)
 
 
 # Trajectories.
@@ -176,13 +274,13 @@ def test_a_signal_ends_the_trajectories(run: Run, monkeypatch: pytest.MonkeyPatc
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(advkd.run, "sample_trajectories", interrupted)
-        with pytest.raises(Interrupted, match="finished shards are kept"):
+        patch.setattr(advkd.run.stages, "sample_trajectories", interrupted)
+        with pytest.raises(Interrupted, match="finished shards stay"):
             make_trajectories(run)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert not list((run.folder / "trajectories").glob("shard-*"))
+    assert not list((run.path / "trajectories").glob("shard-*"))
     make_trajectories(run)
-    assert len(list((run.folder / "trajectories").glob("shard-*.npy"))) == 2
+    assert len(list((run.path / "trajectories").glob("shard-*.npy"))) == 2
 
 
 def test_a_signal_after_the_last_pass_is_not_lost(
@@ -194,13 +292,13 @@ def test_a_signal_after_the_last_pass_is_not_lost(
         return store
 
     with monkeypatch.context() as patch:
-        patch.setattr(advkd.run, "sample_trajectories", late)
+        patch.setattr(advkd.run.stages, "sample_trajectories", late)
         with pytest.raises(Interrupted):
             make_trajectories(run)
-    earlier = run.folder / "trajectories" / "seconds.json"
+    earlier = run.path / "trajectories" / "seconds.json"
     assert read_json(earlier)["seconds"] > 0
     write_json(earlier, {"seconds": 1000.0})
-    assert 1000 < make_trajectories(run) < 1100  # all sessions count
+    assert 1000 < make_trajectories(run) < 1100  # earlier calls count
     assert make_trajectories(run) < 100
     assert not StopSignals().requested
 
@@ -208,8 +306,10 @@ def test_a_signal_after_the_last_pass_is_not_lost(
 # Features.
 
 
-def test_the_features_that_judge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advkd.run, "FitSettings", lambda steps: FitSettings(steps=2))
+def test_the_features_to_evaluate_by(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advkd.run.evaluation, "FEATURE_STEPS", 2)
     make_trajectories(run)
     fitted = features_of(run)  # none ship for 8x8, and there are no images: on the trajectories
     assert (fitted.size, fitted.channels, fitted.num_classes) == (8, 1, None)
@@ -218,15 +318,24 @@ def test_the_features_that_judge(run: Run, tmp_path: Path, monkeypatch: pytest.M
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(advkd.run, "fit_features", refuse)
+    monkeypatch.setattr(advkd.run.evaluation, "fit_features", refuse)
     assert torch.equal(features_of(run).to_features.weight, fitted.to_features.weight)
 
     save_features(FeatureNet(1, 8, 3), tmp_path / "mine")
-    given = Run(changed(evaluate={"features": str(tmp_path / "mine")}), tmp_path, False)
+    given = Run(tmp_path, changed(evaluate={"features": str(tmp_path / "mine")}))
     assert features_of(given).num_classes == 3
 
-    shipped = Run(changed(data={"size": 28}), tmp_path / "other", False)
+    shipped = Run(tmp_path / "other", changed(data={"size": 28}))
     assert (features_of(shipped).size, features_of(shipped).num_classes) == (28, 10)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_features_are_fitted_as_the_data_may_be_flipped(
+    run: Run, flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advkd.run.evaluation, "FEATURE_STEPS", 1)
+    make_trajectories(run)
+    assert features_of(Run(run.path, changed(data={"flip": flip}))).record["flip"] is flip
 
 
 # Pictures.
@@ -235,15 +344,16 @@ def test_the_features_that_judge(run: Run, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("target", ["denoised", "state"])
 def test_pictures_show_teacher_and_student_from_the_same_noise(run: Run, target: str) -> None:
     config = changed(trajectory={"target": target})
-    run = Run(config, run.folder, has_images=False)
-    pictures = draw_pictures(run, 4)
+    run = Run(run.path, config)
+    pictures = pictures_of(run, 4)
     teacher, student = run.teacher(), run.student()
     assert pictures.data is None
     assert len(pictures.teacher) == len(pictures.student)
     num = len(pictures.teacher)
-    expected = generate(teacher, num, EVALUATION_SEED, 4)
+    noise = Noise(PICTURE_SEED, Purpose.EVALUATION)
+    expected = generate(teacher, num, noise.seed, 4, purpose=noise.purpose)
     torch.testing.assert_close(pictures.teacher, expected, rtol=1e-4, atol=1e-4)
-    x_T = sample_x_T(EVALUATION_SEED, torch.arange(num), (1, 8, 8))
+    x_T = noise.x_T(torch.arange(num), (1, 8, 8))
     torch.testing.assert_close(pictures.student, student(x_T).clamp(-1, 1), rtol=1e-4, atol=1e-4)
     assert [x.shape[-1] for x in pictures.heads] == [4, 8]
     assert [x.shape for x in pictures.trajectory] == [x.shape for x in pictures.heads]
@@ -254,9 +364,4 @@ def test_more_heads_than_steps_still_give_pictures(tmp_path: Path, run: Run) -> 
     stages, widths = (4, 4, 4, 8, 8, 8), (8,) * 6
     student = StudentConfig(stages=stages, widths=widths, attention=(), groups=4)
     save_student(Student(student, 8, 1), tmp_path / "student")
-    assert len(draw_pictures(run, 2).heads) == 6
-
-
-def test_the_settings_of_distillation_in_the_default_are_sound() -> None:
-    config = dataclasses.replace(Config(), distill=DistillConfig())
-    Run(config, Path("nowhere")).check()
+    assert len(pictures_of(run, 2).heads) == 6

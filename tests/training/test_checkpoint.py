@@ -6,13 +6,8 @@ import ast
 import errno
 import json
 import os
-import random
 import re
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +37,8 @@ from advkd.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+
+from ..killing import ended_at
 
 
 def files(folder: Path) -> list[str]:
@@ -280,44 +277,37 @@ def test_what_a_crash_left_half_written_goes(tmp_path: Path) -> None:
     assert files(tmp_path) == ["stage-00000005.json", "stage-00000005.safetensors"]
 
 
-KILLED = """
-    import sys
-    from pathlib import Path
-    import torch
-    from advkd.files import Checkpoint, save_checkpoint
-    folder = Path(sys.argv[1])
-    step = int(sys.argv[2])
-    while True:
-        step += 1
-        tensors = {"weight": torch.full((200_000,), float(step))}
-        save_checkpoint(folder, "stage", Checkpoint(step, tensors, {"twice": 2 * step}))
-        if not (folder / "started").exists():
-            (folder / "started").touch()
+SAVING = """
+from pathlib import Path
+import torch
+from advkd.training.checkpoint import Checkpoint, save_checkpoint
+third = Checkpoint(3, {"weight": torch.full((3, 2), 3.0), "count": torch.tensor(3)}, {"note": "x"})
 """
+# Two files are written, synced and renamed, and two of the oldest checkpoint removed.
+CHANGES = {"open": 6, "os.rename": 2, "os.remove": 4}  # at least
 
 
 def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    script = textwrap.dedent(KILLED)
-    rng = random.Random(0)
-    step = 0
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(step)])
-        try:
-            while not (tmp_path / "started").exists():
-                assert process.poll() is None
-                time.sleep(0.001)
-            time.sleep(0.02 * rng.random())
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        (tmp_path / "started").unlink()
-        found = latest_without_warning(tmp_path)
-        assert found is not None and found.step > step
-        assert found.values == {"twice": 2 * found.step}
-        assert torch.equal(found.tensors["weight"], torch.full((200_000,), float(found.step)))
-        step = found.step
-    save_checkpoint(tmp_path, "stage", checkpoint(step + 1))
-    assert len(files(tmp_path)) <= 2 * KEPT
+    moments = [(event, "*", n) for event in CHANGES for n in range(1, 16)]
+    folders = [tmp_path / f"{event}{n}" for event, _, n in moments]
+    for folder in folders:
+        for step in (1, 2):
+            save_checkpoint(folder, "stage", checkpoint(step))
+    work = 'save_checkpoint(Path(arguments[index]), "stage", third)'
+    codes, _ = ended_at(moments, SAVING, work, [str(folder) for folder in folders])
+    steps: dict[str, list[int]] = {event: [] for event in CHANGES}
+    for (event, _, n), folder, code in zip(moments, folders, codes, strict=True):
+        assert code == -signal.SIGKILL or (code == 0 and n > CHANGES[event])
+        found = latest_without_warning(folder)
+        assert found is not None and (code != 0 or found.step == 3)
+        assert torch.equal(found.tensors["weight"], torch.full((3, 2), float(found.step)))
+        steps[event].append(found.step)
+        save_checkpoint(folder, "stage", checkpoint(4))
+        assert len(files(folder)) == 2 * KEPT
+    assert codes.count(0) >= len(CHANGES)  # each list of moments reaches past the last
+    for event, found_steps in steps.items():
+        assert found_steps == sorted(found_steps), event
+        assert (found_steps[0], found_steps[-1]) == (2, 3), event
 
 
 def small_network() -> nn.Sequential:
@@ -349,7 +339,7 @@ def test_optimizer_round_trip_is_bitwise(tmp_path: Path, kind: type, fused: bool
     tensors = read_tensors(tmp_path / "x.safetensors")
     own = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
     load_strictly(resumed, own, tmp_path)
-    restore_optimizer(optimizer_again, tensors, "opt")
+    restore_optimizer(optimizer_again, tensors, "opt", tmp_path)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         for key, value in optimizer.state[a].items():
             found = optimizer_again.state[b][key]
@@ -370,7 +360,7 @@ def test_two_optimizers_in_one_file_do_not_mix() -> None:
             step_with(network, optimizer, step)
         tensors |= optimizer_tensors(optimizer, "d" if i else "dd")
     fresh = torch.optim.Adam(small_network().parameters(), lr=3e-4)
-    restore_optimizer(fresh, tensors, "d")
+    restore_optimizer(fresh, tensors, "d", Path("checkpoints"))
     first = fresh.param_groups[0]["params"][0]
     assert fresh.state[first]["step"] == 2
     assert fresh.param_groups[0]["lr"] == 3e-4

@@ -1,67 +1,23 @@
-"""What both training loops share."""
+"""The loop that both trainings share: logs, signals, finite values, the device's settings."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from advkd.console import StopSignals, progress_bar
-from advkd.device import autocast, pick_device
+from advkd.device import deterministic
+from advkd.parallel import Workers
 from advkd.training.ema import Ema
-from advkd.training.loop import (
-    MetricsLog,
-    TrainingError,
-    check_finite,
-    generator_at,
-    learning_rate,
-)
-
-
-def test_generators_depend_on_seed_step_and_stream_only() -> None:
-    def draw(seed: int, step: int, stream: str) -> tuple[float, ...]:
-        return tuple(torch.rand(4, generator=generator_at(seed, step, stream)).tolist())
-
-    torch.manual_seed(5)
-    first = draw(3, 7, "teacher")
-    torch.manual_seed(6)
-    assert draw(3, 7, "teacher") == first
-    draws = {
-        draw(seed, step, stream)
-        for seed in (0, 1, 2, 2**62)
-        for step in (*range(50), 10**7)
-        for stream in ("", "teacher", "distill", "distil2")
-    }
-    assert len(draws) == 4 * 51 * 4
-
-
-def test_generators_leave_the_global_one_alone() -> None:
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    torch.rand(3, generator=generator_at(0, 0, "x"))
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_learning_rate_warms_up_and_falls() -> None:
-    rates = [learning_rate(step, 0.5, 10, 110, 0.1) for step in range(110)]
-    assert rates[0] == pytest.approx(0.05)
-    assert rates[9] == rates[10] == 0.5
-    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert rates[60] == pytest.approx(0.5 * (0.1 + 0.9 * 0.5))
-    assert learning_rate(110, 0.5, 10, 110, 0.1) == pytest.approx(0.05)
-    assert learning_rate(200, 0.5, 10, 110, 0.1) == pytest.approx(0.05)
-    assert learning_rate(0, 0.5, 0, 100, 0.1) == 0.5
-    assert learning_rate(3, 0.5, 10, 5, 0.1) == pytest.approx(0.2)
-    assert learning_rate(0, 1.0, 0, 0, 0.0) == 1.0
+from advkd.training.loop import MetricsLog, Training, TrainingError, run_training
 
 
 def test_ema_follows_the_parameters() -> None:
@@ -127,28 +83,72 @@ def test_signals_outside_the_main_thread_are_left_alone() -> None:
     assert found == [False]
 
 
-def test_check_finite() -> None:
-    assert check_finite("the loss", torch.tensor(1.5), 3) == 1.5
+class Toy(Training):
+    """Counts its steps; `observed` has torch's settings as each step found them."""
+
+    stage = "toy"
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.modules, self.optimizers = {}, {}
+        self.observed: list[tuple[Any, ...]] = []
+
+    def step(self, step: int, workers: Workers) -> dict[str, float]:
+        self.observed.append(repeatability())
+        return self.read_finite({"loss": torch.tensor(float(step)), "x": torch.tensor(2.0)}, step)
+
+    def brief(self, values: dict[str, float]) -> dict[str, str]:
+        return {"loss": f"{values['loss']}"}
+
+
+def test_the_first_value_that_is_not_finite_ends_a_training() -> None:
+    toy = Toy("cpu")
+    assert toy.read_finite({"a": torch.tensor(1.5), "b": torch.tensor(-2.0)}, 3) == {
+        "a": 1.5,
+        "b": -2.0,
+    }
     for bad in ("nan", "inf", "-inf"):
-        with pytest.raises(TrainingError, match=rf"the loss is {bad} at step 3"):
-            check_finite("the loss", torch.tensor(float(bad)), 3)
+        values = {"a": torch.tensor(1.5), "b": torch.tensor(float(bad)), "c": torch.tensor(1 / 0.3)}
+        with pytest.raises(TrainingError, match=rf"^b is {bad} at step 3 of stage toy; "):
+            toy.read_finite(values, 3)
 
 
-def test_autocast_modes() -> None:
-    x = torch.ones(2, 2)
-    with autocast("on", torch.device("cpu")):
-        assert (x @ x).dtype == torch.bfloat16
-    with autocast("off", torch.device("cpu")):
-        assert (x @ x).dtype == torch.float32
-    with autocast("auto", torch.device("cpu")):
-        assert (x @ x).dtype in (torch.float32, torch.bfloat16)
-    with pytest.raises(ValueError, match="'sometimes'"):
-        autocast("sometimes", torch.device("cpu"))
+def repeatability() -> tuple[Any, ...]:
+    """All of torch's settings that `deterministic` changes."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
 
 
-def test_pick_device() -> None:
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+def test_a_training_on_cuda_is_repeatable_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    before = repeatability()
+    toy = Toy("cuda")  # whose steps need no GPU
+    run_training(toy, tmp_path, 2, 1, 2, 0)
+    assert toy.observed == [(True, True, True, False, False, ":4096:8")] * 2
+    assert repeatability() == before
+    toy = Toy("cpu")
+    run_training(toy, tmp_path / "cpu", 1, 1, 2, 0)
+    assert toy.observed == [before]
+
+
+def test_what_the_user_asked_of_torch_is_not_weakened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        before = repeatability()
+        with pytest.raises(KeyError), deterministic(torch.device("cuda")):
+            assert repeatability() == (True, False, True, False, False, ":16:8")
+            raise KeyError
+        assert repeatability() == before
+        assert before[:4] == (True, False, torch.backends.cudnn.deterministic, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

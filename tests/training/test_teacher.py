@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,6 @@ import pytest
 import torch
 
 from advkd.config import (
-    Config,
     ConfigError,
     override,
     to_toml,
@@ -34,42 +28,12 @@ from advkd.training.loop import TrainingError
 from advkd.training.teacher import (
     TeacherTraining,
     noised,
-    target_of,
+    prediction_target,
     train_teacher,
 )
 
-TINY = [
-    "run.threads=1",
-    "run.device=cpu",
-    "data.size=8",
-    "data.flip=true",
-    "unet.sample_size=8",
-    "unet.block_out_channels=[8, 16]",
-    "unet.down_block_types=['DownBlock2D', 'AttnDownBlock2D']",
-    "unet.up_block_types=['AttnUpBlock2D', 'UpBlock2D']",
-    "unet.layers_per_block=1",
-    "unet.norm_num_groups=4",
-    "teacher.steps=12",
-    "teacher.batch=6",
-    "teacher.warmup=2",
-    "teacher.autocast=off",
-    "teacher.log_every=2",
-    "teacher.checkpoint_every=5",
-]
-
-
-def tiny(*overrides: str) -> Config:
-    return override(Config(), [*TINY, *overrides])
-
-
-def images(labels: bool = False, channels: int = 1) -> ImageSet:
-    """Bright squares on black, the label being the corner that they are in."""
-    rng = np.random.default_rng(0)
-    pixels = np.zeros((40, channels, 8, 8), np.uint8)
-    corner = rng.integers(4, size=40)
-    for image, c in zip(pixels, corner, strict=True):
-        image[:, 4 * (c // 2) :, 4 * (c % 2) :][:, :4, :4] = rng.integers(128, 255)
-    return ImageSet(pixels, corner.astype(np.int64) if labels else None, "squares")
+from ..killing import ended_at
+from .tiny import CPU, metrics, squares, teacher_config
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -80,10 +44,6 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -100,22 +60,28 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
-    config = tiny("teacher.steps=200", "teacher.batch=16", "teacher.lr=3e-3", "teacher.ema=0.95")
-    seconds = train_teacher(config, images(), tmp_path)
+    config = teacher_config(
+        "teacher.steps=100",
+        "teacher.batch=16",
+        "teacher.lr=5e-3",
+        "teacher.warmup=5",
+        "teacher.ema=0.9",
+    )
+    seconds = train_teacher(config, squares(), tmp_path)
     losses = [entry["loss"] for entry in metrics(tmp_path)]
     assert np.mean(losses[:3]) > 0.7
     assert np.mean(losses[-20:]) < 0.35
     unet = load_teacher(tmp_path / "teacher")
-    training = TeacherTraining(config, images())
+    training = TeacherTraining(config, squares())
     training.unet = unet  # the average, not the last weights, is what is saved
-    judged = [float(training.loss(*training.batch(10_000 + i))) for i in range(10)]
-    assert np.mean(judged) < 0.35
+    averaged = [float(training.loss(*training.batch(10_000 + i))) for i in range(10)]
+    assert np.mean(averaged) < 0.35
     assert seconds > 0 and metrics(tmp_path)[-1]["seconds"] <= seconds
 
 
 def test_what_a_finished_training_leaves(tmp_path: Path) -> None:
-    config = tiny()
-    train_teacher(config, images(), tmp_path)
+    config = teacher_config()
+    train_teacher(config, squares(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "teacher"]
     unet = load_teacher(tmp_path / "teacher")
     assert unet.config == config.unet
@@ -129,13 +95,13 @@ def test_what_a_finished_training_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_runs_give_the_same_bits(tmp_path: Path, threads: int) -> None:
-    config = tiny(f"run.threads={threads}", "teacher.steps=4")
+    config = teacher_config(f"run.threads={threads}", "teacher.steps=4")
     for name in ("a", "b"):
         torch.manual_seed(99 if name == "a" else 1)
-        train_teacher(config, images(), tmp_path / name)
+        train_teacher(config, squares(), tmp_path / name)
     assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     other = override(config, ["run.seed=1"])
-    train_teacher(other, images(), tmp_path / "c")
+    train_teacher(other, squares(), tmp_path / "c")
     assert not torch.equal(
         weights(tmp_path / "a")["conv_in.weight"], weights(tmp_path / "c")["conv_in.weight"]
     )
@@ -147,17 +113,17 @@ def test_two_runs_give_the_same_bits(tmp_path: Path, threads: int) -> None:
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
     tmp_path: Path, stops: list[int], overrides: list[str]
 ) -> None:
-    config = tiny("run.threads=2", *overrides)
-    train_teacher(config, images(), tmp_path / "straight")
+    config = teacher_config("run.threads=2", *overrides)
+    train_teacher(config, squares(), tmp_path / "straight")
     for step in stops:
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(Interrupted, match=f"step {step} of 12"):
-                train_teacher(config, images(), tmp_path / "resumed")
+                train_teacher(config, squares(), tmp_path / "resumed")
         assert not (tmp_path / "resumed" / "teacher").exists()
         found = latest_checkpoint(tmp_path / "resumed" / "checkpoints", "teacher")
         assert found is not None and found.step == step
-    train_teacher(config, images(), tmp_path / "resumed")
+    train_teacher(config, squares(), tmp_path / "resumed")
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
     straight, resumed = metrics(tmp_path / "straight"), metrics(tmp_path / "resumed")
     assert [(e["step"], e["loss"]) for e in straight] == [(e["step"], e["loss"]) for e in resumed]
@@ -168,74 +134,105 @@ def test_a_stop_in_the_last_step_stops_too_and_the_next_call_only_saves(
 ) -> None:
     stop_after(monkeypatch, 12)
     with pytest.raises(Interrupted, match="step 12 of 12"):
-        train_teacher(tiny(), images(), tmp_path)
+        train_teacher(teacher_config(), squares(), tmp_path)
     assert not (tmp_path / "teacher").exists()
-    train_teacher(tiny(), images(), tmp_path)
+    train_teacher(teacher_config(), squares(), tmp_path)
     assert len(metrics(tmp_path)) == len({entry["step"] for entry in metrics(tmp_path)})
     assert (tmp_path / "teacher" / "model_index.json").exists()
 
 
-KILLED = """
-    import sys
-    from pathlib import Path
-    import numpy as np
-    from advkd.config import parse
-    from advkd.data import ImageSet
-    from advkd.training.teacher import train_teacher
-    pixels = np.load(sys.argv[2], allow_pickle=False)
-    config = parse(Path(sys.argv[1], "config.toml").read_text())
-    train_teacher(config, ImageSet(pixels, None, "squares"), Path(sys.argv[1], "resumed"))
+TRAINING = """
+from pathlib import Path
+import numpy as np
+from advkd.config import parse
+from advkd.data.images import ImageSet
+from advkd.training.teacher import train_teacher
+given = Path(arguments[0])
+images = ImageSet(np.load(given / "pixels.npy", allow_pickle=False), None, "squares")
+config = parse((given / "config.toml").read_text())
 """
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    config = tiny("teacher.steps=30", "teacher.checkpoint_every=1", "teacher.log_every=1")
-    data = images()
-    np.save(tmp_path / "pixels.npy", data.pixels)
+    """Each attempt goes on from where the one before it was killed."""
+    config = teacher_config()
+    np.save(tmp_path / "pixels.npy", squares().pixels)
     (tmp_path / "config.toml").write_text(to_toml(config))
-    train_teacher(config, data, tmp_path / "straight")
-    arguments = [str(tmp_path), str(tmp_path / "pixels.npy")]
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
-    process = subprocess.Popen(command)
-    try:
-        while not list((tmp_path / "resumed" / "checkpoints").glob("teacher-0000000[5-9].json")):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-    finally:
-        process.kill()
-        process.wait()
-    train_teacher(config, data, tmp_path / "resumed")
+    train_teacher(config, squares(), tmp_path / "straight")
+    moments = [
+        ("open", "metrics.jsonl", 2),  # in step 4, before the first checkpoint
+        ("os.rename", "teacher-00000005.json", 1),  # before that checkpoint is closed
+        ("open", "metrics.jsonl", 6),  # in step 10: it has been read once
+        ("open", ".teacher-00000010.*.tmp", 1),  # as the tensors are written
+        ("os.remove", "teacher-00000005.json", 1),  # after the last step, as older ones go
+    ]
+    work = 'train_teacher(config, images, given / "resumed")'
+    codes, _ = ended_at(moments, TRAINING, work, [str(tmp_path)])
+    assert codes == [-signal.SIGKILL] * len(moments)
+    found = latest_checkpoint(tmp_path / "resumed" / "checkpoints", "teacher")
+    assert found is not None and found.step == 12
+    train_teacher(config, squares(), tmp_path / "resumed")
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
-    assert [e["step"] for e in metrics(tmp_path / "resumed")] == list(range(1, 31))
+    assert [e["step"] for e in metrics(tmp_path / "resumed")] == [2, 4, 6, 8, 10, 12]
+    assert not (tmp_path / "resumed" / "checkpoints").exists()
+
+
+def test_dropout_follows_the_runs_seed_and_leaves_the_users_generator_alone() -> None:
+    def gradients(run_seed: int, step: int, users: int) -> torch.Tensor:
+        config = teacher_config("unet.dropout=0.5", f"run.seed={run_seed}")
+        training = TeacherTraining(config, squares())
+        batch = TeacherTraining(teacher_config(), squares()).batch(0)  # the same for all
+        training.batch = lambda step: batch  # type: ignore[method-assign]
+        training.unet.load_state_dict(
+            TeacherTraining(teacher_config(), squares()).unet.state_dict()
+        )
+        torch.manual_seed(users)
+        with Workers(1, CPU) as workers:
+            training.step(step, workers)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.manual_seed(users)))
+        return torch.cat([p.grad.flatten() for p in training.unet.parameters()])
+
+    first = gradients(0, 0, users=1)
+    assert torch.equal(gradients(0, 0, users=2), first)
+    assert not torch.equal(gradients(1, 0, users=1), first)
+    assert not torch.equal(gradients(0, 1, users=1), first)
+
+
+def test_a_new_training_leaves_the_users_generator_alone() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    TeacherTraining(teacher_config(), squares())
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_damaged_last_checkpoint_costs_steps_but_no_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny()
-    train_teacher(config, images(), tmp_path / "straight")
+    config = teacher_config()
+    train_teacher(config, squares(), tmp_path / "straight")
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(Interrupted):
-            train_teacher(config, images(), tmp_path / "resumed")
+            train_teacher(config, squares(), tmp_path / "resumed")
     last = tmp_path / "resumed" / "checkpoints" / "teacher-00000007.safetensors"
     last.write_bytes(last.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="passed over"):
-        train_teacher(config, images(), tmp_path / "resumed")
+        train_teacher(config, squares(), tmp_path / "resumed")
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
     assert [entry["step"] for entry in metrics(tmp_path / "resumed")] == [2, 4, 6, 8, 10, 12]
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    other = TeacherTraining(tiny("unet.layers_per_block=2"), images())
-    with Workers(1, torch.device("cpu")) as workers:
+    other = TeacherTraining(teacher_config("unet.layers_per_block=2"), squares())
+    with Workers(1, CPU) as workers:
         other.step(0, workers)
     save_checkpoint(tmp_path / "checkpoints", "teacher", other.checkpoint(1, 0.0, {}))
     with pytest.raises(CheckpointError, match="superfluous"):
-        train_teacher(tiny(), images(), tmp_path)
+        train_teacher(teacher_config(), squares(), tmp_path)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
 def test_a_non_finite_step_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -254,14 +251,16 @@ def test_a_non_finite_step_stops_the_run_and_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(TeacherTraining, "loss", diverging)
         with pytest.raises(TrainingError, match=rf"{what} is nan at step 8"):
-            train_teacher(tiny(), images(), tmp_path)
+            train_teacher(teacher_config(), squares(), tmp_path)
     found = latest_checkpoint(tmp_path / "checkpoints", "teacher")
     assert found is not None and found.step == 5
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
     assert not (tmp_path / "teacher").exists()
     assert torch.get_num_threads() >= 1
-    train_teacher(tiny(), images(), tmp_path)  # the cause removed, the same command goes on
-    train_teacher(tiny(), images(), tmp_path / "straight")
+    train_teacher(
+        teacher_config(), squares(), tmp_path
+    )  # the cause removed, the same command goes on
+    train_teacher(teacher_config(), squares(), tmp_path / "straight")
     assert_same_weights(weights(tmp_path), weights(tmp_path / "straight"))
 
 
@@ -270,13 +269,13 @@ def test_the_target_is_what_sampling_undoes(prediction_type: str) -> None:
     """x0_hat of the sampler, given a network that predicts the target exactly, is x_0."""
     generator = torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(2, 5, 1, 3, 3, generator=generator, dtype=torch.float64)
-    schedule = UNet(tiny().unet).schedule
+    schedule = UNet(teacher_config().unet).schedule
     t = torch.tensor([0, 1, 500, 998, 999])
     alpha_bar = torch.from_numpy(schedule.alpha_bar)[t]
     x_t = noised(x_0, eps, alpha_bar)
     level = alpha_bar[:, None, None, None]
     torch.testing.assert_close(x_t, level.sqrt() * x_0 + (1 - level).sqrt() * eps)
-    target = target_of(prediction_type, x_0, eps, alpha_bar)
+    target = prediction_target(prediction_type, x_0, eps, alpha_bar)
     recovered = {
         "epsilon": (x_t - (1 - level).sqrt() * target) / level.sqrt(),
         "sample": target,
@@ -292,27 +291,27 @@ def test_the_target_is_what_sampling_undoes(prediction_type: str) -> None:
 def test_every_kind_of_prediction_trains(
     tmp_path: Path, prediction_type: str, beta_schedule: str
 ) -> None:
-    config = tiny(
+    config = teacher_config(
         f"schedule.prediction_type={prediction_type}",
         f"schedule.beta_schedule={beta_schedule}",
         "teacher.steps=40",
         "teacher.batch=16",
         "teacher.lr=3e-3",
     )
-    train_teacher(config, images(), tmp_path)
+    train_teacher(config, squares(), tmp_path)
     assert load_teacher(tmp_path / "teacher").schedule.prediction_type == prediction_type
     losses = [entry["loss"] for entry in metrics(tmp_path)]
     assert np.mean(losses[-5:]) < np.mean(losses[:2])
 
 
 def test_class_conditional(tmp_path: Path) -> None:
-    config = tiny("unet.num_class_embeds=4", "teacher.steps=2")
-    train_teacher(config, images(labels=True), tmp_path)
+    config = teacher_config("unet.num_class_embeds=4", "teacher.steps=2")
+    train_teacher(config, squares(labels=True), tmp_path)
     unet = load_teacher(tmp_path / "teacher")
     x = torch.randn(2, 1, 8, 8)
     y = torch.tensor([0, 3])
     assert not torch.equal(unet(x, 500, y), unet(x, 500, y.flip(0)))
-    training = TeacherTraining(config, images(labels=True))
+    training = TeacherTraining(config, squares(labels=True))
     x_0, _, _, labels = training.batch(0)
     assert labels is not None
     corners = torch.stack(  # of images that may be mirrored
@@ -325,41 +324,41 @@ def test_class_conditional(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "data", "words"),
     [
-        (["unet.num_class_embeds=4"], images(), ["labels", "squares"]),
-        (["unet.num_class_embeds=3"], images(labels=True), ["num_class_embeds=3", "squares"]),
-        ([], images(channels=3), ["1", "3", "channels", "squares"]),
-        (["unet.out_channels=2"], images(), ["channels", "squares"]),
+        (["unet.num_class_embeds=4"], squares(), ["labels", "squares"]),
+        (["unet.num_class_embeds=3"], squares(labels=True), ["num_class_embeds=3", "squares"]),
+        ([], squares(channels=3), ["1", "3", "channels", "squares"]),
+        (["unet.out_channels=2"], squares(), ["channels", "squares"]),
     ],
 )
 def test_data_that_do_not_fit_are_an_error(
     tmp_path: Path, overrides: list[str], data: ImageSet, words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        train_teacher(tiny(*overrides), data, tmp_path)
+        train_teacher(teacher_config(*overrides), data, tmp_path)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_labels_are_ignored_by_an_unconditional_teacher() -> None:
-    assert TeacherTraining(tiny(), images(labels=True)).batch(0)[3] is None
+    assert TeacherTraining(teacher_config(), squares(labels=True)).batch(0)[3] is None
 
 
-def test_flips_are_of_half_of_the_images() -> None:
-    data = images()
+def test_flips_are_of_half_of_the_squares() -> None:
+    data = squares()
     data.pixels[:, :, :, :4] = 0
     data.pixels[:, :, :, 4:] = 255
     for flip, low, high in ((True, 0.35, 0.65), (False, 1.0, 1.0)):
-        config = tiny(f"data.flip={str(flip).lower()}", "teacher.batch=400")
+        config = teacher_config(f"data.flip={str(flip).lower()}", "teacher.batch=400")
         x_0 = TeacherTraining(config, data).batch(0)[0]
         assert low <= float((x_0[:, 0, 0, 7] > 0).float().mean()) <= high
 
 
 def test_init_starts_from_a_folder(tmp_path: Path) -> None:
-    train_teacher(tiny(), images(), tmp_path / "first")
-    config = tiny(
+    train_teacher(teacher_config(), squares(), tmp_path / "first")
+    config = teacher_config(
         f"teacher.init={tmp_path / 'first' / 'teacher'}", "schedule.variance_type=fixed_small"
     )
-    training = TeacherTraining(config, images())
+    training = TeacherTraining(config, squares())
     assert_same_weights(
         {name: tensor.contiguous() for name, tensor in training.unet.state_dict().items()},
         weights(tmp_path / "first"),
@@ -367,7 +366,7 @@ def test_init_starts_from_a_folder(tmp_path: Path) -> None:
     assert training.unet.training
     assert all(parameter.requires_grad for parameter in training.unet.parameters())
     assert training.unet.schedule.variance_type == "fixed_small"
-    train_teacher(config, images(), tmp_path / "second")
+    train_teacher(config, squares(), tmp_path / "second")
     assert not torch.equal(
         weights(tmp_path / "second")["conv_in.weight"],
         weights(tmp_path / "first")["conv_in.weight"],
@@ -386,17 +385,17 @@ def test_init_starts_from_a_folder(tmp_path: Path) -> None:
     ],
 )
 def test_init_from_another_teacher_is_an_error(tmp_path: Path, change: str, word: str) -> None:
-    save_teacher(UNet(tiny().unet), tmp_path)
+    save_teacher(UNet(teacher_config().unet), tmp_path)
     with pytest.raises(ConfigError, match=word):
-        TeacherTraining(tiny(f"teacher.init={tmp_path}", change), images())
+        TeacherTraining(teacher_config(f"teacher.init={tmp_path}", change), squares())
 
 
 def test_workers_share_a_step_without_changing_it() -> None:
     """A step by three workers moves the weights as a step by one, but for rounding."""
     moved = []
     for count in (1, 3):
-        training = TeacherTraining(tiny(), images())
-        with Workers(count, torch.device("cpu")) as workers:
+        training = TeacherTraining(teacher_config(), squares())
+        with Workers(count, CPU) as workers:
             values = training.step(0, workers)
         gradients = [p.grad for p in training.unet.parameters() if p.grad is not None]
         moved.append((values, gradients))
@@ -408,14 +407,14 @@ def test_workers_share_a_step_without_changing_it() -> None:
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path: Path) -> None:
-    train_teacher(tiny("teacher.autocast=on", "teacher.steps=3"), images(), tmp_path)
+    train_teacher(teacher_config("teacher.autocast=on", "teacher.steps=3"), squares(), tmp_path)
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
     assert all(np.isfinite(entry["loss"]) for entry in metrics(tmp_path))
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:
-    training = TeacherTraining(tiny("teacher.grad_clip=0.01"), images())
-    with Workers(1, torch.device("cpu")) as workers:
+    training = TeacherTraining(teacher_config("teacher.grad_clip=0.01"), squares())
+    with Workers(1, CPU) as workers:
         values = training.step(0, workers)
     assert values["grad_norm"] > 0.01  # logged as it was
     clipped = torch.stack([p.grad.norm() for p in training.unet.parameters()]).norm()
@@ -423,8 +422,8 @@ def test_gradients_are_clipped_to_the_norm() -> None:
 
 
 def test_checkpoint_holds_everything(tmp_path: Path) -> None:
-    training = TeacherTraining(tiny(), images())
-    with Workers(1, torch.device("cpu")) as workers:
+    training = TeacherTraining(teacher_config(), squares())
+    with Workers(1, CPU) as workers:
         training.step(0, workers)
     saved = training.checkpoint(1, 2.5, {"loss": 0.5})
     assert isinstance(saved, Checkpoint) and saved.values == {

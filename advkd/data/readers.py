@@ -1,0 +1,46 @@
+"""Which reader a path is for: by the file's content, and by its suffix where that is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from advkd.data.arrays import open_array
+from advkd.data.folder import open_folder
+from advkd.data.idx import idx_axes, idx_of_folder, open_idx
+from advkd.data.picture import suffixes
+from advkd.data.source import DataError, Source, plural
+
+_ARRAY_SUFFIXES = (".npy", ".npz")
+_ARRAY_MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
+
+
+def open_source(path: Path, size: int | None, channels: int | None, crop: bool) -> Source:
+    """Read the headers of a folder, an array or an IDX file; see `advkd.data.load_images`."""
+    try:
+        if path.is_dir():
+            return _open_folder(path, size, channels, crop)
+        if path.suffix.lower() in _ARRAY_SUFFIXES or _begins_as_array(path):
+            return open_array(path, size, channels, crop)
+        if idx_axes(path) is not None or "idx3" in path.name:
+            return open_idx(path, size, channels, crop)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() in suffixes():
+        raise DataError(f"{path} is one image: name the folder that it lies in")
+    raise DataError(f"{path} is neither a folder, nor a .npz or .npy array, nor an IDX file")
+
+
+def _open_folder(path: Path, size: int | None, channels: int | None, crop: bool) -> Source:
+    found = idx_of_folder(path)
+    if found is None:
+        return open_folder(path, size, channels, crop)
+    file, others = found
+    source = open_idx(file, size, channels, crop)
+    note = f"{file.name} is read, with its labels if there are any, of {plural(others + 1, 'file')}"
+    return dataclasses.replace(source, notes=(note, *source.notes))
+
+
+def _begins_as_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(6).startswith(_ARRAY_MAGIC)

@@ -1,0 +1,61 @@
+"""Images to train on, and images held out to evaluate by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from advkd.data.images import probe
+from advkd.data.registry import Dataset, find, for_shape
+from advkd.data.source import DataError, ImageSet
+
+MIN_IMAGES = 30  # a fifth is held out, and 5 nearest neighbors need 6 images
+MAX_HELD_OUT = 2000
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The images of a run: to train on, and held out to evaluate by."""
+
+    train: ImageSet
+    held_out: ImageSet
+
+
+def real_images(path: str, size: int, channels: int, crop: bool) -> RealImages:
+    """The images of a path or of a data set by name; "" is the data set that ships in this shape.
+
+    A data set's own test images are held out, else a part of the others. Raises DataError for what
+    cannot be read, and where nothing ships in this shape.
+    """
+    found = dataset_of(path, size, channels)
+    if found is None and not path:
+        raise DataError(
+            f"no data set ships with {size}x{size} pixels and {channels} channels: give --data"
+        )
+    if found is None:
+        return hold_out(probe(path, size=size, channels=channels, crop=crop).load())
+    train = found.open("train", size=size, channels=channels, crop=crop).load()
+    if not found.splits.test:
+        return hold_out(train)
+    test = found.open("test", size=size, channels=channels, crop=crop).load()
+    return RealImages(train, test)
+
+
+def dataset_of(path: str, size: int, channels: int) -> Dataset | None:
+    """The data set of `real_images`; None where the images are none."""
+    return find(path) if path else for_shape(size, channels)
+
+
+def hold_out(images: ImageSet) -> RealImages:
+    """Hold every fifth image (at most 2,000), always the same ones, apart from the training.
+
+    Raises DataError for fewer than 30 images.
+    """
+    if len(images) < MIN_IMAGES:
+        raise DataError(
+            f"{images.source} holds {len(images)} images; at least {MIN_IMAGES} are needed"
+        )
+    count = min(MAX_HELD_OUT, len(images) // 5)
+    order = np.random.default_rng(0).permutation(len(images))
+    return RealImages(images.subset(order[count:]), images.subset(order[:count]))

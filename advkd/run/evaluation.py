@@ -1,0 +1,102 @@
+"""Evaluating a run: its features, and the figures of its teacher and student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from advkd.data import ImageSet, for_shape
+from advkd.data.trajectories import Trajectories
+from advkd.evaluation.features import (
+    FeatureNet,
+    FitSettings,
+    fit_features,
+    load_features,
+    save_features,
+)
+from advkd.evaluation.protocol import (
+    evaluate_networks,
+    images_reference,
+    make_protocol,
+    protocol_words,
+    sampling_bar,
+    teacher_reference,
+)
+from advkd.evaluation.timing import count_parameters, measure_milliseconds
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pretrained import resolve
+from advkd.run.run import Run
+
+FEATURE_STEPS = 400  # of features that are fitted within a run
+
+
+def features_of(run: Run) -> FeatureNet:
+    """The feature network: configured, shipped where it fits, else fitted on the run's data."""
+    config, images = run.config, run.images()
+    if config.evaluate.features:
+        return load_features(resolve(config.evaluate.features))
+    own = run.path / "features"
+    if (own / "config.json").is_file():
+        return load_features(own)
+    dataset = run.dataset or for_shape(config.data.size, config.data.channels)
+    if dataset is not None and dataset.features_source:
+        return load_features(resolve(dataset.features_source))
+    train = _sampled_images(run) if images is None else images.train
+    settings = FitSettings(steps=FEATURE_STEPS, flip=config.data.flip)
+    save_features(fit_features(train, settings=settings), own)
+    return load_features(own)
+
+
+def _sampled_images(run: Run) -> ImageSet:
+    """What stands in for training images where there are none: what the trajectories end in."""
+    count = min(2000, run.config.trajectory.num)
+    store = Trajectories(run.path / "trajectories", count)
+    ends = [store.targets(part)[:, -1].clamp(-1, 1) for part in torch.arange(count).split(50)]
+    return ImageSet(torch.cat(ends).numpy(), None, "samples of the teacher")
+
+
+def figures_of_run(run: Run, fresh: bool = False) -> tuple[dict[str, Any], str, str]:
+    """Figures of real images, teacher and student; the protocol and the features, in words.
+
+    A stored evaluation of the teacher is used where it fits, unless `fresh`; what is sampled anew
+    is stored in the run's folder.
+    """
+    settings, images = run.config.evaluate, run.images()
+    teacher, student, net = run.teacher(), run.student(), features_of(run)
+    num, steps, own = settings.num, settings.teacher_steps, run.path / "evaluation"
+    with sampling_bar(3 if images is None else 2) as report:
+        if images is None:
+            reference = teacher_reference(net, teacher, num, steps, report)
+        else:
+            reference = images_reference(net, images.train, images.held_out)
+        protocol = make_protocol(net, reference, teacher, num, steps)
+        figures = evaluate_networks(
+            net, reference, protocol, teacher, student, own=own, fresh=fresh, callback=report
+        )
+    features = _features_words(run, net)
+    return figures, protocol_words(protocol, reference, features), features
+
+
+def _features_words(run: Run, net: FeatureNet) -> str:
+    kind = net.kind
+    if run.config.evaluate.features:
+        return f"{kind} ({run.config.evaluate.features})"
+    if not (run.path / "features" / "config.json").is_file():
+        return f"{kind} that ships with advkd"
+    return f"{kind} fitted on the {'training images' if run.has_images else 'trajectories'}"
+
+
+def costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:
+    """Network passes, parameters and milliseconds per image of both, and the speed-up."""
+    milliseconds = measure_milliseconds(teacher, student, steps)
+    return {
+        "passes": {"teacher": steps, "student": 1},
+        "parameters": {
+            "teacher": count_parameters(teacher),
+            "student": count_parameters(student),
+        },
+        "ms_per_image": milliseconds,
+        "speed_up": milliseconds["teacher"] / milliseconds["student"],
+    }

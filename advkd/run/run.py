@@ -1,0 +1,74 @@
+"""One run: its folder, and what its stages share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from advkd.config import Config, ConfigError
+from advkd.data import Dataset
+from advkd.data.split import RealImages, dataset_of, real_images
+from advkd.evaluation.protocol import images_hash
+from advkd.files import read_json, write_json
+from advkd.models.student import Student
+from advkd.models.unet import UNet
+from advkd.pretrained import load_student, load_teacher
+from advkd.run.folder import RunFolder
+
+
+class Run(RunFolder):
+    """A run: a folder, a configuration, and the images and networks of its stages."""
+
+    def __init__(self, path: Path, config: Config):
+        super().__init__(path, config)
+        self._images: RealImages | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are real images: the user's, or those of a teacher that ships."""
+        source = self.config.teacher.source
+        return bool(self.config.data.path) or not source or source.startswith("zoo:")
+
+    def images(self) -> RealImages | None:
+        """Real images, or None where a teacher is distilled without any.
+
+        Raises ConfigError where they are not those that the run began with.
+        """
+        if self._images is None and self.has_images:
+            d = self.config.data
+            self._images = real_images(d.path, d.size, d.channels, d.crop)
+            self._check_same(self._images)
+        return self._images
+
+    def _check_same(self, images: RealImages) -> None:
+        """Compare with what the run began with; a new run notes what it begins with."""
+        ours = {"train": images_hash(images.train), "held_out": images_hash(images.held_out)}
+        file = self.path / "data.json"
+        if not file.is_file():
+            if self.path.is_dir():
+                write_json(file, ours)
+            return
+        if read_json(file) != ours:
+            raise ConfigError(
+                f"{self.path} was made from other images than {images.train.source} holds now; "
+                "choose another --name, or --redo teacher to begin anew"
+            )
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """The data set that the run's images are of; without images, one of their shape."""
+        d = self.config.data
+        return dataset_of(d.path, d.size, d.channels)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes that the features tell apart; None where they have none."""
+        images = None if self.config.evaluate.features else self.images()
+        return None if images is None else images.train.classes
+
+    def teacher(self) -> UNet:
+        """The run's own copy of the teacher."""
+        return load_teacher(self.path / "teacher")
+
+    def student(self) -> Student:
+        """The run's student."""
+        return load_student(self.path / "student")
