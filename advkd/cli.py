@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,8 @@ def guarded(command: Callable[[], None], again: str = "the same command") -> int
     130 means that it was stopped by a signal and goes on by `again`.
     """
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except Interrupted as stop:

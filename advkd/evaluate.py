@@ -5,46 +5,38 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from advkd.cli import add_threads, guarded, use_threads
 from advkd.config import EvaluateConfig
 from advkd.console import StopSignals, progress_bar
 from advkd.data.images import (
     CLASS_NAMES,
-    ImageSet,
     load_images,
     shipped,
 )
 from advkd.data.split import RealImages, hold_out
 from advkd.engine.interface import input_shape
-from advkd.evaluation.metrics import (
+from advkd.evaluation.features import (
     FeatureNet,
     FitSettings,
     fit_features,
     load_features,
+    reconstruction_error,
     save_features,
 )
 from advkd.evaluation.protocol import (
-    drawing,
-    evaluate_student,
-    evaluate_teacher,
-    features_kind,
+    evaluate_networks,
     images_reference,
     make_protocol,
     protocol_words,
-    side_by_side,
+    sampling_bar,
 )
 from advkd.files import CheckpointError
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, resolve
-from advkd.report.page import COLUMNS, DASH, QUALITY
+from advkd.report.tables import quality_table
 from advkd.run.evaluation import figures_of_run
 from advkd.run.folder import stored_config
 from advkd.run.run import Run
@@ -139,11 +131,11 @@ def evaluate_run(args: argparse.Namespace) -> None:
             if not run.is_done(stage):
                 raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
         figures, protocol, _ = figures_of_run(run, fresh=bool(args.fresh))
-    print(quality_table(figures, run.class_names))
+    print(quality_table(figures, run.class_names, sys.stdout.encoding))
     print(f"\n{textwrap.fill(protocol, 100)}")
 
 
-def evaluate_networks(args: argparse.Namespace) -> None:
+def compare_networks(args: argparse.Namespace) -> None:
     """Judge a student, a teacher or both against held-out images."""
     student = None if args.student is None else load_student(args.student)
     teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
@@ -154,18 +146,13 @@ def evaluate_networks(args: argparse.Namespace) -> None:
     steps = TEACHER_STEPS if args.teacher_steps is None else args.teacher_steps
     reference = images_reference(net, images.train, images.held_out)
     protocol = make_protocol(net, reference, teacher, num, steps)
-    of_teacher = of_student = None
-    if teacher is not None:
-        stored = () if args.fresh else (resolve(args.teacher),)
-        with drawing(1) as report:
-            of_teacher = evaluate_teacher(
-                net, teacher, reference.judged, protocol, stored, callback=report
-            )
-    if student is not None:
-        of_student = evaluate_student(net, student, reference.judged, protocol)
-    sides = {"real": reference.real, "teacher": of_teacher, "student": of_student}
+    networks = [network for network in (teacher, student) if network is not None]
+    with sampling_bar(len(networks)) as report:
+        figures = evaluate_networks(
+            net, reference, protocol, teacher, student, fresh=bool(args.fresh), callback=report
+        )
     names = None if args.data or args.features else CLASS_NAMES
-    print(quality_table(side_by_side(sides), names))
+    print(quality_table(figures, names, sys.stdout.encoding))
     print(f"\n{textwrap.fill(protocol_words(protocol, reference, features), 100)}")
 
 
@@ -196,14 +183,14 @@ def _features(folder: str | None, size: int, channels: int) -> tuple[FeatureNet,
     """The network that judges, and what it is in words."""
     if folder is not None:
         net = load_features(resolve(folder))
-        return net, f"{features_kind(net)} ({folder})"
+        return net, f"{net.kind} ({folder})"
     if (size, channels) != (28, 1):
         raise ValueError(
             f"the features that ship are for 1x28x28 images, and these are {channels}x{size}x{size}"
             ": fit some with --fit-features DATA --out FOLDER, then give --features FOLDER"
         )
     net = load_features()
-    return net, f"{features_kind(net)} that ships with advkd"
+    return net, f"{net.kind} that ships with advkd"
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -240,47 +227,12 @@ def fit(args: argparse.Namespace) -> None:
         quality = f"mean squared error {reconstruction_error(net, images.held_out):.4f} on {count}"
     else:
         quality = f"{100 * net.record['held_out_accuracy']:.2f}% right on {count}"
-    print(f"{args.out}: {features_kind(net)}, {quality}")
-
-
-@torch.inference_mode()
-def reconstruction_error(net: FeatureNet, images: ImageSet, batch: int = 256) -> float:
-    """An autoencoder's mean squared error per pixel value, images in [-1, 1]."""
-    total = 0.0
-    for start in range(0, len(images), batch):
-        x = images.batch(np.arange(start, min(start + batch, len(images))))
-        total += float((net(x)[1] - x).square().mean((1, 2, 3)).double().sum())
-    return total / len(images)
-
-
-def quality_table(figures: Mapping[str, Any], class_names: Sequence[str] | None = None) -> str:
-    """All figures of quality, a column each for real, teacher and student as far as they exist.
-
-    figures: by figure and side, as `advkd.evaluation.protocol.side_by_side` gives them. Class
-    shares are in percent, under `class_names` or numbers. What is missing is a dash.
-    """
-    columns = [column for column in COLUMNS if column in figures["fd"]]
-    better = {"lower": "↓", "higher": "↑"}
-    rows = [
-        (f"{label} {better[direction]}", [figures[key].get(column) for column in columns], ".4g")
-        for key, label, _, direction, _ in QUALITY
-    ]
-    classes = [figures["classes"].get(column) for column in columns]
-    for c in range(max((len(shares) for shares in classes if shares), default=0)):
-        name = class_names[c] if class_names else f"class {c}"
-        shares = [100 * side[c] if side else None for side in classes]
-        rows.append((f"{name}, %", shares, ".1f"))
-    stub = max(len(label) for label, _, _ in rows)
-    lines = [" " * stub + "".join(f"{column:>11}" for column in columns)]
-    for label, values, form in rows:
-        cells = (DASH if value is None else format(value, form) for value in values)
-        lines.append(f"{label:<{stub}}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
+    print(f"{args.out}: {net.kind}, {quality}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Do the one thing that the arguments ask for."""
-    actions = {"run": evaluate_run, "networks": evaluate_networks, "fit_features": fit}
+    actions = {"run": evaluate_run, "networks": compare_networks, "fit_features": fit}
     action = actions[mode_of(args)]
     use_threads(args.threads)
     action(args)

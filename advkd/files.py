@@ -146,6 +146,11 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def seal(content: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON content whatever the order of its keys: tells whether a file was altered."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file atomically and return its SHA-256."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

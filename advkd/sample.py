@@ -23,8 +23,7 @@ from advkd.files import write_bytes
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher
-from advkd.report.page import save_png
-from advkd.report.pictures import image_grid
+from advkd.report.pictures import image_grid, save_png
 
 SHIPPED = "zoo:fashion-mnist-student"
 TEACHER_STEPS = 50

@@ -19,9 +19,9 @@ from advkd.config import (
 )
 from advkd.data import dataset_names, probe
 from advkd.engine.interface import input_shape
-from advkd.files import read_json
 from advkd.pretrained import load_teacher
-from advkd.report.page import final_table
+from advkd.report.inputs import read_summary
+from advkd.report.tables import final_table
 from advkd.run.folder import STAGES
 from advkd.run.run import Run
 from advkd.run.stages import run_stages
@@ -178,8 +178,8 @@ def train(args: argparse.Namespace) -> None:
         seconds = run.seconds(args.stage)
         print(f"stage {args.stage}: {run.marker(args.stage).parent}, {seconds:.1f} s")
     if args.stage in (None, "report"):
-        summary = read_json(run.path / "report" / "summary.json")
-        print(final_table(summary))
+        summary = read_summary(run.path / "report" / "summary.json")
+        print(final_table(summary, sys.stdout.encoding))
         print(f"\nreport: {run.path / 'report' / 'report.html'}")
 
 

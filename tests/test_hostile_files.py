@@ -45,19 +45,26 @@ from advkd.config import (
 from advkd.data.images import DataError, load_images
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.diffusion import Schedule, ddim_table, ddpm_table
+from advkd.evaluation.features import FeatureNet, Features, load_features, save_features
+from advkd.evaluation.stored import StoredEvaluation, load_evaluation, save_evaluation
 from advkd.files import (
     CheckpointError,
     load_strictly,
     read_json,
+    seal,
     write_bytes,
     write_json,
 )
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import WEIGHTS, load_student, load_teacher, save_student, save_teacher
+from advkd.report.charts import LIGHT, chart, panels_of
+from advkd.report.inputs import read_metrics, read_summary
+from advkd.report.page import write_report
+from advkd.report.pictures import Pictures
+from advkd.report.tables import final_table
 from advkd.training.checkpoint import (
     Checkpoint,
-    _seal,
     latest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
@@ -357,7 +364,7 @@ def sealed_checkpoint(folder: Path) -> None:
     content.pop("seal", None)
     if (folder / "stage-00000003.safetensors").stat().st_size:
         content["sha256"] = sha256(folder / "stage-00000003.safetensors")
-    write_json(closing, {**content, "seal": _seal(content)})
+    write_json(closing, {**content, "seal": seal(content)})
 
 
 def write_trajectories(folder: Path) -> None:
@@ -388,6 +395,48 @@ def write_metrics(folder: Path) -> None:
 
 def read_log(folder: Path) -> None:
     MetricsLog(folder / "metrics.jsonl", "distill", 3)
+
+
+def read_curves(folder: Path) -> None:
+    panels = panels_of(read_metrics(folder / "metrics.jsonl"))
+    if panels:
+        chart(panels[:1], LIGHT)
+
+
+def write_summary(folder: Path) -> None:
+    sides = {"real": 0.5, "teacher": 12.25, "student": 30.0}
+    summary = {key: sides for key in ("fd", "kid", "precision", "recall", "swd")}
+    counts = {"teacher": 50, "student": 1}
+    costs = {"passes": counts, "ms_per_image": counts, "parameters": counts, "speed_up": 50.0}
+    shares = dict.fromkeys(sides, [0.25, 0.75])
+    words = {"name": "it", "protocol": "fair", "features": "few", "student_family": "unet"}
+    more = {"classes": shares, "class_names": ["bag", "coat"], "seconds": {"teacher": 1.0}}
+    write_json(folder / "summary.json", summary | costs | words | more | {"teacher_steps": 50})
+
+
+def read_and_show_summary(folder: Path) -> None:
+    summary, image = read_summary(folder / "summary.json"), torch.zeros(1, 1, 4, 4)
+    final_table(summary, "ascii")
+    write_report(folder, summary, [], Pictures(image, image, None), "")
+
+
+PROTOCOL = {"num": 4, "teacher_steps": 2, "teacher": "t"}
+
+
+def write_evaluation(folder: Path) -> None:
+    features = Features(np.ones((4, 64)), np.zeros(4, np.int64), 3)
+    save_evaluation(folder, PROTOCOL, StoredEvaluation(features, 0.5))
+
+
+def read_evaluation(folder: Path) -> None:
+    load_evaluation(folder, PROTOCOL)
+
+
+def sealed_evaluation(folder: Path) -> None:
+    content = read_json(folder / "evaluation.json")
+    content.pop("seal", None)
+    content["sha256"] = sha256(folder / "evaluation.safetensors")
+    write_json(folder / "evaluation.json", {**content, "seal": seal(content)})
 
 
 def write_preset(folder: Path) -> None:
@@ -436,6 +485,14 @@ READERS: dict[str, Reader] = {
         sealed_shards,
     ),
     "log": Reader(write_metrics, ("metrics.jsonl",), read_log),
+    "curves": Reader(write_metrics, ("metrics.jsonl",), read_curves),
+    "summary": Reader(write_summary, ("summary.json",), read_and_show_summary),
+    "evaluation of the teacher": Reader(
+        write_evaluation,
+        ("evaluation.json", "evaluation.safetensors"),
+        read_evaluation,
+        sealed_evaluation,
+    ),
     "preset": Reader(write_preset, ("mine.toml",), lambda f: load_preset(str(f / "mine.toml"))),
     "folder of images": Reader(write_pngs, ("0.png",), load_images),
     "npy": Reader(write_npy, ("images.npy",), lambda f: load_images(f / "images.npy")),

@@ -11,7 +11,7 @@ from advkd.config import Config, ConfigError, as_tree, build
 from advkd.diffusion import Schedule
 from advkd.engine.interface import input_shape
 from advkd.engine.sampling import table_of
-from advkd.evaluation.metrics import load_features
+from advkd.evaluation.features import load_features
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.models.unet import UNet

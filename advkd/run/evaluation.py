@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from advkd.data import ImageSet, for_shape
 from advkd.data.trajectories import Trajectories
-from advkd.evaluation.metrics import (
+from advkd.evaluation.features import (
     FeatureNet,
     FitSettings,
     fit_features,
@@ -17,18 +16,14 @@ from advkd.evaluation.metrics import (
     save_features,
 )
 from advkd.evaluation.protocol import (
-    drawing,
-    evaluate_student,
-    evaluate_teacher,
-    features_kind,
+    evaluate_networks,
     images_reference,
     make_protocol,
-    measure_milliseconds,
-    parameters,
     protocol_words,
-    side_by_side,
+    sampling_bar,
     teacher_reference,
 )
+from advkd.evaluation.timing import count_parameters, measure_milliseconds
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import resolve
@@ -63,33 +58,29 @@ def _sampled_images(run: Run) -> ImageSet:
 
 
 def figures_of_run(run: Run, fresh: bool = False) -> tuple[dict[str, Any], str, str]:
-    """Figures of real images, teacher and student; the protocol and what judges, in words.
+    """Figures of real images, teacher and student; the protocol and the features, in words.
 
-    A stored judgement of the teacher is used where it fits, unless `fresh`; what is drawn anew is
-    stored with the run.
+    A stored evaluation of the teacher is used where it fits, unless `fresh`; what is sampled anew
+    is stored in the run's folder.
     """
     settings, images = run.config.evaluate, run.images()
     teacher, student, net = run.teacher(), run.student(), features_of(run)
-    num, steps = settings.num, settings.teacher_steps
-    source, own = run.config.teacher.source, run.path / "judged"
-    stored: tuple[Path, ...] = ()
-    if not fresh:
-        stored = (*((resolve(source),) if source else ()), own)
-    with drawing(2 if images is None else 1) as report:
+    num, steps, own = settings.num, settings.teacher_steps, run.path / "evaluation"
+    with sampling_bar(3 if images is None else 2) as report:
         if images is None:
             reference = teacher_reference(net, teacher, num, steps, report)
         else:
             reference = images_reference(net, images.train, images.held_out)
         protocol = make_protocol(net, reference, teacher, num, steps)
-        of_teacher = evaluate_teacher(net, teacher, reference.judged, protocol, stored, own, report)
-        of_student = evaluate_student(net, student, reference.judged, protocol)
-    sides = {"real": reference.real, "teacher": of_teacher, "student": of_student}
+        figures = evaluate_networks(
+            net, reference, protocol, teacher, student, own=own, fresh=fresh, callback=report
+        )
     features = _features_words(run, net)
-    return side_by_side(sides), protocol_words(protocol, reference, features), features
+    return figures, protocol_words(protocol, reference, features), features
 
 
 def _features_words(run: Run, net: FeatureNet) -> str:
-    kind = features_kind(net)
+    kind = net.kind
     if run.config.evaluate.features:
         return f"{kind} ({run.config.evaluate.features})"
     if not (run.path / "features" / "config.json").is_file():
@@ -102,7 +93,10 @@ def costs(teacher: UNet, student: Student, steps: int) -> dict[str, Any]:
     milliseconds = measure_milliseconds(teacher, student, steps)
     return {
         "passes": {"teacher": steps, "student": 1},
-        "parameters": {"teacher": parameters(teacher), "student": parameters(student)},
+        "parameters": {
+            "teacher": count_parameters(teacher),
+            "student": count_parameters(student),
+        },
         "ms_per_image": milliseconds,
         "speed_up": milliseconds["teacher"] / milliseconds["student"],
     }

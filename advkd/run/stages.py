@@ -20,11 +20,12 @@ from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.engine.cache import engine_for
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import saved_steps, table_of
-from advkd.files import CheckpointError, read_json, write_json
+from advkd.files import CheckpointError, write_json
 from advkd.models.layers import area_resized
 from advkd.pretrained import load_teacher, save_teacher
+from advkd.report.inputs import read_metrics, read_summary
 from advkd.report.page import write_report
-from advkd.report.pictures import Pictures, read_metrics
+from advkd.report.pictures import Pictures
 from advkd.run.check import check
 from advkd.run.evaluation import costs, figures_of_run
 from advkd.run.folder import STAGES, seconds_in
@@ -135,7 +136,7 @@ def make_evaluation(run: Run) -> float:
 def make_report(run: Run) -> float:
     """Sample the pictures and write report/report.html."""
     began = time.monotonic()
-    summary = read_json(run.path / "report" / "summary.json")
+    summary = read_summary(run.path / "report" / "summary.json")
     seconds = {stage: run.seconds(stage) for stage in STAGES[:-1]}
     summary["seconds"] = {stage: value for stage, value in seconds.items() if value is not None}
     metrics = read_metrics(run.path / "metrics.jsonl")

@@ -7,8 +7,6 @@ and holds the SHA-256 of the tensors and of itself, so it closes the checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advkd.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
+from advkd.files import (
+    CheckpointError,
+    read_json,
+    read_tensors,
+    seal,
+    write_json,
+    write_tensors,
+)
 
 KEPT = 2  # checkpoints of one training that stay on disk
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # the state of a parameter in Adam and AdamW
@@ -85,10 +90,6 @@ def _stem(name: str, step: int) -> str:
     return f"{name}-{step:08d}"
 
 
-def _seal(closing: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(closing, sort_keys=True).encode()).hexdigest()
-
-
 def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; only it and the KEPT - 1 of its name before it stay.
 
@@ -98,7 +99,7 @@ def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     stem = _stem(name, checkpoint.step)
     sha256 = write_tensors(folder / f"{stem}.safetensors", checkpoint.tensors)
     closing = {"step": checkpoint.step, "sha256": sha256, "values": checkpoint.values}
-    write_json(folder / f"{stem}.json", {**closing, "seal": _seal(closing)})
+    write_json(folder / f"{stem}.json", {**closing, "seal": seal(closing)})
     closed = sorted(file.stem for file in folder.glob(f"{name}-*.json"))
     kept = [found for found in closed if found <= stem][-KEPT:]
     for file in _files_of(folder, name):
@@ -115,7 +116,7 @@ def latest_checkpoint(folder: Path, name: str) -> Checkpoint | None:
     for closing in sorted(folder.glob(f"{name}-*.json"), reverse=True):
         try:
             content = read_json(closing)
-            if content.pop("seal", None) != _seal(content):
+            if content.pop("seal", None) != seal(content):
                 raise CheckpointError(f"{closing} is not the file that was written")
             match content:
                 case {"step": int(step), "sha256": str(sha256), "values": dict(values)} if (

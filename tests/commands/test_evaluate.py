@@ -1,8 +1,9 @@
-"""The command that judges: its figures are the metrics', its options go together or are refused."""
+"""The command that evaluates: its figures are the protocol's, its options fit or are refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,19 @@ from advkd.config import (
     to_toml,
 )
 from advkd.data.images import load_images, shipped
+from advkd.data.split import hold_out
 from advkd.diffusion import Schedule
-from advkd.engine.sampling import EVALUATION_SEED, generate
+from advkd.engine.noise import Purpose
+from advkd.engine.sampling import generate
 from advkd.evaluate import (
     main,
     mode_of,
     parser,
-    quality_table,
 )
-from advkd.evaluation.metrics import (
-    accuracy,
-    extract,
-    frechet_distance,
-    load_features,
-    precision_recall,
-)
+from advkd.evaluation.distances import frechet_distance, precision_recall
+from advkd.evaluation.features import Features, accuracy, extract, load_features
+from advkd.evaluation.protocol import EVALUATION_SEED, images_reference, make_protocol
+from advkd.evaluation.stored import StoredEvaluation, load_evaluation, save_evaluation
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import (
@@ -43,7 +42,8 @@ from advkd.pretrained import (
     save_student,
     save_teacher,
 )
-from advkd.run.stages import Run, has_images, hold_out
+from advkd.run.folder import FORMAT
+from advkd.run.run import Run
 
 STUDENT = StudentConfig(stages=(4, 8), widths=(8, 8), attention=(4,), groups=4)
 TEACHER = UNetConfig(
@@ -76,7 +76,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def networks(given: Path) -> list[str]:
-    """Arguments that judge the networks on their own."""
+    """Arguments that evaluate the networks on their own."""
     options = {"data": "images.npz", "features": "features"}
     files = [word for name, file in options.items() for word in (f"--{name}", str(given / file))]
     return [*files, "--num", str(NUM), "--teacher-steps", str(STEPS)]
@@ -135,11 +135,11 @@ def test_networks_on_their_own(
     images = hold_out(load_images(given / "images.npz"))
     net = load_features(given / "features")
     real = extract(net, images.held_out).values
-    drawn = {
-        "teacher": generate(load_teacher(given / "teacher"), NUM, EVALUATION_SEED, STEPS),
-        "student": generate(load_student(given / "student"), NUM, EVALUATION_SEED),
+    sampled = {
+        "teacher": _sampled(load_teacher(given / "teacher"), STEPS),
+        "student": _sampled(load_student(given / "student"), 1),
     }
-    for side, samples in drawn.items():
+    for side, samples in sampled.items():
         fake = extract(net, samples)
         expected = frechet_distance(real, fake.values)
         assert float(figures["FD ↓"][side]) == pytest.approx(expected, rel=1e-3)
@@ -150,9 +150,13 @@ def test_networks_on_their_own(
         share = 100 * float((fake.classes == 1).mean())
         assert float(figures["class 1, %"][side]) == pytest.approx(share, abs=0.06)
     words = " ".join(said.split("\n\n")[1].split())
-    assert words.startswith("20 images of each network, drawn from a seed that training refuses")
+    assert words.startswith("20 images of each network (the teacher by DDIM in")
     assert f"DDIM in {STEPS} steps" in words and "12 held-out images" in words
     assert f"a small classifier ({given / 'features'})" in words
+
+
+def _sampled(model: Any, steps: int) -> torch.Tensor:
+    return generate(model, NUM, EVALUATION_SEED, steps, purpose=Purpose.EVALUATION)
 
 
 def test_a_student_alone(
@@ -164,33 +168,74 @@ def test_a_student_alone(
     assert "DDIM" not in said
 
 
-def test_a_run_and_its_stored_judgement(
+def test_a_run_and_its_stored_evaluation(
     given: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = _run(given, tmp_path / "run")
-    drawn = _watch_drawing(monkeypatch)
-    assert main(["--run", str(run.folder)]) == 0
+    sampled = _watch_sampling(monkeypatch)
+    assert main(["--run", str(run.path)]) == 0
     first = capsys.readouterr().out
-    assert drawn == [UNet, Student]
-    assert (run.folder / "judged" / "judged.json").is_file()
+    assert sampled == [UNet, Student]
+    assert (run.path / "evaluation" / "evaluation.json").is_file()
 
-    assert main(["--run", str(run.folder)]) == 0
-    assert drawn == [UNet, Student, Student]
-    assert main(["--run", str(run.folder), "--fresh"]) == 0
-    assert drawn == [UNet, Student, Student, UNet, Student]
-    assert capsys.readouterr().out == first * 2  # the very same figures, stored or drawn
+    assert main(["--run", str(run.path)]) == 0
+    assert sampled == [UNet, Student, Student]
+    assert main(["--run", str(run.path), "--fresh"]) == 0
+    assert sampled == [UNet, Student, Student, UNet, Student]
+    assert capsys.readouterr().out == first * 2  # the very same figures, stored or sampled
     assert list(_figures(first)["KID ↓"]) == ["real", "teacher", "student"]
     assert f"{NUM} images of each network" in first
 
-    # Another judge is another protocol: what is stored does not count.
+    # Other features are another protocol, for which nothing is stored.
     other = dataclasses.replace(run.config.evaluate, teacher_steps=STEPS + 1)
     config = dataclasses.replace(run.config, evaluate=other)
-    (run.folder / "config.toml").write_text(to_toml(config))
-    assert main(["--run", str(run.folder)]) == 0
-    assert drawn[-2:] == [UNet, Student]
+    _configure(run.path, config)
+    assert main(["--run", str(run.path)]) == 0
+    assert sampled[-2:] == [UNet, Student]
+
+
+def test_what_lies_beside_a_given_teacher_is_not_believed(
+    given: Path, networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation by the very protocol, whose features are the reference's own: FD 0."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(given / "teacher", folder)
+    arguments = ["--teacher", str(folder), *networks]
+    assert main(arguments) == 0
+    before = capsys.readouterr().out
+
+    images, net = hold_out(load_images(given / "images.npz")), load_features(given / "features")
+    reference = images_reference(net, images.train, images.held_out)
+    protocol = make_protocol(net, reference, load_teacher(folder), NUM, STEPS)
+    values = np.resize(reference.features.values, (NUM, 64))
+    classes = np.zeros(NUM, np.int64)
+    forged = StoredEvaluation(Features(values, classes, net.num_classes), 0.0)
+    save_evaluation(folder, dataclasses.asdict(protocol), forged)
+    assert load_evaluation(folder, dataclasses.asdict(protocol)) is not None
+    for suffix in (".json", ".safetensors"):  # the name that version 0.1 read
+        shutil.copy(folder / f"evaluation{suffix}", folder / f"judged{suffix}")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == before
+    assert float(_figures(before)["FD ↓"]["teacher"]) > 1
+
+
+def test_a_run_needs_no_other_folder(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own copy of the teacher is evaluated; the folder that it was copied from may be gone."""
+    run = _run(given, tmp_path / "run")
+    teacher = dataclasses.replace(run.config.teacher, source=str(tmp_path / "gone"))
+    _configure(run.path, dataclasses.replace(run.config, teacher=teacher))
+    assert main(["--run", str(run.path)]) == 0
+    assert list(_figures(capsys.readouterr().out)["FD ↓"]) == ["real", "teacher", "student"]
+
+
+def _configure(folder: Path, config: Config) -> None:
+    """Give a run's folder another configuration."""
+    (folder / "config.toml").write_text(f"format = {FORMAT}\n{to_toml(config)}")
 
 
 def _run(given: Path, folder: Path) -> Run:
@@ -199,7 +244,7 @@ def _run(given: Path, folder: Path) -> Run:
         data=DataConfig(path=str(given / "images.npz"), size=8),
         evaluate=EvaluateConfig(num=NUM, teacher_steps=STEPS, features=str(given / "features")),
     )
-    run = Run(config, folder)
+    run = Run(folder, config)
     with run.opened():
         save_teacher(load_teacher(given / "teacher"), folder / "teacher")
         save_student(load_student(given / "student"), folder / "student")
@@ -208,26 +253,26 @@ def _run(given: Path, folder: Path) -> Run:
     return run
 
 
-def _watch_drawing(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """The kinds of networks that judging draws from, in order."""
-    drawn: list[type] = []
+def _watch_sampling(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The kinds of networks that are sampled, in order."""
+    sampled: list[type] = []
 
     def watched(model: Any, *arguments: Any, **settings: Any) -> Any:
-        drawn.append(type(model))
+        sampled.append(type(model))
         return generate(model, *arguments, **settings)
 
-    monkeypatch.setattr(advkd.judging, "generate", watched)
-    return drawn
+    monkeypatch.setattr(advkd.evaluation.protocol, "generate", watched)
+    return sampled
 
 
-def test_runs_that_cannot_be_judged(
+def test_runs_that_cannot_be_evaluated(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--run", str(tmp_path)]) == 1
     assert "is no run of advkd train" in capsys.readouterr().err
     run = _run(given, tmp_path / "run")
     run.marker("distill").unlink()
-    assert main(["--run", str(run.folder)]) == 1
+    assert main(["--run", str(run.path)]) == 1
     assert "has not finished stage distill" in capsys.readouterr().err
 
 
@@ -238,7 +283,8 @@ def test_runs_that_cannot_be_judged(
 def test_which_runs_have_images(path: str, source: str, expected: bool) -> None:
     config = Config(data=DataConfig(path=path))
     teacher = dataclasses.replace(config.teacher, source=source)
-    assert has_images(dataclasses.replace(config, teacher=teacher)) is expected
+    run = Run(Path("absent"), dataclasses.replace(config, teacher=teacher))
+    assert run.has_images is expected
 
 
 @pytest.mark.parametrize(
@@ -276,29 +322,6 @@ def test_modes() -> None:
     assert mode_of(parser().parse_args(["--run", "a", "--fresh"])) == "run"
     assert mode_of(parser().parse_args(["--teacher", "a", "--num", "9", "--fresh"])) == "networks"
     assert mode_of(parser().parse_args(["--fit-features", "a", "--no-crop"])) == "fit_features"
-
-
-def test_table() -> None:
-    figures = {
-        "fd": {"real": 1.23456, "student": 1234.5678},
-        "kid": {"real": -0.000012345, "student": 0.5},
-        "precision": {"real": 1.0, "student": 0.25},
-        "recall": {"real": 0.5, "student": 0.0},
-        "swd": {"real": 0.125, "student": None},
-        "classes": {"real": [0.25, 0.75], "student": None},
-    }
-    assert quality_table(figures, ["bag", "coat"]).splitlines() == [
-        "                  real    student",
-        "FD ↓             1.235       1235",
-        "KID ↓       -1.234e-05        0.5",
-        "Precision ↑          1       0.25",
-        "Recall ↑           0.5          0",
-        "SWD ↓            0.125          –",
-        "bag, %            25.0          –",
-        "coat, %           75.0          –",
-    ]
-    figures["classes"]["real"] = None
-    assert len(quality_table(figures).splitlines()) == 6
 
 
 def test_holding_out_takes_every_image_once() -> None:

@@ -1,4 +1,4 @@
-"""The report: pictures, the page, the closing table."""
+"""The report: its files, the page, what it says and what it leaves out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd.report.page import final_table, save_png, write_report
-from advkd.report.pictures import Pictures, image_grid, read_metrics
+from advkd.report.page import write_report
+from advkd.report.pictures import Pictures
 
 NASTY = '<script>alert("x")</script> & <img src=x onerror=y>'
 
@@ -50,7 +51,7 @@ def some_metrics() -> list[dict[str, Any]]:
     for step in range(1, 40):
         lines.append(
             {"stage": "distill", "step": step, "loss_d": 1.4, "rec_1": 0.3 / step, "rec_2": 0.2}
-            | {"margin_1": 0.1, "margin_2": -0.2, "adv_1": 0.7, "adv_2": 0.8}
+            | {"logit_gap_1": 0.1, "logit_gap_2": -0.2, "adv_1": 0.7, "adv_2": 0.8}
         )
     return lines
 
@@ -58,12 +59,12 @@ def some_metrics() -> list[dict[str, Any]]:
 def some_pictures(channels: int = 1, size: int = 8, n: int = 13, m: int = 2) -> Pictures:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(count: int, side: int) -> torch.Tensor:
+    def images(count: int, side: int) -> torch.Tensor:
         return torch.rand(count, channels, side, side, generator=generator) * 2 - 1
 
-    kept = [draw(m, size // 2), draw(m, size)]
-    heads = [draw(m, size // 2), draw(m, size)]
-    return Pictures(draw(n, size), draw(n, size), draw(n + 3, size), kept, heads, (500, 0))
+    targets = [images(m, size // 2), images(m, size)]
+    heads = [images(m, size // 2), images(m, size)]
+    return Pictures(images(n, size), images(n, size), images(n + 3, size), targets, heads, (500, 0))
 
 
 class Page(HTMLParser):
@@ -82,65 +83,16 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_grid_places_images_row_by_row() -> None:
-    images = torch.stack([torch.full((1, 2, 3), value) for value in (-1.0, 0.0, 1.0)])
-    grid = image_grid(images, columns=2, scale=2)
-    assert grid.dtype == np.uint8 and grid.shape == (8, 12)
-    corners = [grid[0, 0], grid[3, 11], grid[4, 0], grid[7, 11]]
-    assert corners == [0, 128, 255, 0]  # the last place has no image and is black
-    for image, place in zip(images, [(0, 0), (0, 6), (4, 0)], strict=True):
-        tile = grid[place[0] : place[0] + 4, place[1] : place[1] + 6]
-        assert (tile == tile[0, 0]).all() and tile[0, 0] == round(
-            (image[0, 0, 0].item() + 1) * 127.5
-        )
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report.html of a run that has everything."""
+    folder = tmp_path_factory.mktemp("run")
+    path = write_report(folder, some_summary(), some_metrics(), some_pictures(), "key = 7")
+    assert path == folder / "report" / "report.html"
+    return path
 
 
-def test_grid_keeps_colours_and_orientation() -> None:
-    image = torch.full((1, 3, 2, 2), -1.0)
-    image[0, 0, 0, 1] = 1.0  # red, top right
-    image[0, 2, 1, 0] = 5.0  # blue, bottom left, beyond the range
-    grid = image_grid(image.contiguous(memory_format=torch.channels_last), 1)
-    assert grid.tolist() == [[[0, 0, 0], [255, 0, 0]], [[0, 0, 255], [0, 0, 0]]]
-
-
-@pytest.mark.parametrize(
-    ("images", "columns", "scale", "words"),
-    [
-        (torch.zeros(1, 2, 4, 4), 1, 1, r"\(1, 2, 4, 4\)"),
-        (torch.zeros(4, 4), 1, 1, "a grid needs images"),
-        (torch.zeros(0, 1, 4, 4), 1, 1, "a grid needs images"),
-        (torch.zeros(1, 1, 4, 4), 0, 1, "columns=0"),
-        (torch.zeros(1, 1, 4, 4), 1, 0, "scale=0"),
-        (torch.full((1, 1, 4, 4), math.nan), 1, 1, "not finite"),
-    ],
-)
-def test_grid_refuses(images: torch.Tensor, columns: int, scale: int, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        image_grid(images, columns, scale)
-
-
-def test_png_holds_the_pixels(tmp_path: Path) -> None:
-    for shape in ((5, 7), (5, 7, 3)):
-        grid = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        save_png(tmp_path / "new" / "grid.png", grid)
-        with Image.open(tmp_path / "new" / "grid.png") as image:
-            assert np.array_equal(np.asarray(image), grid)
-    with pytest.raises(ValueError, match="float64"):
-        save_png(tmp_path / "grid.png", np.zeros((5, 7)))
-    assert not (tmp_path / "grid.png").exists()
-
-
-def test_pictures_must_pair() -> None:
-    one = torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="2 kept targets do not pair with 1 heads"):
-        Pictures(one, one, one, [one, one], [one])
-    with pytest.raises(ValueError, match="2 times do not pair with 1 heads"):
-        Pictures(one, one, one, [one], [one], (5, 0))
-
-
-def test_report_writes_its_files(tmp_path: Path) -> None:
-    page = write_report(tmp_path, some_summary(), some_metrics(), some_pictures(), "a = 1")
-    assert page == tmp_path / "report" / "report.html"
+def test_report_writes_its_files(page: Path) -> None:
     names = {file.name for file in page.parent.iterdir()}
     assert names == {
         "grid.png",
@@ -157,16 +109,16 @@ def test_report_writes_its_files(tmp_path: Path) -> None:
         assert sheet.width >= 2 * 96 and sheet.height >= 2 * 2 * 96
 
 
-def test_page_is_self_contained(tmp_path: Path) -> None:
-    path = write_report(tmp_path, some_summary(), some_metrics(), some_pictures(), "a = 1")
-    text = path.read_text(encoding="utf-8")
+def test_page_is_self_contained(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "{{" not in text and "{%" not in text
     assert "http:" not in text and "https:" not in text and "url(" not in text
-    page = Page(text)
-    used = {tag for tag, _ in page.tags}
+    parsed = Page(text)
+    used = {tag for tag, _ in parsed.tags}
     assert not used & {"script", "link", "iframe", "object", "embed", "base", "form"}
     sources = [
         attributes[key]
-        for _, attributes in page.tags
+        for _, attributes in parsed.tags
         for key in ("src", "srcset", "href")
         if key in attributes
     ]
@@ -176,14 +128,13 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
         assert source is not None and source.startswith(prefix)
         with Image.open(io.BytesIO(base64.b64decode(source[len(prefix) :]))) as image:
             image.verify()
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    images = [attributes for tag, attributes in parsed.tags if tag == "img"]
     assert all(image["alt"] for image in images)
     assert "viewport" in text and "prefers-color-scheme" in text and "@media print" in text
 
 
-def test_page_says_what_the_summary_holds(tmp_path: Path) -> None:
-    path = write_report(tmp_path, some_summary(), some_metrics(), some_pictures(), "key = 7")
-    text = Page(path.read_text(encoding="utf-8")).text
+def test_page_says_what_the_summary_holds(page: Path) -> None:
+    text = Page(page.read_text(encoding="utf-8")).text
     for said in ("21.31", "18.42", "3.21", "91.6×", "412,001", "5 min 41 s", "1 h 07 min"):
         assert said in text
     for said in ("key = 7", "2,000 held-out images.", "the small classifier", "62.0%"):
@@ -210,6 +161,14 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert page.text.count('alert("x")') >= 8
 
 
+def test_a_file_name_that_is_not_text_is_shown(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    summary = some_summary() | {"protocol": f"held-out images of {name}"}
+    path = write_report(tmp_path, summary, [], some_pictures(), f'path = "{name}"')
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert text.count("caf\\udce9") == 2
+
+
 def test_missing_values_are_dashes(tmp_path: Path) -> None:
     one = torch.zeros(1, 3, 4, 4)
     summary = {
@@ -233,7 +192,7 @@ def test_missing_values_are_dashes(tmp_path: Path) -> None:
     }
 
 
-def test_colour_images_and_many_heads(tmp_path: Path) -> None:
+def test_color_images_and_many_heads(tmp_path: Path) -> None:
     large = some_pictures(channels=3, size=160, n=4, m=1)
     heads = [large.heads[0]] * 11
     pictures = Pictures(large.teacher, large.student, None, heads, heads)
@@ -249,52 +208,23 @@ def test_colour_images_and_many_heads(tmp_path: Path) -> None:
 
 def test_curves_pass_over_what_is_not_finite(tmp_path: Path) -> None:
     metrics: list[dict[str, Any]] = [
-        {"stage": "distill", "step": 1, "loss_d": math.nan, "margin": None},
-        {"stage": "distill", "step": 2, "margin": "wide"},
+        {"stage": "distill", "step": 1, "loss_d": math.nan, "logit_gap_1": None},
+        {
+            "stage": "distill",
+            "step": 2,
+            "logit_gap_1": "wide",
+            "rec_0": 1.0,
+            "rec_x": 1.0,
+            "rec_": 1.0,
+        },
+        {"stage": "distill", "step": "3", "rec_1": 1.0, "rec_2": 10**400, "adv_1": 1e300},
+        {"stage": "distill", "step": 10**400, "rec_1": 1.0},
+        {"stage": ["teacher"], "step": 1, "loss": 2.0},
         {"stage": "teacher", "loss": 2.0},
     ]
     path = write_report(tmp_path, some_summary(), metrics, some_pictures(), "")
     assert not (path.parent / "loss_curves.png").exists()
     assert "Training" not in Page(path.read_text(encoding="utf-8")).text
-    metrics.append({"stage": "distill", "step": 3, "margin": 0.5})
+    metrics.append({"stage": "distill", "step": 3, "logit_gap_1": 0.5})
     write_report(tmp_path, some_summary(), metrics, some_pictures(), "")
     assert (path.parent / "loss_curves.png").exists()
-
-
-def test_final_table_aligns() -> None:
-    lines = final_table(some_summary()).split("\n")
-    assert lines[0].split() == ["real", "teacher", "student"]
-    assert lines[1].split()[-3:] == ["3.21", "18.42", "21.31"]
-    assert [line.split()[-2:] for line in lines[2:]] == [
-        ["50", "1"],
-        ["36.8", "0.402"],
-        ["671,489", "412,001"],
-        ["1×", "91.6×"],
-    ]
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) < 80
-
-
-def test_final_table_without_real_or_values() -> None:
-    table = final_table({"fd": {"teacher": 5.0, "student": None}, "speed_up": math.nan})
-    assert "real" not in table
-    assert re.search(r"FD\) +5\.000 +–$", table, re.MULTILINE)
-    assert all(len(line) < 80 for line in final_table({}).split("\n"))
-
-
-def test_final_table_stays_narrow_with_large_numbers() -> None:
-    summary = some_summary() | {"parameters": {"teacher": 113_673_219, "student": 98_765_432}}
-    summary["fd"] = {"real": 0.0, "teacher": 123456.7, "student": 1e-9}
-    assert all(len(line) < 80 for line in final_table(summary).split("\n"))
-
-
-def test_metrics_are_read_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_text('{"stage": "distill", "step": 1}\n\n{"stage": "distill", "step": 2}\n{"sta')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
-        read_metrics(path)
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
-        read_metrics(path)

@@ -33,7 +33,7 @@ from advkd.data.trajectories import Trajectories, sample_trajectories
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
-from advkd.evaluation.metrics import FeatureNet, save_features
+from advkd.evaluation.features import FeatureNet, save_features
 from advkd.files import CheckpointError, read_json, write_json
 from advkd.models.student import Student
 from advkd.models.unet import UNet

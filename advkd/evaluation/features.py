@@ -1,0 +1,354 @@
+"""The features that images are compared by: a small convolutional network, fitted once and frozen.
+
+Nothing in this package may be used in training: what evaluates must not teach. The network that
+ships was fitted before the first student (`advkd/zoo/fashion-mnist-features/`). Figures by these
+features are no Inception figures: compare them only with each other, under one protocol.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from advkd.data.images import ImageSet
+from advkd.files import (
+    CheckpointError,
+    load_strictly,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+
+SHIPPED_FEATURES = Path(__file__).parents[1] / "zoo" / "fashion-mnist-features"
+FEATURES = 64
+_FORMAT = "advkd-features"
+_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
+    "format": (str,),
+    "channels": (int,),
+    "size": (int,),
+    "num_classes": (int, type(None)),
+    "record": (dict,),
+    "sha256": (str,),
+}
+_CODE_CHANNELS = 12  # channels of the map that is flattened into the features
+_LARGEST = {"channels": 64, "size": 4096, "num_classes": 65_536}
+# Stated for every layer, since the program around may have set other defaults.
+_PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    # Batch norm is a fixed affine map in evaluation. Group norm would divide every image by its
+    # own contrast, and so give washed-out samples the features of crisp ones.
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False, **_PLACE),
+        nn.BatchNorm2d(outputs, **_PLACE),
+        nn.ReLU(),
+    )
+
+
+class FeatureNet(nn.Module):
+    """A small convolutional network whose last hidden layer gives 64 features.
+
+    With `num_classes` it is a classifier, without it an autoencoder with a 64-d bottleneck.
+    channels, size: of the square images it reads (float32, on the CPU until moved); size at
+    least 8. record: how it was fitted (JSON-able), stored in its config.json.
+    """
+
+    def __init__(self, channels: int, size: int, num_classes: int | None = None) -> None:
+        super().__init__()
+        _check_shape(channels, size, num_classes)
+        self.channels, self.size, self.num_classes = channels, size, num_classes
+        self.record: dict[str, Any] = {}
+        sizes = [size]
+        while sizes[-1] > 8:
+            sizes.append((sizes[-1] + 1) // 2)
+        # Only the two smallest maps get more channels: they cost least.
+        widths = ([24] * len(sizes) + [48, 64])[-len(sizes) :]
+        stages = [_block(channels, widths[0])]
+        for inputs, outputs in pairwise(widths):
+            stages += [_block(inputs, outputs, stride=2), _block(outputs, outputs)]
+        self.encoder = nn.Sequential(*stages, nn.Conv2d(widths[-1], _CODE_CHANNELS, 1, **_PLACE))
+        self.code = (_CODE_CHANNELS, sizes[-1], sizes[-1])
+        self.to_features = nn.Linear(math.prod(self.code), FEATURES, **_PLACE)
+        if num_classes is not None:
+            self.classify = nn.Linear(FEATURES, num_classes, **_PLACE)
+        else:
+            self.from_features = nn.Linear(FEATURES, math.prod(self.code), **_PLACE)
+            ups = [_block(_CODE_CHANNELS, 24)]
+            for target in reversed(sizes[:-1]):
+                ups += [nn.Sequential(nn.Upsample(size=(target, target)), _block(24, 24))]
+            self.decoder = nn.Sequential(*ups, nn.Conv2d(24, channels, 3, padding=1, **_PLACE))
+
+    @property
+    def kind(self) -> str:
+        """What sort of network it is, in words."""
+        return "a small autoencoder" if self.num_classes is None else "a small classifier"
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: float32 (B, C, H, W) in [-1, 1] -> features (B, 64), output.
+
+        The output is logits (B, num_classes), or for an autoencoder the images again (B, C, H, W).
+        """
+        expected = (self.channels, self.size, self.size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"these features are for images of (C, H, W) = {expected}, not for a batch of "
+                f"shape {tuple(x.shape)}"
+            )
+        features = self.to_features(F.relu(self.encoder(x)).flatten(1))
+        if self.num_classes is not None:
+            return features, self.classify(F.relu(features))
+        return features, self.decoder(self.from_features(features).unflatten(1, self.code))
+
+
+def _check_shape(channels: int, size: int, num_classes: int | None) -> None:
+    """ValueError unless such a network can be made, and is none that fills the memory."""
+    fits = 1 <= channels <= _LARGEST["channels"] and 8 <= size <= _LARGEST["size"]
+    if not fits or not (num_classes is None or 2 <= num_classes <= _LARGEST["num_classes"]):
+        raise ValueError(
+            f"a feature network needs channels of 1 to {_LARGEST['channels']}, size of 8 to "
+            f"{_LARGEST['size']} and no classes or 2 to {_LARGEST['num_classes']}; got "
+            f"channels={channels}, size={size}, num_classes={num_classes}"
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of N images.
+
+    values: (N, 64) float64. classes: (N,) int64 most probable classes, None from an autoencoder.
+    num_classes: how many classes the network knows, None from an autoencoder.
+    """
+
+    values: np.ndarray
+    classes: np.ndarray | None
+    num_classes: int | None
+
+
+def extract(net: FeatureNet, images: ImageSet | torch.Tensor, batch: int = 256) -> Features:
+    """Features of images: an `ImageSet` or float32 (N, C, H, W) in [-1, 1].
+
+    The network runs in its own precision, also under autocast. Raises ValueError where it is for
+    other images or a feature is not finite.
+    """
+    was_training = net.training
+    net.eval()
+    device = next(net.parameters()).device
+    values = np.full((len(images), FEATURES), np.nan)
+    classes = None if net.num_classes is None else np.zeros(len(images), np.int64)
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        for start in range(0, len(images), batch):
+            rows = np.arange(start, min(start + batch, len(images)))
+            features, output = net(rows_of(images, rows).to(device))
+            values[rows] = features.double().cpu().numpy()
+            if classes is not None:
+                classes[rows] = output.argmax(1).cpu().numpy()
+    net.train(was_training)
+    if not np.isfinite(values).all():
+        worst = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+        raise ValueError(f"the features of image {worst} are not finite")
+    return Features(values, classes, net.num_classes)
+
+
+def rows_of(images: ImageSet | torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+    """These images as float32 (B, C, H, W) in [-1, 1]."""
+    if isinstance(images, ImageSet):
+        return images.batch(indices)
+    return images[torch.from_numpy(indices).to(images.device)].float()
+
+
+def class_shares(features: Features) -> np.ndarray | None:
+    """The share of each class, float64 (num_classes,) that sums to 1; None from an autoencoder."""
+    if features.classes is None or features.num_classes is None:
+        return None
+    counts = np.bincount(features.classes, minlength=features.num_classes)
+    return counts / max(1, len(features.classes))
+
+
+def accuracy(net: FeatureNet, images: ImageSet) -> float:
+    """The share of labelled images that a classifier gets right. ValueError without labels."""
+    found = extract(net, images).classes
+    if found is None or images.labels is None:
+        raise ValueError(f"accuracy needs a classifier and labels; {images.source} has none")
+    return float((found == images.labels).mean())
+
+
+@torch.inference_mode()
+def reconstruction_error(net: FeatureNet, images: ImageSet, batch: int = 256) -> float:
+    """An autoencoder's mean squared error per pixel value, images in [-1, 1]."""
+    total = 0.0
+    for start in range(0, len(images), batch):
+        x = images.batch(np.arange(start, min(start + batch, len(images))))
+        total += float((net(x)[1] - x).square().mean((1, 2, 3)).double().sum())
+    return total / len(images)
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a `FeatureNet` is fitted.
+
+    AdamW with warm-up and a cosine; images are mirrored at random (`flip`: wrong for letters and
+    digits, so it has to follow `data.flip` of a run) and moved by up to `shift` pixels.
+    """
+
+    steps: int = 1200
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    flip: bool = True
+    shift: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 2 or self.shift < 0:
+            raise ValueError(
+                f"fitting needs steps >= 1, batch_size >= 2 and shift >= 0; got "
+                f"steps={self.steps}, batch_size={self.batch_size}, shift={self.shift}"
+            )
+
+
+def fit_features(
+    images: ImageSet,
+    *,
+    settings: FitSettings | None = None,
+    held_out: ImageSet | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> FeatureNet:
+    """Fit a `FeatureNet`: a classifier where images have 2 labels or more, else an autoencoder.
+
+    held_out: labeled images whose accuracy goes into the record; they are not fitted to.
+    progress: called with (step, loss) after every step. The global random state is left alone;
+    the same arguments, machine and thread count give the same weights.
+    Raises ValueError where the loss stops being finite.
+    """
+    settings = settings or FitSettings()
+    num_classes = images.num_classes if images.num_classes != 1 else None
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)  # the CPU's alone
+        net = FeatureNet(images.channels, images.size, num_classes)
+        _fit(net, images, settings, progress)
+    net.record = {
+        "data": images.source,
+        "images": len(images),
+        **asdict(settings),
+        "threads": torch.get_num_threads(),
+    }
+    if held_out is not None and num_classes is not None:
+        net.record["held_out"] = held_out.source
+        net.record["held_out_images"] = len(held_out)
+        net.record["held_out_accuracy"] = accuracy(net, held_out)
+    return net
+
+
+def _fit(
+    net: FeatureNet,
+    images: ImageSet,
+    settings: FitSettings,
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=settings.weight_decay)
+    rng = np.random.Generator(np.random.PCG64(settings.seed))
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(settings, step)
+        loss = _fit_loss(net, images, settings, rng)
+        if not math.isfinite(float(loss.detach())):
+            raise ValueError(f"the loss of step {step} is not finite; lower the learning rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if progress is not None:
+            progress(step, float(loss.detach()))
+    net.eval()
+
+
+def _learning_rate(settings: FitSettings, step: int) -> float:
+    rise = min(1.0, (step + 1) / max(1, settings.steps // 20))
+    return settings.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def _fit_loss(
+    net: FeatureNet, images: ImageSet, settings: FitSettings, rng: np.random.Generator
+) -> torch.Tensor:
+    """The loss of one random batch: cross-entropy, or mean squared error of the autoencoder."""
+    chosen = rng.integers(0, len(images), settings.batch_size)
+    mirrored = rng.random(settings.batch_size) < 0.5 if settings.flip else None
+    offsets = rng.integers(0, 2 * settings.shift + 1, (2, settings.batch_size))
+    x = _shifted(images.batch(chosen, mirrored), offsets, settings.shift)
+    _, output = net(x.contiguous(memory_format=torch.channels_last))
+    if net.num_classes is None or images.labels is None:
+        return F.mse_loss(output, x)
+    return F.cross_entropy(output, torch.from_numpy(images.labels[chosen]))
+
+
+def _shifted(x: torch.Tensor, offsets: np.ndarray, shift: int) -> torch.Tensor:
+    """x (B, C, H, W), each image moved by its own offset (2, B) - `shift`, its edges repeated."""
+    size = x.shape[2]
+    padded = F.pad(x, (shift, shift, shift, shift), mode="replicate")
+    top, left = torch.from_numpy(offsets)
+    span = torch.arange(size)
+    rows = (top[:, None] + span)[:, :, None]  # (B, H, 1)
+    columns = (left[:, None] + span)[:, None, :]  # (B, 1, W)
+    batch = torch.arange(len(x))[:, None, None]
+    return padded[batch, :, rows, columns].permute(0, 3, 1, 2)
+
+
+def save_features(net: FeatureNet, folder: str | Path) -> None:
+    """Write `model.safetensors` (float32) and then `config.json` into `folder`."""
+    folder = Path(folder)
+    config = {
+        "format": _FORMAT,
+        "channels": net.channels,
+        "size": net.size,
+        "num_classes": net.num_classes,
+        "record": net.record,
+        "sha256": write_tensors(folder / "model.safetensors", net.state_dict()),
+    }
+    write_json(folder / "config.json", config)
+
+
+def load_features(folder: str | Path | None = None) -> FeatureNet:
+    """The `FeatureNet` of a folder written by `save_features`; None is the shipped classifier.
+
+    Raises CheckpointError where a file is missing or damaged, where config and weights do not fit
+    each other exactly, or where a weight is not finite.
+    """
+    folder = SHIPPED_FEATURES if folder is None else Path(folder)
+    path = folder / "config.json"
+    config = read_json(path)
+    _check_config(config, path)
+    try:
+        net = FeatureNet(config["channels"], config["size"], config["num_classes"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error!s:.300}") from None
+    net.record = config["record"]
+    weights = folder / "model.safetensors"
+    load_strictly(net, read_tensors(weights, config["sha256"]), weights)
+    for name, tensor in net.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{weights}: {name} holds values that are not finite")
+    return net.eval()
+
+
+def _check_config(config: Any, path: Path) -> None:
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} does not describe features (format {_FORMAT!r})")
+    if set(config) != set(_CONFIG_TYPES):
+        unknown = ", ".join(sorted(set(config) - set(_CONFIG_TYPES))) or "none"
+        missing = ", ".join(sorted(set(_CONFIG_TYPES) - set(config))) or "none"
+        raise CheckpointError(f"{path} has unknown keys: {unknown:.200}; missing keys: {missing}")
+    for key, types in _CONFIG_TYPES.items():
+        if type(config[key]) not in types:
+            names = " or ".join(kind.__name__ for kind in types)
+            raise CheckpointError(f"{path}: {key}={config[key]!r:.60} is no {names}")
