@@ -320,7 +320,12 @@ def main() -> None:
         packages=[*find_packages(include=["advkd", "advkd.*"]), "advkd.kernels"],
         package_dir={"advkd.kernels": "kernels"},
         include_package_data=False,
-        package_data={"advkd": ["presets/*.toml", "zoo/**/*", "data/datasets/**/*", "report/*.j2", "report/*.css"]},
+        package_data={
+            "advkd": [
+                *("presets/*.toml", "zoo/**/*", "data/datasets/**/*"),
+                *("report/*.j2", "report/*.css"),
+            ]
+        },
         ext_modules=[] if reason else [Extension("advkd._C", sources=[])],
         cmdclass={"build_ext": NinjaBuildExt},
     )

@@ -1,4 +1,4 @@
-"""`python -m advkd.evaluate`: judge a run or networks on their own, or fit features that judge."""
+"""`python -m advkd.evaluate`: evaluate a run or networks on their own, or fit features for it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from pathlib import Path
 from advkd.cli import add_threads, guarded, use_threads
 from advkd.config import EvaluateConfig
 from advkd.console import StopSignals, progress_bar
-from advkd.data.images import (
-    CLASS_NAMES,
-    load_images,
-    shipped,
-)
-from advkd.data.split import RealImages, hold_out
+from advkd.data import for_shape, probe
+from advkd.data.split import RealImages, real_images
 from advkd.engine.interface import input_shape
 from advkd.evaluation.features import (
     FeatureNet,
@@ -60,12 +56,13 @@ MODES = {
 NUM, TEACHER_STEPS = EvaluateConfig.num, EvaluateConfig.teacher_steps
 EPILOG = """\
 One of three things at a time:
-  --run runs/NAME                judges the run's teacher and student by the run's own protocol;
-  --student and/or --teacher     judges networks on their own, against the held-out images that
-                                 ship or a fifth (at most 2,000) of --data;
-  --fit-features DATA --out F    fits a network whose features judge: a classifier where the data
-                                 have labels, else an autoencoder. DATA may be `shipped`.
-A teacher that was judged before under the very same protocol is not drawn again, but with --fresh.
+  --run runs/NAME                evaluates the run's teacher and student by the run's own protocol;
+  --student and/or --teacher     evaluates networks on their own, against the held-out images of
+                                 the data set that ships in their shape, or of --data;
+  --fit-features DATA --out F    fits a feature network to evaluate by: a classifier where the data
+                                 have labels, else an autoencoder.
+A teacher that was evaluated before under the very same protocol is not sampled again, unless by
+--fresh.
 """
 
 
@@ -73,21 +70,21 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `advkd evaluate`."""
     p = argparse.ArgumentParser(
         prog="advkd evaluate",
-        description="Judge networks beside real images, or fit the features that judge.",
+        description="Evaluate networks beside real images, or fit features to evaluate by.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--run", metavar="FOLDER", type=Path, help="a run of advkd train")
-    p.add_argument("--fresh", action="store_true", default=None, help="draw the teacher's anew")
+    p.add_argument("--fresh", action="store_true", default=None, help="sample the teacher anew")
     p.add_argument("--student", metavar="FOLDER", help="a student, or zoo:NAME")
     p.add_argument("--teacher", metavar="FOLDER", help="a DDPM, or zoo:NAME")
     p.add_argument("--scheduler", metavar="FOLDER", help="where scheduler_config.json is")
-    p.add_argument("--data", metavar="PATH", help="images to judge against (default: shipped)")
+    p.add_argument("--data", metavar="PATH", help="reference images (default: those that ship)")
     p.add_argument("--features", metavar="FOLDER", help="fitted by --fit-features")
     p.add_argument("--num", type=int, help=f"images of each network (default {NUM})")
     p.add_argument("--teacher-steps", type=int, metavar="N", help=f"default {TEACHER_STEPS}")
     fit = p.add_argument_group("fitting features")
-    fit.add_argument("--fit-features", metavar="DATA", help="folder, .npz/.npy, IDX or `shipped`")
+    fit.add_argument("--fit-features", metavar="DATA", help="folder, .npz/.npy, IDX file or data set")
     fit.add_argument("--out", metavar="FOLDER", type=Path, help="where the features go")
     fit.add_argument("--steps", type=int, help=f"default {FitSettings.steps}")
     fit.add_argument("--seed", type=int, help="default 0")
@@ -136,7 +133,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def compare_networks(args: argparse.Namespace) -> None:
-    """Judge a student, a teacher or both against held-out images."""
+    """Evaluate a student, a teacher or both against held-out images."""
     student = None if args.student is None else load_student(args.student)
     teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
     channels, size = _shape(student, teacher)
@@ -151,7 +148,7 @@ def compare_networks(args: argparse.Namespace) -> None:
         figures = evaluate_networks(
             net, reference, protocol, teacher, student, fresh=bool(args.fresh), callback=report
         )
-    names = None if args.data or args.features else CLASS_NAMES
+    names = None if args.data or args.features else images.train.classes
     print(quality_table(figures, names, sys.stdout.encoding))
     print(f"\n{textwrap.fill(protocol_words(protocol, reference, features), 100)}")
 
@@ -169,27 +166,22 @@ def _shape(student: Student | None, teacher: UNet | None) -> tuple[int, int]:
 
 
 def _real_images(args: argparse.Namespace, size: int, channels: int) -> RealImages:
-    if args.data is not None:
-        images = load_images(args.data, size=size, channels=channels, crop=not args.no_crop)
-        return hold_out(images)
-    if (size, channels) != (28, 1):
-        raise ValueError(
-            f"these images are {channels}x{size}x{size} and those that ship 1x28x28: give --data"
-        )
-    return RealImages(shipped("train"), shipped("test"))
+    """Images of the networks' shape: of --data, else of the data set that ships."""
+    return real_images(args.data or "", size, channels, not args.no_crop)
 
 
 def _features(folder: str | None, size: int, channels: int) -> tuple[FeatureNet, str]:
-    """The network that judges, and what it is in words."""
+    """The feature network, and what it is in words."""
     if folder is not None:
         net = load_features(resolve(folder))
         return net, f"{net.kind} ({folder})"
-    if (size, channels) != (28, 1):
+    dataset = for_shape(size, channels)
+    if dataset is None or not dataset.features_source:
         raise ValueError(
-            f"the features that ship are for 1x28x28 images, and these are {channels}x{size}x{size}"
-            ": fit some with --fit-features DATA --out FOLDER, then give --features FOLDER"
+            f"no features ship for images of {size}x{size} pixels with {channels} channels: fit "
+            "some with --fit-features DATA --out FOLDER, then give --features FOLDER"
         )
-    net = load_features()
+    net = load_features(resolve(dataset.features_source))
     return net, f"{net.kind} that ships with advkd"
 
 
@@ -199,12 +191,10 @@ def fit(args: argparse.Namespace) -> None:
         raise ValueError("--fit-features needs --out FOLDER")
     if (args.out / "config.json").exists():
         raise ValueError(f"{args.out} holds features already, and figures by them would not last")
-    if args.fit_features == "shipped":
-        images = RealImages(shipped("train"), shipped("test"))
-    else:
-        crop = not args.no_crop
-        read = load_images(args.fit_features, size=args.size, channels=args.channels, crop=crop)
-        images = hold_out(read)
+    data, crop = args.fit_features, not args.no_crop
+    data = "fashion-mnist" if data == "shipped" else data
+    source = probe(data, size=args.size, channels=args.channels, crop=crop)
+    images = real_images(data, source.size, source.channels, crop)
     settings = FitSettings(
         steps=FitSettings.steps if args.steps is None else args.steps,
         seed=args.seed or 0,

@@ -73,7 +73,7 @@ from advkd.training.checkpoint import (
 from advkd.training.loop import MetricsLog, TrainingError
 
 SEED = 20240531
-INPUTS = 420  # of each reader
+INPUTS = 320  # of each reader
 PARTS = 2  # processes
 LEFT = 1 << 30  # bytes of address space that a reader may take
 SECONDS = 5.0
@@ -324,6 +324,17 @@ def write_student(folder: Path) -> None:
     save_student(Student(STUDENT, 8, 1), folder)
 
 
+def write_features(folder: Path) -> None:
+    torch.manual_seed(0)
+    save_features(FeatureNet(1, 8, 3), folder)
+
+
+def sealed_features(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    config["sha256"] = sha256(folder / "model.safetensors")
+    write_json(folder / "config.json", config)
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -408,7 +419,7 @@ def write_summary(folder: Path) -> None:
     summary = {key: sides for key in ("fd", "kid", "precision", "recall", "swd")}
     counts = {"teacher": 50, "student": 1}
     costs = {"passes": counts, "ms_per_image": counts, "parameters": counts, "speed_up": 50.0}
-    shares = dict.fromkeys(sides, [0.25, 0.75])
+    shares = {side: [0.25, 0.75] for side in sides}
     words = {"name": "it", "protocol": "fair", "features": "few", "student_family": "unet"}
     more = {"classes": shares, "class_names": ["bag", "coat"], "seconds": {"teacher": 1.0}}
     write_json(folder / "summary.json", summary | costs | words | more | {"teacher_steps": 50})
@@ -485,6 +496,9 @@ READERS: dict[str, Reader] = {
         sealed_shards,
     ),
     "log": Reader(write_metrics, ("metrics.jsonl",), read_log),
+    "features": Reader(
+        write_features, ("config.json", "model.safetensors"), load_features, sealed_features
+    ),
     "curves": Reader(write_metrics, ("metrics.jsonl",), read_curves),
     "summary": Reader(write_summary, ("summary.json",), read_and_show_summary),
     "evaluation of the teacher": Reader(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from advkd.data.images import CLASS_NAMES, load_images, probe, shipped
+from advkd.data.images import load_images, probe
 from advkd.data.registry import Dataset, dataset, dataset_names, find, for_shape
 from advkd.data.source import DataError, ImageSet, Source, describe
 
 __all__ = [
-    "CLASS_NAMES",
     "DataError",
     "Dataset",
     "ImageSet",
@@ -19,5 +18,4 @@ __all__ = [
     "for_shape",
     "load_images",
     "probe",
-    "shipped",
 ]

@@ -7,26 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from advkd.config import nearest
 from advkd.data.readers import open_source
-from advkd.data.registry import dataset, dataset_names, find
+from advkd.data.registry import dataset_names, find
 from advkd.data.source import DataError, ImageSet, Source
-
-__all__ = ["CLASS_NAMES", "DataError", "ImageSet", "load_images", "probe", "shipped"]
-
-CLASS_NAMES = dataset("fashion-mnist").classes
-
-
-def shipped(split: Literal["train", "test"]) -> ImageSet:
-    """The part of Fashion-MNIST in this package: 28x28 grayscale, 10 classes, with labels.
-
-    "train" has 10,000 images, 1,000 of each class; "test" has 2,000 held-out ones, 200 of each.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r} is neither 'train' nor 'test'")
-    return dataset("fashion-mnist").open(split).load()
 
 
 def load_images(

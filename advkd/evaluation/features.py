@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advkd.data.images import ImageSet
+from advkd.config import MAX_CLASSES, MAX_SIDE
+from advkd.data.source import ImageSet
 from advkd.files import (
     CheckpointError,
     load_strictly,
@@ -43,6 +44,7 @@ _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
 _CODE_CHANNELS = 12  # channels of the map that is flattened into the features
 _LARGEST = {"channels": 64, "size": 4096, "num_classes": 65_536}
 # Stated for every layer, since the program around may have set other defaults.
+_MAX_CHANNELS = 64  # of an image
 _PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
 
@@ -352,3 +354,8 @@ def _check_config(config: Any, path: Path) -> None:
         if type(config[key]) not in types:
             names = " or ".join(kind.__name__ for kind in types)
             raise CheckpointError(f"{path}: {key}={config[key]!r:.60} is no {names}")
+    classes = config["num_classes"]
+    bounds = (("channels", 1, _MAX_CHANNELS), ("size", 8, MAX_SIDE), ("num_classes", 2, MAX_CLASSES))
+    for key, low, high in bounds:
+        if not low <= (2 if key == "num_classes" and classes is None else config[key]) <= high:
+            raise CheckpointError(f"{path}: {key}={config[key]} is not between {low} and {high}")

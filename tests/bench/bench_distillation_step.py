@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advkd import device, ops
 from advkd.config import load_preset
-from advkd.data.images import shipped
+from advkd.data import dataset
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
@@ -51,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
 
 def prepared(part: str, store: Trajectories) -> tuple[Distillation, list[int]]:
     """A training, and the steps of one part of it, whose batches it has at hand."""
-    training = Distillation(CONFIG, store, shipped("train"))
+    training = Distillation(CONFIG, store, dataset("fashion-mnist").train())
     length = CONFIG.distill.r1_every
     first = -(-training.adversary_start // length) * length
     steps = [0] if part == PARTS[0] else list(range(first, first + length))
@@ -83,7 +83,7 @@ def gradients(training: Distillation, batch: Batch, backend: str | None) -> Tens
 
 def check(store: Trajectories, backend: str | None) -> None:
     """Compares the gradients with those of the plain ops in float64, by their whole length."""
-    single, exact = (Distillation(CONFIG, store, shipped("train")) for _ in range(2))
+    single, exact = (Distillation(CONFIG, store, dataset("fashion-mnist").train()) for _ in range(2))
     exact.student.double()
     exact.discriminator.double()
     batch = single.batch(single.adversary_start).share(slice(0, 8))

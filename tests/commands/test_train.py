@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from advkd.evaluation.features import FeatureNet, save_features
 from PIL import Image
 
 import advkd.device
@@ -20,6 +19,7 @@ import advkd.run.evaluation
 import advkd.run.stages
 from advkd.config import UNetConfig, load_preset
 from advkd.diffusion import Schedule
+from advkd.evaluation.features import FeatureNet, save_features
 from advkd.files import hold, read_tensors
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, save_teacher

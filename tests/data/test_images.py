@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd.data import DataError, ImageSet, describe, load_images, probe, shipped, source
+from advkd.data import DataError, ImageSet, dataset, describe, load_images, probe, source
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def generator() -> np.random.Generator:
 
 @pytest.mark.parametrize(("split", "each"), [("train", 1000), ("test", 200)])
 def test_shipped_is_balanced(split: str, each: int) -> None:
-    images = shipped(split)  # type: ignore[arg-type]
+    images = dataset("fashion-mnist").open(split).load()  # type: ignore[arg-type]
     assert images.pixels.shape == (10 * each, 1, 28, 28)
     assert images.pixels.dtype == np.uint8
     assert images.labels is not None
@@ -30,10 +30,9 @@ def test_shipped_is_balanced(split: str, each: int) -> None:
 
 
 def test_shipped_splits_share_no_image() -> None:
-    train = {image.tobytes() for image in shipped("train").pixels}
-    assert not train & {image.tobytes() for image in shipped("test").pixels}
-    with pytest.raises(ValueError, match="validation"):
-        shipped("validation")  # type: ignore[arg-type]
+    shipped = dataset("fashion-mnist")
+    train = {image.tobytes() for image in shipped.train().pixels}
+    assert not train & {image.tobytes() for image in shipped.test().pixels}
 
 
 def test_batch_scales_and_flips() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.data.images import ImageSet, shipped
+from advkd.data import ImageSet, dataset
 from advkd.evaluation.features import (
     SHIPPED_FEATURES,
     FeatureNet,
@@ -42,7 +42,7 @@ def shipped_net() -> FeatureNet:
 
 @pytest.fixture(scope="module")
 def held_out() -> ImageSet:
-    return shipped("test")
+    return dataset("fashion-mnist").test()
 
 
 def test_shipped_classifier_is_accurate(shipped_net: FeatureNet, held_out: ImageSet) -> None:
@@ -55,7 +55,7 @@ def test_shipped_classifier_is_accurate(shipped_net: FeatureNet, held_out: Image
 
 def test_figures_tell_real_images_from_noise(shipped_net: FeatureNet, held_out: ImageSet) -> None:
     rows = np.arange(500)
-    some = ImageSet(shipped("train").pixels[rows], None, "some")
+    some = ImageSet(dataset("fashion-mnist").train().pixels[rows], None, "some")
     some_held_out = ImageSet(held_out.pixels[:500], None, "others")
     reference = images_reference(shipped_net, some, some_held_out)
     noise = torch.randn(500, 1, 28, 28, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ import torch
 
 import advkd.evaluation.protocol
 from advkd.config import StudentConfig, UNetConfig
-from advkd.data.images import ImageSet, shipped
+from advkd.data import ImageSet, dataset
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Purpose
 from advkd.engine.sampling import generate
@@ -292,7 +292,7 @@ def test_the_shipped_evaluation_is_of_the_shipped_teacher() -> None:
     teacher, classifier, held_out = (
         load_teacher("zoo:fashion-mnist"),
         load_features(),
-        shipped("test"),
+        dataset("fashion-mnist").test(),
     )
     reference = Reference(held_out, extract(classifier, held_out), images_hash(held_out), "")
     protocol = make_protocol(classifier, reference, teacher, 2000, 50)
