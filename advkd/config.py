@@ -28,6 +28,7 @@ UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
+MAX_TEXT = 1 << 20  # bytes of a preset
 MAX_SIDE = 4096  # pixels of an image's side
 MAX_WIDTH = 16384  # channels of a layer
 MAX_CLASSES = 100_000
@@ -122,7 +123,7 @@ class TeacherConfig:
     warmup: int = within(500, 0, MAX_COUNT)  # steps of linear warm-up; then a cosine to lr_final
     lr_final: float = within(0.02, 0, 1)  # as a share of lr
     weight_decay: float = within(0.0, 0, 10)
-    beta2: float = within(0.99, 0, 1)
+    beta2: float = within(0.99, 0, 0.999999)
     grad_clip: float = within(1.0, 0, 1e9, above=True)
     ema: float = within(0.999, 0, 1)
     autocast: str = one_of("auto", ("auto", "on", "off"))  # bfloat16; auto: where hardware has it
@@ -174,8 +175,8 @@ class DistillConfig:
     lr_d: float = within(3e-4, 0, 10, above=True)
     warmup: int = within(100, 0, MAX_COUNT)
     lr_final: float = within(0.1, 0, 1)  # as a share of lr
-    beta1: float = within(0.5, 0, 1)
-    beta2: float = within(0.99, 0, 1)
+    beta1: float = within(0.5, 0, 0.999999)
+    beta2: float = within(0.99, 0, 0.999999)
     lambda_adv: float = within(1.0, 0, 1e9)
     lambda_rec: float = within(10.0, 0, 1e9)
     rho: str = "huber"  # the reconstruction loss, by its name in advkd.training.losses
@@ -232,10 +233,24 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Config:
     if name in presets():
         text = (importlib.resources.files("advkd") / "presets" / f"{name}.toml").read_text()
     elif name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text()
+        text = _read(Path(name))
     else:
         raise ConfigError(f"there is no preset {name!r}{nearest(name, presets())}")
     return override(parse(text, where=name), overrides)
+
+
+def _read(path: Path) -> str:
+    """The text of a preset, with or without a byte order mark; ConfigError if it is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT + 1)
+        if len(content) > MAX_TEXT:
+            raise ConfigError(f"{path} cannot be read: it is larger than {MAX_TEXT} bytes")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: byte {error.start} is not UTF-8") from None
 
 
 def resolutions_for(size: int) -> list[int]:
@@ -304,9 +319,12 @@ def parse(text: str, where: str = "configuration") -> Config:
     """Build a Config from TOML text; `where` names the source in errors."""
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}") from None
-    return build(Config, tree, "")
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
+        raise ConfigError(f"{where} is not valid TOML: {error!s:.200}") from None
+    try:
+        return typing.cast(Config, build(Config, tree, ""))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
@@ -343,7 +361,7 @@ def build(cls: type[Any], tree: Mapping[str, Any], path: str) -> Any:
     for key, value in tree.items():
         where = f"{path}{key}"
         if key not in fields:
-            raise ConfigError(f"unknown key {where!r}{nearest(str(key), list(fields))}")
+            raise ConfigError(f"unknown key {where!r:.100}{nearest(str(key)[:100], list(fields))}")
         values[key] = _checked(hints[key], value, where)
         _bounded(fields[key].metadata, values[key], where)
     return cls(**values)
@@ -359,10 +377,11 @@ def _bounded(metadata: Mapping[str, Any], value: Any, where: str) -> None:
         if "range" in metadata:
             low, high, above = metadata["range"]
             if not (low < entry <= high if above else low <= entry <= high):
-                raise ConfigError(f"{where}={entry!r} is not {_range_words(low, high, above)}")
+                words = _range_words(low, high, above)
+                raise ConfigError(f"{where}={_shown(entry)} is not {words}")
         choices = metadata.get("choices")
         if choices and entry not in choices:
-            raise ConfigError(f"{where}={entry!r} is not one of {', '.join(choices)}")
+            raise ConfigError(f"{where}={_shown(entry)} is not one of {', '.join(choices)}")
 
 
 def _range_words(low: float, high: float, above: bool) -> str:
@@ -374,7 +393,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     """Return `value` as the type `hint`, or raise: int passes for float, a list for a tuple."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where!r} is a table, not {value!r}")
+            raise ConfigError(f"{where!r} is a table, not {_shown(value)}")
         return build(typing.cast(type, hint), value, f"{where}.")
     if isinstance(hint, types.UnionType):
         inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -382,17 +401,26 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where!r} is a list of {item.__name__}, not {value!r}")
+            raise ConfigError(f"{where!r} is a list of {item.__name__}, not {_shown(value)}")
         return tuple(_checked(item, entry, where) for entry in value)
     if typing.get_origin(hint) is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where!r} is a table, not {value!r}")
+            raise ConfigError(f"{where!r} is a table, not {_shown(value)}")
         return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"{where!r} is of type {hint.__name__}, not {value!r}")
+        raise ConfigError(f"{where!r} is of type {hint.__name__}, not {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits
+        return "a value too long to show"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def nearest(key: str, names: Sequence[str]) -> str:

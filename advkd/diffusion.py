@@ -42,7 +42,7 @@ _IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format"}
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The content of a `scheduler_config.json` in diffusers' own words; `alpha_bar` follows from it.
+    """A `scheduler_config.json` in diffusers' own words; `alpha_bar` follows from it.
 
     Raises ValueError for a value of another type, outside its range or not implemented here.
     """
@@ -117,7 +117,7 @@ class Schedule:
 
     @property
     def clip(self) -> float:
-        """Bound on |x0_hat| during sampling; 0 means none."""
+        """The bound on |x0_hat| during sampling; 0 means none."""
         return self.clip_sample_range if self.clip_sample else 0.0
 
 
@@ -153,7 +153,7 @@ class StepTable:
         x0_hat = clip(a_x * x_t + a_m * m)
         x_prev = c_0 * x0_hat + c_x * x_t + c_m * m + sigma * z,    z ~ N(0, I)
 
-    with m the network's output. `coefficients[i]` = (a_x, a_m, c_0, c_x, c_m, sigma).
+    where m is the network's output. `coefficients[i]` = (a_x, a_m, c_0, c_x, c_m, sigma).
     """
 
     timesteps: NDArray[np.int64]
@@ -165,7 +165,10 @@ class StepTable:
 
 
 def timesteps_of(schedule: Schedule, steps: int) -> NDArray[np.int64]:
-    """The `steps` times of a respaced sampler, descending; spacing as diffusers defines it."""
+    """The `steps` timesteps of a respaced sampler, descending, spaced as in diffusers.
+
+    Raises ValueError unless there are 1 to T of them.
+    """
     T = schedule.num_train_timesteps
     if not 1 <= steps <= T:
         raise ValueError(f"steps={steps} is not between 1 and num_train_timesteps={T}")
@@ -192,9 +195,9 @@ def _estimates(schedule: Schedule, alpha_bar: float) -> tuple[float, float, floa
 
 
 def ddim_table(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
-    """DDIM (Song et al. 2021, eq. 12) in `steps` steps; eta = 0 is deterministic, 1 is DDPM-like.
+    """DDIM (Song et al. 2021, eq. 12) in `steps` steps; eta = 0 is deterministic, 1 like DDPM.
 
-    eps_hat is the network's own, not derived again from the clipped x0_hat.
+    eps_hat is the network's own, not recomputed from the clipped x0_hat.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} is not between 0 and 1")
@@ -213,7 +216,7 @@ def ddim_table(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
 
 
 def ddpm_table(schedule: Schedule, steps: int | None = None) -> StepTable:
-    """DDPM ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2); all T steps unless told."""
+    """DDPM ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2); by default in T steps."""
     steps = schedule.num_train_timesteps if steps is None else steps
     times = timesteps_of(schedule, steps)
     levels = [float(schedule.alpha_bar[t]) for t in times] + [1.0]

@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--steps", type=int, help=f"default {FitSettings.steps}")
     fit.add_argument("--seed", type=int, help="default 0")
     fit.add_argument("--size", type=int, help="pixels of a side that the data are resized to")
-    fit.add_argument("--channels", type=int, choices=(1, 3), help="greyscale or RGB")
+    fit.add_argument("--channels", type=int, choices=(1, 3), help="grayscale or RGB")
     fit.add_argument(
         "--no-flip", action="store_true", default=None, help="do not mirror (letters, digits)"
     )

@@ -40,7 +40,7 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] instal
 EPILOG = """\
 Both formats take x_T, standard normal float32 (B, C, S, S), and for a class-conditional student
 labels y, int64 (B,); both return the image (B, C, s, s), not clamped to [-1, 1]. The file is
-compared with the student, ONNX in ONNX Runtime, and is not kept where they differ by more than
+compared with the student, ONNX in ONNX Runtime, and is not written where they differ by more than
 1e-4. ONNX needs: pip install 'advkd[export]'. A .pt2 file is read by torch.export.load, without
 advkd. torch.export.save would pickle the inputs the graph was traced with; they are left out, so
 the archive holds JSON and raw tensors and no pickle.

@@ -329,14 +329,15 @@ def check_fit(
 ) -> None:
     """Raise CheckpointError unless the tensors stored in `where` are a network's own: by name, by
     shape, and floating-point numbers where those are."""
-    problems = [f"missing {name}" for name in own if name not in stored]
-    problems += [f"superfluous {name}" for name in stored if name not in own]
+    problems = []
     for name, ours in own.items():
         theirs = stored.get(name, ours)
         if theirs.shape != ours.shape:
             problems.append(f"{name} is {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
         elif theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
             problems.append(f"{name} is of {theirs.dtype} instead of {ours.dtype}")
+    problems += [f"missing {name}" for name in own if name not in stored]
+    problems += [f"superfluous {name}" for name in stored if name not in own]
     if problems:
         raise CheckpointError(f"{where} does not fit {network}: {listed(problems)}")
 

@@ -17,7 +17,7 @@ class Workers:
     """Threads that each take a share of a batch through forward and backward.
 
     On the CPU each runs torch with one thread of its own: a step then has one barrier instead of
-    one for every operation, so a neighbour that takes a core costs its share and no more. The
+    one for every operation, so a neighbor that takes a core costs its share and no more. The
     shares are fixed by their number, and summed in order: the same number gives the same bits.
     """
 

@@ -152,9 +152,9 @@ def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNe
     `source` is a pipeline folder, a flat folder as the google/ddpm-* uploads are, a bare `unet/`
     folder (then `scheduler` names the folder or file of its scheduler_config.json), or `zoo:NAME`.
     Only safetensors are read: `diffusion_pytorch_model.safetensors` or the one variant that stands
-    in its place (`diffusion_pytorch_model.fp16.safetensors`). Raises CheckpointError for a file that
-    is absent, broken or does not fit, ConfigError for an architecture or a scheduler setting that is
-    not supported; both name the file.
+    in its place, such as `diffusion_pytorch_model.fp16.safetensors`. Raises CheckpointError for a
+    file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
+    setting that is not supported; both name the file.
     """
     folder = resolve(source)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -202,7 +202,7 @@ def _weights_file(folder: Path) -> Path:
         return folder / variants[0]
     if variants:
         raise CheckpointError(
-            f"{folder} has no {WEIGHTS} but {', '.join(variants)}; rename the one to use to {WEIGHTS}"
+            f"{folder} has several weights ({', '.join(variants)}); rename one to {WEIGHTS}"
         )
     pickles = [name for name in files if name.endswith(_PICKLES)]
     if pickles:

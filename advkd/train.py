@@ -17,7 +17,7 @@ from advkd.config import (
     presets,
     resolutions_for,
 )
-from advkd.data import dataset_names, describe, probe
+from advkd.data import dataset_names, probe
 from advkd.engine.interface import input_shape
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--size", type=int, help="pixels of a side: of --data, or of a teacher that names none"
     )
-    p.add_argument("--channels", type=int, choices=(1, 3), help="greyscale or RGB")
+    p.add_argument("--channels", type=int, choices=(1, 3), help="grayscale or RGB")
     p.add_argument("--no-crop", action="store_true", help="resize both sides instead of cropping")
     p.add_argument("--no-flip", action="store_true", help="do not mirror training images")
     p.add_argument("--trajectories", type=int, metavar="N", help="how many to sample")
@@ -171,10 +171,6 @@ def train(args: argparse.Namespace) -> None:
     config = configure(args)
     if "/" in config.name or config.name in ("", ".", ".."):
         raise ConfigError(f"{config.name!r} is not a name for a run")
-    if config.data.path:
-        d = config.data
-        source = probe(d.path, size=d.size, channels=d.channels, crop=d.crop)
-        print("\n".join(f"advkd: {line}" for line in describe(source)), file=sys.stderr)
     run = Run(args.runs / config.name, config)
     with run.opened(args.redo):
         run_stages(run, (args.stage,) if args.stage else STAGES)

@@ -282,6 +282,28 @@ def _channel_program(  # type: ignore[no-untyped-def]
     return column // blocks, column % blocks * CHANNELS, tl.program_id(0) % pixel_programs
 
 
+@triton.jit
+def _channels_of_tile(  # type: ignore[no-untyped-def]
+    sample, first, channels, group_channels, CHANNELS: tl.constexpr
+):
+    """A tile's channels, which of them exist, their groups, and where scale and shift begin."""
+    channel = first + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    group = sample * (channels // group_channels) + channel // group_channels
+    return channel, exists, group, sample.to(tl.int64) * channels
+
+
+@triton.jit
+def _normalized_and_gradient(  # type: ignore[no-untyped-def]
+    x_ptr, grad_ptr, inside, mean, rstd, slope, offset, SILU: tl.constexpr
+):
+    """A tile's x_hat, and its gradient before the activation."""
+    x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
+    x_hat = (x - mean[None, :]) * rstd[None, :]
+    return x_hat, _before_activation(grad, x_hat * slope[None, :] + offset[None, :], SILU)
+
+
 APPLY_INTEGERS = ("channels", "pixels", "group_channels")
 
 
@@ -301,13 +323,12 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     start, offsets, inside = _tile(
         sample, number * PIXELS, first, pixels, channels, LAST, PIXELS, CHANNELS
     )
-    channel = first + tl.arange(0, CHANNELS)
-    exists = channel < channels
-    group = sample * (channels // group_channels) + channel // group_channels
+    channel, exists, group, row = _channels_of_tile(
+        sample, first, channels, group_channels, CHANNELS
+    )
     origin = tl.load(origin_ptr + group, mask=exists, other=0.0)
     rest = tl.load(rest_ptr + group, mask=exists, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=exists, other=0.0)
-    row = sample.to(tl.int64) * channels
     slope, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, exists)
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
     y = ((x - origin[None, :]) - rest[None, :]) * rstd[None, :] * slope[None, :] + offset[None, :]
@@ -331,12 +352,11 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     else:
         pixels *= VEC
     sample, first, chunk = _channel_program(chunks, channels, CHANNELS)
-    channel = first + tl.arange(0, CHANNELS)
-    exists = channel < channels
-    group = sample * (channels // group_channels) + channel // group_channels
+    channel, exists, group, row = _channels_of_tile(
+        sample, first, channels, group_channels, CHANNELS
+    )
     mean = tl.load(mean_ptr + group, mask=exists, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=exists, other=0.0)
-    row = sample.to(tl.int64) * channels
     slope, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, exists)
 
     sums = tl.zeros([PIXELS, CHANNELS], tl.float32)
@@ -345,10 +365,10 @@ def sums_kernel(  # type: ignore[no-untyped-def]
         start, offsets, inside = _tile(
             sample, number * PIXELS, first, pixels, channels, LAST, PIXELS, CHANNELS
         )
-        x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-        x_hat = (x - mean[None, :]) * rstd[None, :]
-        grad = _before_activation(grad, x_hat * slope[None, :] + offset[None, :], SILU)
+        x_hat, grad = _normalized_and_gradient(
+            x_ptr + start + offsets, grad_ptr + start + offsets, inside, mean, rstd, slope, offset,
+            SILU,
+        )  # fmt: skip
         # Padding adds 0, or NaN where the statistics are NaN and make everything so.
         sums += grad
         products += grad * x_hat
@@ -414,21 +434,19 @@ def dx_kernel(  # type: ignore[no-untyped-def]
     start, offsets, inside = _tile(
         sample, number * PIXELS, first, pixels, channels, LAST, PIXELS, CHANNELS
     )
-    channel = first + tl.arange(0, CHANNELS)
-    exists = channel < channels
-    groups = channels // group_channels
-    group = sample * groups + channel // group_channels
+    channel, exists, group, row = _channels_of_tile(
+        sample, first, channels, group_channels, CHANNELS
+    )
     mean = tl.load(mean_ptr + group, mask=exists, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=exists, other=0.0)
     along_one = tl.load(means_ptr + group, mask=exists, other=0.0)
-    along_x = tl.load(means_ptr + batch * groups + group, mask=exists, other=0.0)
-    row = sample.to(tl.int64) * channels
+    means_ptr += batch * (channels // group_channels)
+    along_x = tl.load(means_ptr + group, mask=exists, other=0.0)
     slope, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, exists)
 
-    x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    x_hat = (x - mean[None, :]) * rstd[None, :]
-    grad = _before_activation(grad, x_hat * slope[None, :] + offset[None, :], SILU)
+    x_hat, grad = _normalized_and_gradient(
+        x_ptr + start + offsets, grad_ptr + start + offsets, inside, mean, rstd, slope, offset, SILU
+    )
     dx = (grad * slope[None, :] - along_one[None, :] - x_hat * along_x[None, :]) * rstd[None, :]
     tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 

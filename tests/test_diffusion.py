@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -239,11 +240,68 @@ def test_a_perfect_network_gives_back_the_clean_image(prediction_type: str) -> N
         ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler"),
         ({"sigma_max": 1348.0}, "sigma_max"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"num_train_timesteps": 10**15}, "num_train_timesteps"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps"),
+        ({"num_train_timesteps": [1000]}, "num_train_timesteps"),
+        ({"num_train_timesteps": True}, "num_train_timesteps"),
+        ({"beta_start": "0.0001"}, "beta_start"),
+        ({"beta_start": -1e-4}, "beta_start"),
+        ({"beta_start": 0}, "beta_start"),
+        ({"beta_start": {"a": [1]}}, "beta_start"),
+        ({"beta_end": 1.0}, "beta_end"),
+        ({"beta_end": math.nan}, "beta_end"),
+        ({"beta_end": math.inf}, "beta_end"),
+        ({"beta_end": 10**400}, "beta_end"),
+        ({"beta_end": 0.9}, "alpha_bar"),
+        ({"clip_sample": 1}, "clip_sample"),
+        ({"clip_sample": "yes"}, "clip_sample"),
+        ({"clip_sample_range": 0.0}, "clip_sample_range"),
+        ({"clip_sample_range": None}, "clip_sample_range"),
+        ({"clip_sample_range": math.nan}, "clip_sample_range"),
+        ({"set_alpha_to_one": None}, "set_alpha_to_one"),
+        ({"steps_offset": -1}, "steps_offset"),
+        ({"steps_offset": 1000}, "steps_offset"),
+        ({"steps_offset": 0.5}, "steps_offset"),
+        ({"prediction_type": ["epsilon"]}, "prediction_type"),
+        ({"beta_schedule": "x" * 10**6}, "beta_schedule"),
     ],
 )
 def test_unsupported_scheduler_setting_is_an_error(settings: dict, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=word) as caught:
         Schedule.from_diffusers(settings)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trained_betas": None, "thresholding": None, "sigma_max": None},
+        {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0, "_anything": [1]},
+        {"beta_start": 0.001, "beta_end": 0.001},
+    ],
+)
+def test_settings_that_change_nothing_are_taken_without_a_word(settings: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Schedule.from_diffusers(settings)
+    betas = {key: settings[key] for key in ("beta_start", "beta_end") if key in settings}
+    assert found == Schedule(**betas)
+
+
+def test_settings_that_diffusers_ignores_are_ignored_aloud() -> None:
+    with pytest.warns(UserWarning, match=r"solver_order.*use_karras_sigmas"):
+        found = Schedule.from_diffusers({"use_karras_sigmas": True, "solver_order": 2})
+    assert found == Schedule()
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 10_000])
+def test_every_schedule_that_is_taken_has_finite_tables(beta_schedule: str, T: int) -> None:
+    for start, end in ((1e-4, 0.02), (1e-12, 1e-12), (0.005, 0.005)):
+        schedule = Schedule(T, beta_schedule, start, end)
+        for steps in (1, min(T, 7)):
+            for table in (ddim_table(schedule, steps, 1.0), ddpm_table(schedule, steps)):
+                assert np.isfinite(table.coefficients.astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])

@@ -6,6 +6,7 @@ side: an address space that has 1 GiB left, and for every input its error, if an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -33,7 +34,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from advkd.config import ConfigError, StudentConfig, TrajectoryConfig, UNetConfig, load_preset
+from advkd.config import (
+    ConfigError,
+    StudentConfig,
+    TrajectoryConfig,
+    UNetConfig,
+    load_preset,
+    to_toml,
+)
 from advkd.data.images import DataError, load_images
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.diffusion import Schedule, ddim_table, ddpm_table
@@ -380,7 +388,9 @@ def write_trajectories(folder: Path) -> None:
 def read_trajectories(folder: Path) -> None:
     store = Trajectories(folder, 4)
     indices = torch.arange(4)
-    store.targets(indices), store.x_T(indices), store.labels(indices)
+    store.targets(indices)
+    store.x_T(indices)
+    store.labels(indices)
 
 
 def sealed_shards(folder: Path) -> None:
@@ -409,7 +419,7 @@ def write_summary(folder: Path) -> None:
     summary = {key: sides for key in ("fd", "kid", "precision", "recall", "swd")}
     counts = {"teacher": 50, "student": 1}
     costs = {"passes": counts, "ms_per_image": counts, "parameters": counts, "speed_up": 50.0}
-    shares = dict.fromkeys(sides, [0.25, 0.75])
+    shares = {side: [0.25, 0.75] for side in sides}
     words = {"name": "it", "protocol": "fair", "features": "few", "student_family": "unet"}
     more = {"classes": shares, "class_names": ["bag", "coat"], "seconds": {"teacher": 1.0}}
     write_json(folder / "summary.json", summary | costs | words | more | {"teacher_steps": 50})
@@ -441,8 +451,6 @@ def sealed_evaluation(folder: Path) -> None:
 
 
 def write_preset(folder: Path) -> None:
-    from advkd.config import to_toml
-
     write_bytes(folder / "mine.toml", to_toml(load_preset("smoke")).encode())
 
 
@@ -504,7 +512,9 @@ READERS: dict[str, Reader] = {
     "npy": Reader(write_npy, ("images.npy",), lambda f: load_images(f / "images.npy")),
     "npz": Reader(write_npz, ("images.npz",), lambda f: load_images(f / "images.npz")),
     "idx": Reader(
-        write_idx, ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"), load_images
+        write_idx,
+        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"),
+        lambda f: load_images(f / "train-images-idx3-ubyte"),
     ),
 }
 
@@ -522,7 +532,7 @@ def outcome(reader: Reader, folder: Path) -> str:
         message = str(error)
         if not isinstance(error, (*OWN, OSError)) and type(error) is not ValueError:
             fault = f"{type(error).__name__}: {message}"
-        elif not any(Path(name).name in message for name in reader.files):
+        elif not any(path.name in message for path in folder.rglob("*")):
             fault = f"names no file: {message}"
         elif len(message) > LONGEST:
             fault = f"a message of {len(message)} characters"
@@ -549,10 +559,8 @@ def faults_of(name: str, numbers: range, folder: Path) -> list[str]:
         changed = folder / rng.choice(reader.files)
         mutate(changed, rng)
         if reader.seal is not None and rng.random() < 0.5:
-            try:
+            with contextlib.suppress(CheckpointError):  # what is no JSON cannot be sealed
                 reader.seal(folder)
-            except CheckpointError:
-                pass  # what is no JSON cannot be sealed
         fault = outcome(reader, folder)
         if fault:
             faults.append(f"input {number}, {changed.name}: {fault}")
@@ -623,6 +631,7 @@ def test_a_reader_at_fault_is_found(tmp_path: Path) -> None:
 
         return Reader(write_student, ("config.json",), read)
 
+    write_student(tmp_path)
     assert outcome(failing(KeyError("x")), tmp_path).startswith("KeyError")
     assert outcome(failing(json.JSONDecodeError("x", "config.json", 0)), tmp_path)
     assert outcome(failing(ValueError("math domain error")), tmp_path).startswith("names no file")

@@ -88,6 +88,20 @@ def test_gradients_lie_in_memory_as_their_parameters() -> None:
     torch.testing.assert_close(*updated)
 
 
+@pytest.mark.parametrize(("count", "batch"), [(1, 8), (4, 1)])
+def test_a_single_share_runs_in_the_callers_thread(count: int, batch: int) -> None:
+    """So that the modes of that thread (a profiler, a dispatch mode) see the step."""
+    threads = []
+
+    def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
+        threads.append(threading.get_ident())
+        return [torch.ones(2)], {}
+
+    with Workers(count, CPU) as workers:
+        workers.gradients(gradients_of, batch, [nn.Parameter(torch.zeros(2))])
+    assert threads == [threading.get_ident()]
+
+
 def test_map_keeps_the_order_and_runs_side_by_side() -> None:
     together = threading.Barrier(2, timeout=20)
 

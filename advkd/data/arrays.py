@@ -19,7 +19,7 @@ import numpy as np
 from advkd.data.bounds import check_unpacked
 from advkd.data.geometry import conform, resize_notes
 from advkd.data.labels import checked_labels
-from advkd.data.source import DataError, Source
+from advkd.data.source import DataError, Source, brief
 
 _IMAGES = ("images", "x", "x_train", "train_images", "arr_0")
 _LABELS = ("labels", "y", "y_train", "train_labels", "arr_1")
@@ -27,8 +27,10 @@ _MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 1 << 16  # bytes; the numbers of an array without fields take about a hundred
 _DESCR = re.compile(r"'descr':\s*'([^']{1,16})'")
 _ORDER = re.compile(r"'fortran_order':\s*(True|False)")
-_SHAPE = re.compile(r"'shape':\s*\(((?:\s*\d{1,18}L?\s*,?)*)\)")
+_SHAPE = re.compile(r"'shape':\s*\(([\dL,\s]*)\)")
+_SIDE = re.compile(r"\d{1,18}L?")  # Python 2 wrote the L
 _DTYPE = re.compile(r"[<>|=]?[a-zA-Z]\d{0,3}")
+_NOT_PLAIN = "its header is not that of a plain array"
 _PIECE = 1 << 24  # bytes that are unpacked at once
 
 
@@ -54,13 +56,18 @@ def read_header(file: BinaryIO) -> Header:
         raise ValueError(f"its header has {length:,} bytes")
     text = file.read(length).decode("latin-1")
     descr, order, shape = (pattern.search(text) for pattern in (_DESCR, _ORDER, _SHAPE))
-    if descr is None or order is None or shape is None or not _DTYPE.fullmatch(descr[1]):
-        raise ValueError("its header is not that of a plain array")
+    if descr is None or order is None or shape is None:
+        raise ValueError(_NOT_PLAIN)
+    for match in (descr, order, shape):
+        text = text.replace(match[0], "", 1)
+    sides = [side.strip() for side in shape[1].split(",") if side.strip()]
+    known = _DTYPE.fullmatch(descr[1]) and all(map(_SIDE.fullmatch, sides))
+    if not known or text.strip("{} ,\n"):
+        raise ValueError(_NOT_PLAIN)
     dtype = np.dtype(descr[1])
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
-    sides = tuple(int(side.strip().rstrip("L")) for side in shape[1].split(",") if side.strip())
-    return Header(dtype, sides, order[1] == "True")
+    return Header(dtype, tuple(int(side.rstrip("L")) for side in sides), order[1] == "True")
 
 
 def read_array(file: BinaryIO, header: Header, exact: bool) -> np.ndarray:
@@ -126,7 +133,8 @@ class _File:
             raise self.unreadable(error) from error
 
     def unreadable(self, reason: object) -> DataError:
-        return DataError(f"{self.path} is not a readable array: {reason or type(reason).__name__}")
+        words = brief(str(reason)) or type(reason).__name__
+        return DataError(f"{self.path} is not a readable array: {words}")
 
 
 def _header_or_reason(archive: zipfile.ZipFile, name: str) -> Header | str:
@@ -190,7 +198,7 @@ def open_array(path: Path, size: int | None, channels: int | None, crop: bool) -
     file.check_size(header)
     others = {other: headers[other] for other in headers if other != name}
     labels_name, labels = _labels(file, others, layout[0])
-    passed = ", ".join(sorted(set(others) - {labels_name}))
+    passed = brief(", ".join(sorted(set(others) - {labels_name})))
     chosen = size or min(layout[2:])
     notes = [f"arrays passed over: {passed}"] if passed else []
     return ArraySource(
@@ -216,7 +224,7 @@ def _images_name(headers: Mapping[str, Header | str], path: Path) -> str:
         shapes = {n: h.shape for n, h in headers.items() if isinstance(h, Header)}
         others = [name for name in others if _layout(shapes.get(name, ()))]
     if len(others) != 1:
-        names = ", ".join(sorted(headers)) or "none"
+        names = brief(", ".join(sorted(headers))) or "none"
         raise DataError(f"{path} does not say which array is the images (found: {names})")
     return others[0]
 

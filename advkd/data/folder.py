@@ -19,7 +19,7 @@ import numpy as np
 
 from advkd.data.geometry import resize_notes
 from advkd.data.picture import Head, Interval, interval_of, read_head, read_picture, suffixes
-from advkd.data.source import DataError, Source, plural
+from advkd.data.source import DataError, Source, brief, plural
 
 Parts = tuple[str, ...]  # a file's path below the folder
 
@@ -42,7 +42,7 @@ class Listing:
 def _counted(counts: Counter[str]) -> str:
     """The most frequent entries with their counts, and the sum of the others."""
     entries = counts.most_common()
-    named = [f"{what} ({count:,})" for what, count in entries[:_NAMED]]
+    named = [f"{brief(what, 60)} ({count:,})" for what, count in entries[:_NAMED]]
     others = sum(count for _, count in entries[_NAMED:])
     return ", ".join([*named, f"others ({others:,})"] if others else named)
 
@@ -167,12 +167,13 @@ class FolderSource(Source):
         return pixels
 
 
-def open_folder(path: Path, size: int | None, channels: int | None, crop: bool) -> FolderSource:
-    """Find a folder's images, and read the headers of all.
+def open_folder(
+    path: Path, listing: Listing, size: int | None, channels: int | None, crop: bool
+) -> FolderSource:
+    """Read the headers of a folder's images, as `list_images` lists them.
 
     DataError where there is none, where one is broken, or where nothing tells size or channels.
     """
-    listing = list_images(path)
     if not listing.files:
         passed = _counted(listing.passed)
         raise DataError(f"{path} holds no images{passed and f'; passed over: {passed}'}")
@@ -211,7 +212,7 @@ def _common_channels(files: Sequence[Path], heads: Sequence[Head]) -> int:
     channels = heads[0].channels
     for file, head in zip(files, heads, strict=True):
         if head.channels != channels:
-            first, other = ("greyscale", "RGB") if channels == 1 else ("RGB", "greyscale")
+            first, other = ("grayscale", "RGB") if channels == 1 else ("RGB", "grayscale")
             raise DataError(f"{files[0]} is {first} but {file} is {other}: choose the channels")
     return channels
 

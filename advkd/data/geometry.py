@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as Pillow's mode L
-_CHUNK = 256  # images that are converted to greyscale at once
+_CHUNK = 256  # images that are converted to grayscale at once
 
 
 def resized(image: Image.Image, size: int, crop: bool) -> Image.Image:
@@ -42,12 +42,12 @@ def conform(pixels: np.ndarray, size: int, channels: int, crop: bool) -> np.ndar
     if channels == 3 and pixels.shape[1] == 1:
         pixels = pixels.repeat(3, axis=1)
     elif channels == 1 and pixels.shape[1] == 3:
-        grey = np.empty((len(pixels), 1, size, size), pixels.dtype)
+        gray = np.empty((len(pixels), 1, size, size), pixels.dtype)
         for start in range(0, len(pixels), _CHUNK):
             part = slice(start, start + _CHUNK)
             luma = np.tensordot(_LUMA, pixels[part], axes=(0, 1))  # (B, H, W)
-            grey[part, 0] = np.rint(luma) if pixels.dtype == np.uint8 else luma
-        pixels = grey
+            gray[part, 0] = np.rint(luma) if pixels.dtype == np.uint8 else luma
+        pixels = gray
     return np.ascontiguousarray(pixels)
 
 

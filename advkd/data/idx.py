@@ -111,16 +111,19 @@ def _labels_beside(path: Path, count: int) -> np.ndarray | None:
     return None
 
 
-def idx_of_folder(folder: Path) -> tuple[Path, int] | None:
+def idx_of_folder(folder: Path, by_name: bool) -> tuple[Path, int] | None:
     """The IDX file of images that a folder stands for, and how many other files lie beside it.
 
     None where it has none. Of several, the one whose name begins with `train`; DataError where
-    that does not single one out.
+    that does not single one out. With `by_name`, a file that is named as IDX files are is one too,
+    so that a broken one is named where there is nothing else.
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if os.path.isfile(entry))
-    candidates = (name for name in names if os.path.splitext(name)[1].lower() not in suffixes())
-    files = [folder / name for name in candidates if idx_axes(folder / name) == 3]
+    others = [name for name in names if os.path.splitext(name)[1].lower() not in suffixes()]
+    files = [folder / name for name in others if idx_axes(folder / name) == 3]
+    if by_name and not files:
+        files = [folder / name for name in others if "idx3" in name]
     chosen = [file for file in files if file.name.lower().startswith("train")] or files
     if len(chosen) > 1:
         raise DataError(f"{folder} holds {chosen[0].name} and {chosen[1].name}; name one of them")

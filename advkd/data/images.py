@@ -20,7 +20,7 @@ CLASS_NAMES = dataset("fashion-mnist").classes
 
 
 def shipped(split: Literal["train", "test"]) -> ImageSet:
-    """The part of Fashion-MNIST in this package: 28x28 greyscale, 10 classes, with labels.
+    """The part of Fashion-MNIST in this package: 28x28 grayscale, 10 classes, with labels.
 
     "train" has 10,000 images, 1,000 of each class; "test" has 2,000 held-out ones, 200 of each.
     """

@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from advkd.data.geometry import resized
-from advkd.data.source import DataError
+from advkd.data.source import DataError, brief
 
 Interval = tuple[float, float]  # the values that become black and white
 _UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-_GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_GREY_ALPHA_16 = "LA;16B"  # raw mode of a PNG whose mode Pillow says is RGBA
+_GRAY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_GRAY_ALPHA_16 = "LA;16B"  # raw mode of a PNG whose mode Pillow says is RGBA
 _TRANSPARENT_SCALE = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}  # PNG's depth -> 8 bits
 _ALWAYS = 1 << 24  # pixels that an image file of any size may have
 _RATIO = 64  # pixels for each byte of the file; photographs have 1 to 20
@@ -58,7 +58,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise DataError(f"{file} is not a readable image: Pillow knows no such format") from error
     except Exception as error:  # decoders raise whatever their format makes them
-        reason = str(error) or type(error).__name__
+        reason = brief(str(error)) or type(error).__name__
         raise DataError(f"{file} is not a readable image: {reason}") from error
 
 
@@ -82,7 +82,7 @@ class Head(NamedTuple):
 
     width: int
     height: int
-    channels: int  # 1 for greyscale, 3 for everything else
+    channels: int  # 1 for grayscale, 3 for everything else
     numbers: str  # "I" for whole numbers of more than 8 bits, "F" for floats, "" for bytes
     has_frames: bool  # whether more images follow the first
 
@@ -90,8 +90,8 @@ class Head(NamedTuple):
 def read_head(file: Path) -> Head:
     """The header of an image file; DataError names a file that is no image."""
     with _opened(file) as image:
-        grey = image.mode in _GREY_MODES or _raw_mode(image) == _GREY_ALPHA_16
-        return Head(*image.size, 1 if grey else 3, _numbers(image), _has_frames(image))
+        gray = image.mode in _GRAY_MODES or _raw_mode(image) == _GRAY_ALPHA_16
+        return Head(*image.size, 1 if gray else 3, _numbers(image), _has_frames(image))
 
 
 def _numbers(image: Image.Image) -> str:

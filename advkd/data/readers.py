@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from advkd.data.arrays import open_array
-from advkd.data.folder import open_folder
+from advkd.data.folder import list_images, open_folder
 from advkd.data.idx import idx_axes, idx_of_folder, open_idx
 from advkd.data.picture import suffixes
 from advkd.data.source import DataError, Source, plural
@@ -20,9 +20,10 @@ def open_source(path: Path, size: int | None, channels: int | None, crop: bool) 
     try:
         if path.is_dir():
             return _open_folder(path, size, channels, crop)
-        if path.suffix.lower() in _ARRAY_SUFFIXES or _begins_as_array(path):
+        is_file = path.is_file()  # and no pipe or device, which might never end
+        if is_file and (path.suffix.lower() in _ARRAY_SUFFIXES or _begins_as_array(path)):
             return open_array(path, size, channels, crop)
-        if idx_axes(path) is not None or "idx3" in path.name:
+        if is_file and (idx_axes(path) is not None or "idx3" in path.name):
             return open_idx(path, size, channels, crop)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -32,9 +33,10 @@ def open_source(path: Path, size: int | None, channels: int | None, crop: bool) 
 
 
 def _open_folder(path: Path, size: int | None, channels: int | None, crop: bool) -> Source:
-    found = idx_of_folder(path)
+    listing = list_images(path)
+    found = idx_of_folder(path, by_name=not listing.files)
     if found is None:
-        return open_folder(path, size, channels, crop)
+        return open_folder(path, listing, size, channels, crop)
     file, others = found
     source = open_idx(file, size, channels, crop)
     note = f"{file.name} is read, with its labels if there are any, of {plural(others + 1, 'file')}"

@@ -30,7 +30,7 @@ import numpy as np
 
 from advkd.config import MAX_SIDE, ConfigError, build, nearest, within
 from advkd.data.readers import open_source
-from advkd.data.source import DataError, ImageSet, Source
+from advkd.data.source import DataError, ImageSet, Source, brief
 
 DESCRIPTION = "dataset.toml"
 SEARCH_PATH = "ADVKD_DATASETS"
@@ -178,7 +178,7 @@ def _read(folder: Path) -> Dataset:
         described: Description = build(Description, tree, "")
         _check(described)
     except Exception as error:  # tomllib raises RecursionError and others beside its own
-        reason = str(error) or type(error).__name__
+        reason = brief(str(error)) or type(error).__name__
         raise DataError(f"{file} cannot be used: {reason}") from error
     fields = {f.name: getattr(described, f.name) for f in dataclasses.fields(described)}
     return Dataset(**fields, name=folder.resolve().name, folder=folder)

@@ -137,7 +137,7 @@ def _num_classes(labels: np.ndarray | None, classes: tuple[str, ...] | None) -> 
 
 def describe(images: ImageSet | Source) -> list[str]:
     """Lines for people: the images, every class with its number of images, and the notes."""
-    count = plural(len(images), f"{'greyscale' if images.channels == 1 else 'RGB'} image")
+    count = plural(len(images), f"{'grayscale' if images.channels == 1 else 'RGB'} image")
     first = f"{images.source}: {count} of {images.size}x{images.size} pixels"
     return [first, _class_line(images), *images.notes]
 
@@ -152,9 +152,15 @@ def _class_line(images: ImageSet | Source) -> str:
         return "no classes"
     counts = np.bincount(images.labels, minlength=images.num_classes)
     names = images.classes or tuple(str(label) for label in range(len(counts)))
-    named = [f"{name} ({n:,})" for name, n in zip(names, counts, strict=True)]
+    named = [f"{brief(name, 60)} ({n:,})" for name, n in zip(names, counts, strict=True)]
     rest = counts[MAX_NAMED:]
     if len(rest):
         more = f"and {len(rest):,} more ({rest.min():,} to {rest.max():,} images each)"
         named = [*named[:MAX_NAMED], more]
     return f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}: {', '.join(named)}"
+
+
+def brief(text: str, most: int = 300) -> str:
+    """A text that a file provides, on one line and cut where it is longer than people read."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= most else f"{line[:most]}..."

@@ -179,8 +179,10 @@ def _opened(folder: Path, number: int, index: TrajectoryIndex) -> np.ndarray:
     shape = (index.shard, len(index.saved), *index.shape)
     try:
         found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
-        raise CheckpointError(f"{path} is not a whole array: {error}") from None
+    except Exception as error:  # numpy raises whatever its parser makes of the header
+        raise CheckpointError(f"{path} is not a whole array: {error!s:.200}") from None
+    if not isinstance(found, np.ndarray):
+        raise CheckpointError(f"{path} is an archive and not an array")
     if found.shape != shape or found.dtype != index.dtype:
         raise CheckpointError(
             f"{path} holds {found.dtype} {found.shape}, not {index.dtype} {shape}"

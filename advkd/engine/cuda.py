@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from advkd import ops
 from advkd.diffusion import StepTable
-from advkd.engine.interface import Engine, OnStep, check_labels, check_saved
+from advkd.engine.interface import Engine, OnStep, check_labels, check_saved, patched
 from advkd.engine.lowering import LoweringError
 from advkd.engine.noise import Noise
 from advkd.models import layers, unet
@@ -34,15 +34,13 @@ _WARM_UP = 3  # passes before the capture, in which libraries choose their algor
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 # A graph repeats the launches of one call, so the modules in it must be known to have no state of
-# their own in Python: these kinds, with these methods.
+# their own in Python.
 _BLOCKS: tuple[type[nn.Module], ...] = (
     *(unet.UNet, unet.DownBlock, unet.MidBlock, unet.UpBlock),
     *(layers.ResnetBlock, layers.Attention, layers.GroupNormSiLU, layers.Conv3x3),
     *(layers.Downsample, layers.Upsample, layers.TimestepEmbedding),
     *(nn.Conv2d, nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList),
 )
-_FORWARDS = {kind: kind.forward for kind in _BLOCKS}
-_UNET_METHODS = {name: getattr(UNet, name) for name in ("embed", "embed_time", "denoise")}
 
 _capturing = threading.Lock()  # one capture at a time, for they share a stream
 
@@ -150,7 +148,7 @@ def captured(
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream for all captures on a device: libraries keep memory for each they have seen."""
+    """The stream of all captures on a device: libraries keep memory for each they have seen."""
     return torch.cuda.Stream(device)
 
 
@@ -417,20 +415,12 @@ def _unsuited(model: UNet) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             return "the network is in training, with dropout"
-        if _is_changed(module):
-            return f"{name or 'the network'} has hooks or a forward of its own"
-    return None
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether something other than this package's or torch's own code runs in a module."""
-    own = {"forward"} | (set(_UNET_METHODS) if isinstance(module, UNet) else set())
-    return (
-        _FORWARDS.get(type(module)) is not type(module).forward
-        or any(getattr(UNet, name) is not method for name, method in _UNET_METHODS.items())
-        or not own.isdisjoint(vars(module))
-        or bool(module._forward_hooks or module._forward_pre_hooks)
-    )
+        if type(module) not in _BLOCKS:
+            return f"{name or 'the network'} is a {type(module).__name__}, unknown to a graph"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the network'} has hooks, which a graph cannot call"
+    method = patched(model)
+    return None if method is None else f"{method} has been replaced"
 
 
 @contextmanager

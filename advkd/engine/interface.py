@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -166,17 +167,23 @@ def patched(model: nn.Module) -> str | None:
     the object or on its class; None where all are as they were written."""
     for name, module in model.named_modules():
         kind = type(module)
-        where = name or "the network"
         for attribute in vars(module):
-            if callable(getattr(kind, attribute, None)) and attribute != "__class__":
-                return f"{where}.{attribute}"
-        forward = kind.forward
-        defined = next(base for base in kind.__mro__ if "forward" in vars(base))
-        written = f"{defined.__qualname__}.forward"
-        if defined is not nn.Module and (
-            getattr(forward, "__qualname__", "") != written
-            or getattr(forward, "__module__", "") != defined.__module__
-            or hasattr(forward, "__wrapped__")
-        ):
-            return f"{kind.__name__}.forward"
+            if callable(getattr(kind, attribute, None)):
+                return f"{name or 'the network'}.{attribute}"
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+            # Of torch's own classes, the one method that an engine stands in for.
+            names = vars(base) if base.__module__.startswith("advkd.") else ("forward",)
+            for attribute in names:
+                if _is_replaced(base, attribute):
+                    return f"{kind.__name__}.{attribute}"
     return None
+
+
+def _is_replaced(kind: type, attribute: str) -> bool:
+    """Whether a method that stands in a class was written elsewhere."""
+    method = vars(kind).get(attribute)
+    return isinstance(method, types.FunctionType) and (
+        method.__qualname__ != f"{kind.__qualname__}.{attribute}"
+        or method.__module__ != kind.__module__
+        or hasattr(method, "__wrapped__")
+    )

@@ -25,8 +25,8 @@ FIRST_FRESH = 1 << 40
 
 
 class Purpose(enum.IntEnum):
-    """What noise is for. Code 0 has version 0.1's bits; there trajectories and the fresh noise of a
-    training are told apart by their image numbers (`FIRST_FRESH`)."""
+    """What noise is for. Code 0 has version 0.1's bits; within it, image numbers separate
+    trajectories from the fresh noise of a training (`FIRST_FRESH`)."""
 
     TRAINING = 0
     SAMPLING = 1

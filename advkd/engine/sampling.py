@@ -32,7 +32,7 @@ def table_of(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTa
         raise ValueError(f"sampler={sampler!r} is not one of {SAMPLERS}")
     table = ddim_table(schedule, steps, eta) if sampler == "ddim" else ddpm_table(schedule)
     if len(table) > MAX_STEPS:
-        raise ValueError(f"{len(table)} steps are more than noise is told apart for")
+        raise ValueError(f"a sampler has at most {MAX_STEPS} steps, not {len(table)}")
     return table
 
 

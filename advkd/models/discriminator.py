@@ -1,4 +1,4 @@
-"""The discriminator D(x, k) or D(x, x_T, k): one network that judges every head's images."""
+"""The discriminator D(x, k) or D(x, x_T, k): one network for the images of every head."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from advkd.models.layers import (
 
 
 def resized_noise(x_T: Tensor, size: int) -> Tensor:
-    """x_T area-resized to `size` and scaled so that its standard deviation stays 1."""
+    """x_T averaged down to `size` and scaled so that its standard deviation stays 1."""
     return area_resized(x_T, size) * (x_T.shape[-1] // size)
 
 
 class Discriminator(nn.Module):
-    """Logits of "real": x (B, C, r, r), k -> (B,).
+    """Logits that images are real: x (B, C, r, r), head k -> (B,).
 
-    The trunk works at S/2, S/4, ... (`config.widths`). An image of full resolution enters by a
-    convolution of stride 2, a smaller one at the level of its own resolution. With `sees_noise`
-    x_T (B, C, S, S) is concatenated there: D then judges whether x is what the teacher makes of
-    x_T. k (and the label y) act by projection (Miyato & Koyama 2018).
+    The trunk works at resolutions S/2, S/4, ... with `config.widths` channels. An image of full
+    resolution enters through a convolution with stride 2, a smaller one at the level of its own
+    resolution. With `sees_noise` x_T (B, C, S, S) is concatenated to the image: D then tells
+    whether x is the teacher's image of x_T. k and the label y act by projection (Miyato & Koyama
+    2018). Raises ValueError for a size that cannot be halved so often and for a resolution in
+    `stages` that is no level.
     """
 
     def __init__(
@@ -87,14 +89,14 @@ class Discriminator(nn.Module):
         return self.levels.index(resolution)
 
     def forward(self, x: Tensor, x_T: Tensor | None, k: int, y: Tensor | None = None) -> Tensor:
-        """Logits (B,) of head k's images x (B, C, r, r), grown from x_T; y (B,) int64 labels.
+        """Logits (B,) of head k's images x (B, C, r, r), sampled from x_T; y (B,) int64 labels.
 
-        x_T is None exactly where D does not see the noise; anything else is a ValueError.
+        ValueError unless x_T is given exactly where D sees the noise, and y where it has classes.
         """
         r = x.shape[-1]
         if self.sees_noise != (x_T is not None):
             raise ValueError(
-                "this discriminator judges an image beside its noise: pass x_T (B, C, S, S)"
+                "this discriminator sees an image beside its noise: pass x_T (B, C, S, S)"
                 if self.sees_noise
                 else "this discriminator does not see the noise: pass x_T=None"
             )

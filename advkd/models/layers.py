@@ -1,7 +1,7 @@
-"""The blocks that teacher, student and discriminator are built from.
+"""The building blocks of teacher, student and discriminator.
 
 Attribute names follow diffusers where the teacher uses them, so that its tensors load by name.
-Every GroupNorm+SiLU of the package goes through `GroupNormSiLU`, and every 3x3 convolution between
+Every GroupNorm-SiLU of the package goes through `GroupNormSiLU`, and every 3x3 convolution between
 wide layers through `Conv3x3`.
 """
 
@@ -17,13 +17,16 @@ from advkd import ops
 
 
 def area_resized(images: Tensor, size: int) -> Tensor:
-    """Average pooling down to (size, size); sizes divide. Values keep their scale."""
+    """Images (B, C, S, S) averaged down to (size, size); `size` divides S."""
     factor = images.shape[-1] // size
     return images if factor == 1 else F.avg_pool2d(images, factor)
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """y = SiLU(GroupNorm(x)), or GroupNorm alone with activation="none". x (B, C, H, W)."""
+    """SiLU(GroupNorm(x)), or GroupNorm alone with activation="none"; x (B, C, H, W).
+
+    Raises ValueError unless `groups` divides `channels`.
+    """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, activation: str = "silu"):
         if channels % groups:
@@ -38,7 +41,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution that keeps the size: (B, C, H, W) -> (B, C_out, H, W)."""
+    """A 3x3 convolution with padding 1: (B, C, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -50,7 +53,7 @@ class Conv3x3(nn.Conv2d):
 def timestep_embedding(
     timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> Tensor:
-    """Sinusoids of the timestep, (B,) -> (B, dim) float32 (Vaswani et al. 2017, as in DDPM)."""
+    """Sinusoidal embedding of timesteps, (B,) -> (B, dim) float32 (Vaswani et al. 2017; DDPM)."""
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))
@@ -59,7 +62,7 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer network behind the sinusoids: (B, dim) -> (B, hidden)."""
+    """The two-layer network that follows the sinusoids: (B, dim) -> (B, hidden)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -71,9 +74,10 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice around a skip; `temb` (B, temb_channels) is added in between.
+    """Two GroupNorm-SiLU-convolutions with a residual: (B, C, H, W) -> (B, C_out, H, W).
 
-    With temb_channels=None there is no time (or class) input. (B, C, H, W) -> (B, C_out, H, W).
+    A projection of the time embedding `temb` (B, temb_channels) is added between the two; with
+    temb_channels=None there is none. The output is divided by `scale`.
     """
 
     def __init__(
@@ -110,7 +114,11 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W positions, with a residual. (B, C, H, W) -> the same."""
+    """Self-attention over the H*W positions, with a residual; its output is divided by `scale`.
+
+    Heads have `head_dim` channels; None is one head over all. Raises ValueError unless `head_dim`
+    divides `channels`.
+    """
 
     def __init__(
         self,
@@ -147,7 +155,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Convolution with stride 2; padding 0 pads right and below only, as DDPM's code does."""
+    """A 3x3 convolution with stride 2; padding 0 pads only right and bottom, as in DDPM's code."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
@@ -159,7 +167,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbor doubling, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,7 +1,8 @@
-"""The student: x_T in, image out, in one pass; its submodules stand for times of the teacher.
+"""The student: x_T in, image out, in one network pass.
 
-h_0 = stem(x_T); h_k = f_k(h_{k-1}); xhat^(k) = head_k(h_k). Two families share the submodules:
-`unet` encodes x_T and hands skips to them, `pyramid` (the paper's) has no encoder.
+h_0 = stem(x_T); h_k = f_k(h_{k-1}); xhat^(k) = head_k(h_k). Submodule f_k and its head predict the
+teacher's state at the k-th of K times. Two families share the submodules: `unet` encodes x_T and
+passes skips to them, `pyramid` (the paper's) has no encoder.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advkd.config import StudentConfig
+from advkd.config import TARGETS, StudentConfig
 from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock
 
 FAMILIES = ("unet", "pyramid")
+MAX_BLOCKS = 256  # residual blocks of all submodules
 
 
 class Head(nn.Module):
@@ -33,9 +35,10 @@ class Head(nn.Module):
 
 
 class Submodule(nn.Module):
-    """f_k: (doubling,) residual blocks, attention. (B, C, H, W) -> (B, width, size, size).
+    """f_k: upsampling where the resolution doubles, residual blocks, attention.
 
-    A change of width is a 1x1 convolution before the doubling, where pixels are few.
+    (B, C, H, W) -> (B, width, r, r). A 1x1 convolution changes the width before the upsampling,
+    where pixels are few.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Submodule(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The `unet` family's way down: one feature map of x_T per resolution, highest first."""
+    """The `unet` family's encoder: one feature map of x_T per resolution, highest first."""
 
     def __init__(self, channels: int, widths: Sequence[int], groups: int, temb: int | None):
         super().__init__()
@@ -86,7 +89,7 @@ class Encoder(nn.Module):
 
 
 class Stem(nn.Module):
-    """The `pyramid` family's start: space-to-depth of the whole x_T and a 1x1 convolution."""
+    """The `pyramid` family's stem: space-to-depth of x_T and a 1x1 convolution."""
 
     def __init__(self, channels: int, factor: int, width: int):
         super().__init__()
@@ -99,11 +102,13 @@ class Stem(nn.Module):
 
 
 class Student(nn.Module):
-    """`student(x_T, y=None, exit_at=None)` -> image, (B, C, S, S) -> (B, C, s, s) float32.
+    """The one-pass generator: `student(x_T, y=None, exit_at=None)`, (B, C, S, S) -> (B, C, r, r).
 
-    `exit_at=k` (1..K) leaves after submodule k with head k's image, at that stage's resolution;
-    with `target="state"` heads are noisy by design and leaving early is a ValueError.
-    `num_classes` makes it conditional on labels y (B,) int64.
+    `size` (S, pixels) and `channels` (C) are those of its images, `config.stages` the resolutions r
+    of its submodules, K in number. `exit_at=k` (1..K) returns the image of head k and skips what
+    follows; `target="state"` means that the heads predict noisy states, and then exit_at must be K.
+    `num_classes` makes the student conditional on labels y (B,) int64. Images are float32 in about
+    [-1, 1]. Raises ValueError for settings that do not fit each other.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class Student(nn.Module):
         num_classes: int | None = None,
     ):
         super().__init__()
-        _check(config, size)
+        _check(config, size, target)
         self.config, self.size, self.channels = config, size, channels
         self.target, self.num_classes = target, num_classes
         temb = 4 * config.widths[0] if num_classes else None
@@ -139,7 +144,7 @@ class Student(nn.Module):
             self.heads.append(Head(config.widths[k], channels, config.groups))
 
     def _trunk(self, x_T: Tensor, y: Tensor | None, depth: int) -> list[Tensor]:
-        """h_1 .. h_depth."""
+        """The features h_1 .. h_depth of x_T (B, C, S, S)."""
         temb = None
         if self.class_embedding is not None:
             if y is None:
@@ -159,39 +164,51 @@ class Student(nn.Module):
     def states(
         self, x_T: Tensor, y: Tensor | None = None, depth: int | None = None
     ) -> list[Tensor]:
-        """All heads' images xhat^(1) .. xhat^(K), each at its stage's resolution."""
+        """The images xhat^(1) .. xhat^(depth) of the heads (of all K by default).
+
+        Each is (B, C, r, r) at its stage's resolution; x_T and y are as in `forward`.
+        """
         features = self._trunk(x_T, y, len(self.heads) if depth is None else depth)
         return [head(h) for head, h in zip(self.heads, features, strict=False)]
 
     def depth_of(self, exit_at: int | None) -> int:
-        """How many submodules run; ValueError where `exit_at` cannot be."""
+        """The number of submodules that `exit_at` runs; ValueError for one that is not possible."""
         K = len(self.heads)
         depth = K if exit_at is None else exit_at
         if not 1 <= depth <= K:
             raise ValueError(f"exit_at={exit_at} is not between 1 and {K}")
         if depth < K and self.target == "state":
             raise ValueError(
-                "this student was trained on noisy states (target = 'state'), so its early heads "
-                "give no clean image and exit_at is not possible; student.states(x_T) returns them"
+                "this student was trained on noisy states (target = 'state'): its early heads give "
+                "no clean image, so exit_at is not possible; student.states(x_T) returns them"
             )
         return depth
 
     def forward(self, x_T: Tensor, y: Tensor | None = None, exit_at: int | None = None) -> Tensor:
+        """The image of head `exit_at` (by default the last) for noise x_T and labels y."""
         depth = self.depth_of(exit_at)
         image: Tensor = self.heads[depth - 1](self._trunk(x_T, y, depth)[-1])
         return image
 
 
-def _check(config: StudentConfig, size: int) -> None:
+def _check(config: StudentConfig, size: int, target: str) -> None:
+    """Raise ValueError for settings that do not fit each other."""
     stages = config.stages
     if config.family not in FAMILIES:
         raise ValueError(f"student.family={config.family!r} is not one of {FAMILIES}")
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} is not one of {TARGETS}")
     if not stages or len(stages) != len(config.widths):
         raise ValueError(f"student.widths has {len(config.widths)} entries, stages {len(stages)}")
     if min(*stages, *config.widths, config.blocks, config.groups) < 1:
         raise ValueError(
             f"student.stages={list(stages)}, widths={list(config.widths)}, blocks={config.blocks} "
             f"and groups={config.groups} must be positive"
+        )
+    if len(stages) * config.blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"student.blocks={config.blocks} in {len(stages)} stages is more than {MAX_BLOCKS} "
+            "residual blocks"
         )
     doubling = all(b in (a, 2 * a) for a, b in pairwise(stages))
     if stages[-1] != size or not doubling or size % stages[0]:

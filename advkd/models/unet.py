@@ -24,6 +24,7 @@ from advkd.models.layers import (
 )
 
 MAX_LEVELS = 16  # resolutions of a network
+MAX_BLOCKS = 256  # residual blocks on the way down
 
 # Settings of UNet2DModel that we implement for these values only (the first one is written).
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -134,7 +135,7 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 
 class DownBlock(nn.Module):
-    """layers_per_block residual blocks (with attention), then a halving unless it is the last."""
+    """`layers_per_block` residual blocks, with or without attention, then a halving unless last."""
 
     def __init__(self, config: UNetConfig, kind: str, channels: tuple[int, int], last: bool):
         super().__init__()
@@ -180,7 +181,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """layers_per_block + 1 residual blocks, each fed a skip; then a doubling unless the last."""
+    """`layers_per_block` + 1 residual blocks, each with a skip, then a doubling unless last."""
 
     def __init__(self, config: UNetConfig, kind: str, channels: tuple[int, int, int], last: bool):
         super().__init__()
@@ -228,11 +229,11 @@ def _attentions(config: UNetConfig, kind: str, channels: int, n: int) -> nn.Modu
 
 
 class UNet(nn.Module):
-    """`unet(x_t, t)` -> the network's prediction, (B, C, H, W) -> (B, C_out, H, W).
+    """The teacher's network: `unet(x_t, t, y=None)`, (B, C, H, W) -> prediction (B, C_out, H, W).
 
     t is a scalar or (B,) timestep in [0, T); y (B,) int64 labels where num_class_embeds is set.
-    `schedule` is the noise schedule it was trained with. Raises ValueError for block types or
-    shapes that the architecture does not have.
+    `schedule` is the noise schedule it was trained with. Raises ValueError for settings that do not
+    fit each other.
     """
 
     def __init__(self, config: UNetConfig, schedule: Schedule | None = None):
@@ -266,8 +267,10 @@ class UNet(nn.Module):
         return self.config.num_class_embeds
 
     def embed_time(self, t: Tensor | int, batch: int) -> Tensor:
-        """The vector of the time alone: (batch, 4 * widths[0])."""
-        timesteps = torch.as_tensor(t, device=self.conv_in.weight.device).reshape(-1).expand(batch)
+        """The time embedding without a class: (batch, 4 * widths[0])."""
+        dtype = t.dtype if isinstance(t, Tensor) else torch.float32
+        timesteps = torch.as_tensor(t, dtype=dtype, device=self.conv_in.weight.device)
+        timesteps = timesteps.reshape(-1).expand(batch)
         sinusoids = timestep_embedding(
             timesteps,
             self.config.block_out_channels[0],
@@ -278,7 +281,7 @@ class UNet(nn.Module):
         return temb
 
     def embed(self, t: Tensor | int, batch: int, y: Tensor | None = None) -> Tensor:
-        """The vector every block is told the time (and class) by: (batch, 4 * widths[0])."""
+        """The embedding of time and class that every block receives: (batch, 4 * widths[0])."""
         temb = self.embed_time(t, batch)
         if self.class_embedding is not None:
             if y is None:
@@ -289,7 +292,7 @@ class UNet(nn.Module):
         return temb
 
     def check_size(self, H: int, W: int) -> None:
-        """ValueError unless images of H x W pixels can be halved as often as this network does."""
+        """Raise ValueError unless H and W can be halved as often as this network halves them."""
         factor = 2 ** (len(self.down_blocks) - 1)
         if H % factor or W % factor:
             raise ValueError(
@@ -297,10 +300,11 @@ class UNet(nn.Module):
             )
 
     def forward(self, x_t: Tensor, t: Tensor | int, y: Tensor | None = None) -> Tensor:
+        """The prediction at x_t (B, C, H, W) and time t; see the class."""
         return self.denoise(x_t, self.embed(t, x_t.shape[0], y))
 
     def denoise(self, x_t: Tensor, temb: Tensor) -> Tensor:
-        """The prediction, given what `embed` makes of time and class."""
+        """The prediction at x_t (B, C, H, W), given the embedding of time and class."""
         self.check_size(*x_t.shape[-2:])
         h = self.conv_in(2 * x_t - 1 if self.config.center_input_sample else x_t)
         skips = [h]
@@ -320,6 +324,11 @@ def check_unet(config: UNetConfig) -> None:
     n = len(widths)
     if not 1 <= n <= MAX_LEVELS:
         raise ValueError(f"block_out_channels has {n} entries, not 1 to {MAX_LEVELS}")
+    if n * config.layers_per_block > MAX_BLOCKS:
+        raise ValueError(
+            f"layers_per_block={config.layers_per_block} at {n} resolutions is more than "
+            f"{MAX_BLOCKS} residual blocks"
+        )
     for name in ("down_block_types", "up_block_types"):
         kinds = len(getattr(config, name))
         if kinds != n:

@@ -82,6 +82,11 @@ def transformed() -> bool:
     Kernels see plain numbers only, so a tangent or a batch dimension of these would be lost; the
     references are made of torch's ops, which carry both.
     """
+    return not torch.compiler.is_compiling() and _has_level()
+
+
+def _has_level() -> bool:
+    """`transformed` in code that is not being compiled."""
     return (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -100,9 +105,19 @@ def runs_eagerly(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not transformed()
+        and not _has_level()
         and not torch._C._is_any_autocast_enabled()
     )
+
+
+def runs_eagerly_backward(*tensors: Tensor) -> bool:
+    """`runs_eagerly` where gradients may come in batches, of torch.autograd.grad(is_grads_batched).
+
+    Those are batches of an older kind than torch.func's, which only the tensors know of.
+    """
+    if not runs_eagerly(*tensors):
+        return False
+    return not any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def fused_extension() -> ModuleType:

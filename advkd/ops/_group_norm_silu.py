@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advkd.ops import _backend, reference
 from advkd.ops._address import address, addresses
-from advkd.ops._backend import runs_eagerly, use_fused
+from advkd.ops._backend import runs_eagerly, runs_eagerly_backward, use_fused
 from advkd.ops._registry import Kernel, register
 from advkd.ops.reference import Affine, Norm
 
@@ -373,7 +373,7 @@ class _CpuGroupNormSilu(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and the parameters that need one; differentiable if that is wanted."""
         x, *affine, statistics = ctx.saved_tensors
-        if torch.is_grad_enabled() or not runs_eagerly(grad_y, x):
+        if torch.is_grad_enabled() or not runs_eagerly_backward(grad_y):
             return _needed(ctx, _BACKWARD_OP(grad_y, x, *affine, *statistics, *ctx.norm))
         dx, gradients = _cpu_backward(
             grad_y, _dense(x), affine, ctx.norm, _statistics_at(statistics)

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from advkd.kernels import unavailable_reason as triton_missing
 from advkd.ops import _backend
-from advkd.ops._backend import runs_eagerly, transformed
+from advkd.ops._backend import runs_eagerly, runs_eagerly_backward, transformed
 
 
 class Kernel(NamedTuple):
@@ -44,7 +44,7 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = self._given(arguments)
-        if not runs_eagerly(*tensors):
+        if not runs_eagerly_backward(*tensors):
             return self.dispatched(*arguments)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self._tracked(*arguments)
@@ -73,14 +73,14 @@ class Op:
 
     def below_autograd(self, *arguments: Any) -> Any:
         """The op in the forward of its own gradient."""
-        if runs_eagerly(*self._given(arguments)):
+        if runs_eagerly_backward(*self._given(arguments)):
             return self.run(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.dispatched(*arguments)
 
     def unavailable(self, first: Tensor) -> str | None:
         """Why no kernel serves calls with this first tensor, as a clause; None where one does."""
-        if not torch.compiler.is_compiling() and transformed():
+        if transformed():
             return "no kernel carries the tangents and batches of forward-mode AD and torch.func"
         return self._unserved(first, self.cpu if first.is_cpu else self.cuda)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advkd.ops import reference
 from advkd.ops._address import address, addresses
-from advkd.ops._backend import fused_extension, use_fused
+from advkd.ops._backend import fused_extension, transformed, use_fused
 from advkd.ops._noise import check_stream, signed, unsigned
 from advkd.ops._registry import Kernel, register
 
@@ -80,6 +80,15 @@ def _check_sampling_step(
         raise ValueError(f"clip={clip} is negative or not a number.")
 
 
+def _dense(x_t: Tensor, model_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without gaps, in x_t's memory format."""
+    memory_format = reference.memory_format_of(x_t)
+    return (
+        x_t.contiguous(memory_format=memory_format),
+        model_out.contiguous(memory_format=memory_format),
+    )
+
+
 def _sampling_step_reference(
     x_t: Tensor,
     model_out: Tensor,
@@ -89,12 +98,11 @@ def _sampling_step_reference(
     image_index: Tensor,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    memory_format = reference.memory_format_of(x_t)
-    x_t = x_t.contiguous(memory_format=memory_format)
-    model_out = model_out.contiguous(memory_format=memory_format)
     noise = None
     if coefficients[5] != 0:
         noise = reference.philox_normal(seed, image_index, step, *x_t.shape[1:])
+    if not transformed():
+        x_t, model_out = _dense(x_t, model_out)
     return reference.sampling_step(x_t, model_out, coefficients, clip, noise)
 
 
@@ -120,15 +128,14 @@ def _sampling_step_cpu(
     image_index: Tensor,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    memory_format = reference.memory_format_of(x_t)
-    x_t = x_t.contiguous(memory_format=memory_format)
-    model_out = model_out.contiguous(memory_format=memory_format)
+    x_t, model_out = _dense(x_t, model_out)
+    channels_last = reference.memory_format_of(x_t) == torch.channels_last
     image_index = image_index.contiguous()
     x_prev, x0_hat = torch.empty_like(x_t), torch.empty_like(x_t)
     batch, channels, height, width = x_t.shape
     fused_extension().sampling_step(
         *addresses(torch.float32, x_t, model_out, x_prev, x0_hat),
-        batch, channels, height * width, memory_format == torch.channels_last, *coefficients, clip,
+        batch, channels, height * width, channels_last, *coefficients, clip,
         unsigned(seed), address(image_index, torch.int64), step, torch.get_num_threads(),
     )  # fmt: skip
     return x_prev, x0_hat

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from advkd.ops._backend import transformed
 
 _WORD = 0xFFFFFFFF
 
@@ -44,6 +45,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.dim() in (4, 5) and not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1:
         return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
+
+
+def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's memory format, or as it is where a transform like vmap knows no layouts."""
+    return y if transformed() else y.contiguous(memory_format=memory_format_of(x))
 
 
 def philox_words(
@@ -88,8 +94,9 @@ def _box_muller_radius(bits: Tensor) -> Tensor:
 
 
 def _rounded_sqrt(x: Tensor) -> Tensor:
-    # torch.sqrt on the CPU may be the vector library of MKL, which is off by an ulp at times.
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
+    # In float32, torch.sqrt on the CPU may be MKL's, which is off by an ulp at times. No square
+    # root of a float32 lies so near the middle of two that an ulp of float64 decides.
+    return torch.sqrt(x.double()).float()
 
 
 def _box_muller_angle(bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +163,10 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def group_norm_silu(x: Tensor, affine: Affine, norm: Norm) -> Tensor:
     """act((GN(x) weight + bias) (1 + scale) + shift); see `advkd.ops.group_norm_silu`."""
+    if transformed():
+        # Not all transforms know torch's group_norm in channels_last, and the gradient of its SiLU.
+        u = _Normalized(x, affine, norm).u
+        return (u * torch.sigmoid(u) if norm.silu else u).reshape(x.shape).to(x.dtype)
     wide = wide_dtype(x.dtype)
     weight, bias = (t if t is None else t.to(wide) for t in affine[:2])
     if weight is None and bias is not None:
@@ -168,7 +179,7 @@ def group_norm_silu(x: Tensor, affine: Affine, norm: Norm) -> Tensor:
     if affine.shift is not None:
         y = y + affine.shift.to(wide).reshape(*x.shape[:2], *pixels)
     y = F.silu(y) if norm.silu else y
-    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+    return _laid_out_like(x, y.to(x.dtype))
 
 
 def group_norm_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -245,7 +256,7 @@ def group_norm_silu_backward(
         g = g * _silu_slopes(at.u)[0]
     grad_n = g * at.gain
     dx = at.projected(grad_n * at.w).reshape(x.shape).to(x.dtype)
-    return dx.contiguous(memory_format=memory_format_of(x)), Affine(
+    return _laid_out_like(x, dx), Affine(
         _summed_like(affine.weight, grad_n * at.xhat),
         _summed_like(affine.bias, grad_n),
         _summed_like(affine.scale, g * at.n),

@@ -6,6 +6,7 @@ Each is one function that takes the run, leaves its result in the folder and ret
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ import torch
 
 from advkd.config import ConfigError, to_toml
 from advkd.console import Interrupted, StopSignals, progress_bar
+from advkd.data import describe, probe
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.engine.cache import engine_for
 from advkd.engine.noise import Noise, Purpose
@@ -43,12 +45,23 @@ def run_stages(run: Run, stages: tuple[str, ...]) -> None:
     stage is missing that one of these needs.
     """
     check(run, stages)
+    if run.config.data.path and not all(map(run.is_done, stages)):
+        _announce(run)
     for stage in stages:
         missing = [s for s in STAGES[: STAGES.index(stage)] if not run.is_done(s)]
         if missing:
             raise CheckpointError(f"stage {stage} needs {missing[0]}, which {run.path} lacks")
         if not run.is_done(stage):
             run.finish(stage, _MAKERS[stage](run))
+
+
+def _announce(run: Run) -> None:
+    """Say on stderr which of the user's images were taken, and what was passed over."""
+    images, d = run.images(), run.config.data
+    if images is not None:
+        lines = describe(probe(d.path, size=d.size, channels=d.channels, crop=d.crop))
+        lines.append(f"held out to evaluate by: {len(images.held_out):,} images")
+        print("\n".join(f"advkd: {line}" for line in lines), file=sys.stderr)
 
 
 def make_teacher(run: Run) -> float:

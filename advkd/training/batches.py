@@ -11,7 +11,7 @@ from torch import Tensor
 from advkd.config import Config, ConfigError
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
-from advkd.engine.noise import FIRST_FRESH, Noise, Purpose
+from advkd.engine.noise import FIRST_FRESH
 from advkd.models.layers import area_resized
 from advkd.training.streams import generator_at
 
@@ -108,7 +108,7 @@ class Batches:
     def _fresh_noise(self, step: int) -> Labeled:
         """Noise that no other step sees, and no store holds."""
         index = self.trajectories.index
-        noise = Noise(index.seed, Purpose.TRAINING)
+        noise = index.noise  # the purpose is the same, and the image numbers are beyond any store's
         first = FIRST_FRESH + step * self.size
         numbers = torch.arange(first, first + self.size)
         y = noise.labels(numbers, index.num_classes)

@@ -91,7 +91,7 @@ def _stem(name: str, step: int) -> str:
 
 
 def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; of that name, only it and the KEPT - 1 before it stay.
+    """Write a checkpoint; only it and the KEPT - 1 of its name before it stay.
 
     Everything else of that name goes: later steps, which were passed over as broken, and what a
     crash left half written.
@@ -118,12 +118,13 @@ def latest_checkpoint(folder: Path, name: str) -> Checkpoint | None:
             content = read_json(closing)
             if content.pop("seal", None) != seal(content):
                 raise CheckpointError(f"{closing} is not the file that was written")
-            step, values, sha256 = (content.get(key) for key in ("step", "values", "sha256"))
-            named = type(step) is int and _stem(name, step) == closing.stem
-            if not (named and isinstance(values, dict) and isinstance(sha256, str)):
-                raise CheckpointError(f"{closing} does not describe a checkpoint")
-            tensors = read_tensors(closing.with_suffix(".safetensors"), sha256)
-            return Checkpoint(step, tensors, values)
+            match content:
+                case {"step": int(step), "sha256": str(sha256), "values": dict(values)} if (
+                    _stem(name, step) == closing.stem
+                ):
+                    tensors = read_tensors(closing.with_suffix(".safetensors"), sha256)
+                    return Checkpoint(step, tensors, values)
+            raise CheckpointError(f"{closing} does not describe a checkpoint of its name")
         except CheckpointError as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
     return None

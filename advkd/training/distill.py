@@ -58,7 +58,7 @@ def check_settings(settings: DistillConfig, K: int) -> None:
 
 
 class Adversary(NamedTuple):
-    """The discriminator's side of a step, where the last head's images have met it."""
+    """The discriminator's side of a step, before any gradient is taken."""
 
     loss: Tensor  # L_D without the gradient penalty
     fakes: list[Tensor]  # the images that D saw, as leaves

@@ -130,6 +130,7 @@ class TeacherTraining(Training):
 
 
 def check_data(config: Config, images: ImageSet) -> None:
+    """ConfigError where channels or labels of the images do not fit the teacher."""
     unet = config.unet
     if {unet.in_channels, unet.out_channels} != {images.channels}:
         raise ConfigError(

@@ -65,7 +65,7 @@ struct StoreOutput {
   }
 };
 
-// One block of queries of one head. Scores are in units of log 2.
+// One block of queries of one head. Scores are base-2 logarithms.
 template <class T>
 class QueryBlock {
  public:
@@ -122,8 +122,8 @@ class QueryBlock {
     multiply<T>(PackedColumns<T>{scores_, block}, values, count_, head_vectors_, keys, store);
   }
 
-  // Turns the scores of the queries [lane, lane + kLanes) into weights relative to their maximum;
-  // carry: by what the sums over earlier tiles shrink, as their maximum was a lower one.
+  // Replaces the scores of the queries [lane, lane + kLanes) by weights relative to their maximum.
+  // carry: by what the sums over earlier tiles shrink, as their maximum was lower.
   void exponentiate(std::int64_t lane, T* scores, std::int64_t keys, bool last) const {
     const T infinity = std::numeric_limits<T>::infinity();
     const Vector highest = load_vector(highest_ + lane);
@@ -156,7 +156,8 @@ class QueryBlock {
   const Parts<T>& keys_;
   const std::int64_t sample_, head_, first_, count_, vectors_, head_vectors_;
   const Buffer<T> memory_;
-  // For each query: the highest score so far, the sum of weights, and StoreOutput's factors.
+  // For each query: the highest score so far, the sum of weights, and what StoreOutput multiplies
+  // by.
   T *const highest_, *const sum_, *const carry_, *const gain_;
   T *const q_, *const scores_, *const values_;  // packed: scaled queries, a tile's scores, values
 };

@@ -1,8 +1,8 @@
-// Attention without a mask, backward: FlashAttention-2 (Dao 2023), algorithm 2, on the CPU. The keys
-// of a head are cut into ranges, of which each sums its share of dq apart, and the shares are added
-// in order. The ranges follow from the shape, so the result does not depend on how many threads
-// there are; only whether a task takes all ranges of a head or one of them does. Every row of dk
-// and dv has one writer.
+// Attention without a mask, backward: FlashAttention-2 (Dao 2023), algorithm 2, on the CPU. The
+// keys of a head are cut into ranges, of which each sums its share of dq by itself, and the shares
+// are added in order. The ranges follow from the shape, so the result does not depend on how many
+// threads there are; only whether a task takes all ranges of a head or one of them does. Every row
+// of dk and dv has one writer.
 #include <cstdint>
 #include <limits>
 
@@ -121,11 +121,11 @@ struct Split {
   }
 };
 
-// Ranges of keys of one head. Scores are in units of log 2.
+// Ranges of keys of one head. Scores are base-2 logarithms.
 template <class T>
 class KeyRanges {
  public:
-  // `shares` keeps those that the ranges [1, ...) of all heads have of dq; null where this task
+  // `shares` takes the shares of dq of the ranges [1, ...) of all heads; null where this task
   // takes all ranges of its head.
   KeyRanges(const AttentionBackwardArgs<T>& args, const Split<T>& split, std::int64_t task,
             T* shares)
@@ -195,7 +195,8 @@ class KeyRanges {
             b_operand(grad, count, head_dim, grad_packed_)};
   }
 
-  // Where a range's share of dq goes: the first range's is what the others' are added to.
+  // Where a range's share of dq is summed: the first range's is dq itself, to which the others' are
+  // added.
   OutRows<T> dq_of(std::int64_t range, std::int64_t query) const {
     if (range == 0) return out_rows_of(args_.dq, sample_, head_, query);
     const std::int64_t head_dim = args_.shape.head_dim;
@@ -245,7 +246,7 @@ class KeyRanges {
   T *const share_, *const k_packed_, *const weights_;
 };
 
-// Adds to rows of dq of one head what its ranges [1, ...) have of them.
+// Adds the shares of the ranges [1, ...) of one head to rows of its dq.
 template <class T>
 void add_shares(const AttentionBackwardArgs<T>& args, const Split<T>& split, const T* shares,
                 std::int64_t head, std::int64_t first, std::int64_t rows) {
@@ -267,7 +268,7 @@ void attention_backward(const AttentionBackwardArgs<T>& args) {
   const AttentionShape& shape = args.shape;
   if (shape.batch * shape.heads * shape.queries == 0) return;
   const Split<T> split(shape);
-  // Ranges that are apart prepare the queries each for itself.
+  // Where ranges are tasks of their own, each prepares the queries itself.
   const bool apart = split.heads < args.threads && split.ranges.count > 1;
   const Buffer<T> shares(
       apart ? split.heads * (split.ranges.count - 1) * shape.queries * shape.head_dim : 0);

@@ -8,7 +8,7 @@
 
 namespace advkd::ADVKD_ISA {
 
-// Uninitialised memory on a cache line's boundary.
+// Uninitialized memory on a cache line's boundary.
 template <class T>
 class Buffer {
  public:

@@ -1,6 +1,6 @@
-// Direct convolution as one product: pixels times (kernel rows, kernel columns, channels). The input
-// of a block is prepared once for each column of the kernel, shifted by it, so that the pixels of
-// all its rows lie kPanel floats apart whatever the image's width.
+// Direct convolution as one product: pixels times (kernel rows, kernel columns, channels). The
+// input of a block is prepared once for each column of the kernel, shifted by it, so that the
+// pixels of all its rows lie kPanel floats apart whatever the image's width.
 #include <vector>
 
 #include "cpu/convolution_tile.h"
@@ -75,7 +75,7 @@ class Direct {
   }
 
  private:
-  // Pixels whose products are written while they are in the first-level cache.
+  // Pixels whose products are written while they are in the L1 cache.
   static constexpr std::int64_t kChunk = 48;
 
   // `count` pixels of a block from number `first` on.

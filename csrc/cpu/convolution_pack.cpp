@@ -1,5 +1,5 @@
-// Packs weights in panels of kPanel output channels: [panel][row][column][in][kPanel], with zeros for
-// the channels a last panel lacks.
+// Packs weights in panels of kPanel output channels: [panel][row][column][in][kPanel], with zeros
+// for the channels a last panel lacks.
 #include "cpu/kernels.h"
 #include "cpu/product.h"
 #include "cpu/convolution_tile.h"
@@ -44,7 +44,8 @@ struct Taps {
 
 void pack_convolution(const ConvolutionShape& shape, const ConvolutionWeights& weights,
                       float* packed) {
-  const std::int64_t channels = shape.in_channels, panels = (shape.out_channels + kPanel - 1) / kPanel;
+  const std::int64_t channels = shape.in_channels;
+  const std::int64_t panels = (shape.out_channels + kPanel - 1) / kPanel;
   const int taps_count = shape.kernel * shape.kernel;
   Taps taps;
   for (std::int64_t o = 0; o < panels * kPanel; o += kWidth) {

@@ -1,4 +1,5 @@
-// The products of the convolutions, apart from what they are used for, as they take long to compile.
+// The products of the convolutions, apart from what they are used for, as they take long to
+// compile.
 #include "cpu/convolution_product.h"
 
 namespace advkd::ADVKD_ISA {
@@ -25,8 +26,8 @@ struct Store {
 }  // namespace
 
 void multiply_rows(const PreparedRows& a, const Panels& b, float* to) {
-  const AOperand<kPanel, 1> factor = {a.at, a.segments, a.segment_count};
-  multiply(factor, b, a.rows, Store{to, b.count * kPanel});
+  const AOperand<kPanel, 1> a_operand = {a.at, a.segments, a.segment_count};
+  multiply(a_operand, b, a.rows, Store{to, b.count * kPanel});
 }
 
 }  // namespace advkd::ADVKD_ISA

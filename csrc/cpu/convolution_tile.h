@@ -1,5 +1,5 @@
 // What the convolutions share: reading of inputs, products of prepared inputs and packed weights,
-// writing of outputs, and the way through the blocks.
+// writing of outputs, and the order of the blocks.
 #pragma once
 
 #include <atomic>
@@ -20,8 +20,8 @@ struct Segment {
   std::int64_t offset, count;
 };
 
-// Pixels or tiles of a prepared input: rows are kPanel floats apart, and so are their channels' blocks
-// and the kernel's places, which are the segments.
+// Pixels or tiles of a prepared input: rows are kPanel floats apart. Segments are the blocks of
+// channels at each position of the kernel.
 struct PreparedRows {
   const float* at;
   const Segment* segments;
@@ -34,7 +34,7 @@ struct Panels {
   std::int64_t step, count;
 };
 
-// The product, a row of all panels' columns after the other.
+// Stores the product row by row, each with the columns of all panels.
 void multiply_rows(const PreparedRows& a, const Panels& b, float* to);
 
 static inline ConvolutionBlock block_at(const ConvolutionPlan& plan, std::int64_t batch,
@@ -127,7 +127,7 @@ class RowReader {
   const std::int64_t channel_, lanes_;
 };
 
-// Writes (sum + bias + residual) * scale for the channels of one vector.
+// Writes (accumulator + bias + residual) * scale for the channels of one vector.
 class OutputWriter {
  public:
   OutputWriter() = default;
@@ -165,7 +165,7 @@ class OutputWriter {
   Vector bias_ = {};
 };
 
-// Those of the vectors of a group of panels that hold channels.
+// The writers of a group of panels, one for each vector that holds channels.
 class OutputWriters {
  public:
   OutputWriters(const ConvolutionArgs& args, std::int64_t image, std::int64_t channel,
@@ -183,7 +183,8 @@ class OutputWriters {
   int count_ = 0;
 };
 
-// Calls task(0) ... task(count - 1) on the threads, telling each which thread's memory is its.
+// Calls task(index, slot) for each index in [0, count) on the threads; no two threads have the same
+// slot at a time, so that each slot may have memory of its own.
 template <class Task>
 void for_each_slot(std::int64_t count, int threads, const Task& task) {
   std::atomic<std::int64_t> next{0};
@@ -196,9 +197,9 @@ void for_each_slot(std::int64_t count, int threads, const Task& task) {
   });
 }
 
-// Goes through all blocks. Method: prepare(block, channel_block, a, scratch) makes a part of a block's
-// A operand, transform(panel, panels, b) the B operand of some panels, if that is not the packed
-// weights, and multiply(block, panel, panels, a, b, products) their output.
+// Computes all blocks. Method: prepare(block, channel_block, a, scratch) makes a part of a
+// block's A operand, transform(panel, panels, b) the B operand of some panels, if that is not the
+// packed weights, and multiply(block, panel, panels, a, b, products) their output.
 template <class Method>
 class BlockRunner {
  public:
@@ -221,9 +222,11 @@ class BlockRunner {
     return group * plan_.panels / plan_.groups;
   }
   float* own(std::int64_t slot) const { return own_ + slot * plan_.own_size(); }
-  const float* packed(std::int64_t panel) const { return args_.packed + panel * plan_.packed_panel; }
+  const float* packed(std::int64_t panel) const {
+    return args_.packed + panel * plan_.packed_panel;
+  }
 
-  // Few weights: they are transformed before all, and stay in the cache.
+  // Few weights: all are transformed first, and stay in the cache.
   void run_apart() const {
     float* const transformed = args_.workspace;
     if (plan_.transformed_panel != 0) method_.transform(0, plan_.panels, transformed);

@@ -80,7 +80,8 @@ static inline VectorOf<double> exp_of(VectorOf<double> x) {
   return x;
 }
 
-// The natural logarithm of x >= 2^-126, within 2 ulp, by the polynomial of philox.h; NaN stays NaN.
+// The natural logarithm of x >= 2^-126, within 2 ulp, by the polynomial of runtime/normals.h; NaN
+// stays NaN.
 static inline VectorOf<float> log_of(VectorOf<float> x) {
   typedef std::int32_t Bits __attribute__((vector_size(sizeof x)));
   const Bits exponent = ((Bits)x - 0x3F3504F3) >> 23;

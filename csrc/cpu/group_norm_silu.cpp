@@ -71,7 +71,7 @@ struct AddDeviations {
 };
 
 template <class S, bool kSilu, bool kStream>
-struct Normalise {
+struct Normalize {
   using T = WideOf<S>;
   static constexpr int kMostRows = 2;
   const S* x;
@@ -98,7 +98,7 @@ struct Normalise {
   struct Column {
     const VectorOf<T> mean, factor, shift;
 
-    Column(const Normalise& of, std::int64_t column)
+    Column(const Normalize& of, std::int64_t column)
         : mean(load_vector(of.mean + column)),
           factor(load_vector(of.factor + column)),
           shift(load_vector(of.shift + column)) {}
@@ -183,24 +183,24 @@ class Forward {
   }
 
   void finish(std::int64_t instance, std::int64_t index) const {
-    const auto normalise = args_.silu ? (streams_ ? &Forward::normalise<true, true>
-                                                  : &Forward::normalise<true, false>)
-                                      : (streams_ ? &Forward::normalise<false, true>
-                                                  : &Forward::normalise<false, false>);
-    (this->*normalise)(cut_.block(instance, index), map_of(cut_.image_of(instance)));
+    const auto normalize = args_.silu ? (streams_ ? &Forward::normalize<true, true>
+                                                  : &Forward::normalize<true, false>)
+                                      : (streams_ ? &Forward::normalize<false, true>
+                                                  : &Forward::normalize<false, false>);
+    (this->*normalize)(cut_.block(instance, index), map_of(cut_.image_of(instance)));
     if (streams_) end_streaming();
   }
 
  private:
   template <bool kSilu, bool kStream>
-  void normalise(const Block& block, const T* maps) const {
+  void normalize(const Block& block, const T* maps) const {
     const S* const x = args_.x + block.start;
     S* const y = args_.y + block.start;
     const std::int64_t period = columns_.period, size = map_size();
     if (cut_.last) {
       each_column<T>(
           block.length, period,
-          Normalise<S, kSilu, kStream>{x, y, period, maps, maps + size, maps + 2 * size, ahead_});
+          Normalize<S, kSilu, kStream>{x, y, period, maps, maps + size, maps + 2 * size, ahead_});
       return;
     }
     T mean[kShortestPeriod], factor[kShortestPeriod], shift[kShortestPeriod];
@@ -212,11 +212,12 @@ class Forward {
       const std::int64_t at = i * block.run;
       each_column<T>(
           block.run, period,
-          Normalise<S, kSilu, kStream>{x + at, y + at, period, mean, factor, shift, ahead_});
+          Normalize<S, kSilu, kStream>{x + at, y + at, period, mean, factor, shift, ahead_});
     }
   }
 
-  // The mean of a block's first elements, by group, as T holds it: to every column, and to out.
+  // Sets every column's origin, and out, to its group's mean of a block's first elements, rounded
+  // to T.
   void set_origins(const double* sums, double share, Moments* out, T* origin) const {
     const std::int64_t size = columns_.channels / columns_.groups;
     for (std::int64_t g = 0; g < columns_.groups; ++g) {
@@ -261,8 +262,8 @@ class Forward {
   const Buffer<T> maps_;           // ChannelMaps of each image's columns (NHWC) or channels
   const Buffer<std::int32_t> group_of_;
   const bool streams_;
-  // How far the second phase looks ahead. What it reads of a resident instance is in the cache, and what
-  // this thread reads next is likely the instance after those that the others have.
+  // How far the second phase looks ahead. What it reads of a resident instance is in the cache, and
+  // what this thread reads next is likely the instance after those that the others have.
   const std::int64_t ahead_;
 };
 

@@ -14,7 +14,7 @@
 namespace advkd::ADVKD_ISA {
 
 constexpr std::int64_t kBlockElements = 1 << 14;     // 64 KiB of float32
-constexpr std::int64_t kResidentElements = 1 << 17;  // 512 KiB: stays in the second-level cache
+constexpr std::int64_t kResidentElements = 1 << 17;  // 512 KiB: stays in the L2 cache
 constexpr std::int64_t kStreamedBytes = 1 << 23;     // outputs from here on pass the cache
 constexpr std::int64_t kAheadBytes = 1 << 13;
 constexpr std::int64_t kShortestPeriod = 64;
@@ -25,19 +25,19 @@ static inline std::int64_t parts(std::int64_t whole, std::int64_t size) {
   return (whole + size - 1) / size;
 }
 
-// Uninitialised memory of the calling thread, kept for its next tasks: small maps are done sooner
-// than memory is had. What was there before is lost.
+// Uninitialized memory of the calling thread, reused by its next tasks: allocating would take
+// longer than a small map takes. What it held before is lost.
 template <class T>
 T* scratch(std::int64_t size) {
-  thread_local std::unique_ptr<Buffer<T>> kept;
-  thread_local std::int64_t kept_size = 0;
-  if (kept_size < size) {
-    kept = nullptr;
-    kept_size = 0;
-    kept = std::make_unique<Buffer<T>>(size);
-    kept_size = size;
+  thread_local std::unique_ptr<Buffer<T>> memory;
+  thread_local std::int64_t memory_size = 0;
+  if (memory_size < size) {
+    memory = nullptr;
+    memory_size = 0;
+    memory = std::make_unique<Buffer<T>>(size);
+    memory_size = size;
   }
-  return kept->data();
+  return memory->data();
 }
 
 template <class T>
@@ -55,7 +55,7 @@ inline void add(T* __restrict to, const T* __restrict what, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) to[i] += what[i];
 }
 
-// The sums of `size` neighbours each.
+// The sums of `size` neighbors each.
 static inline void sum_groups(const double* from, std::int64_t groups, std::int64_t size,
                               double* to) {
   for (std::int64_t g = 0; g < groups; ++g) {
@@ -65,16 +65,16 @@ static inline void sum_groups(const double* from, std::int64_t groups, std::int6
   }
 }
 
-// A part of an instance: consecutive elements in memory. In NHWC, whole pixels. In NCHW, whole channels,
-// or a part of one; `run` is the number of elements of each.
+// A part of an instance: consecutive elements in memory. In NHWC, whole pixels. In NCHW, whole
+// channels, or a part of one; `run` is the number of elements of each.
 struct Block {
   std::int64_t start, length;  // in elements
   std::int64_t channel, channels, run;
 };
 
-// How a call is cut; it follows from the shape, never from the number of threads. An instance is what
-// has statistics of its own: an image (NHWC, with those of all its groups) or a group of an image
-// (NCHW).
+// How a call is cut; it follows from the shape, never from the number of threads. An instance is
+// what has statistics of its own: an image (NHWC, with those of all its groups) or a group of an
+// image (NCHW).
 struct Cut {
   bool last;
   std::int64_t channels, pixels, groups, group_channels;
@@ -124,14 +124,14 @@ static inline void set_group_of(const Cut& cut, std::int32_t* group_of) {
   }
 }
 
-// As many of the threads as a call is worth.
+// How many of the threads a call is worth waking.
 static inline int threads_for(const ImageShape& shape, double cycles_per_element, int threads) {
   const double elements = static_cast<double>(shape.batch * shape.elements());
   return advkd::threads_for(cycles_per_element * elements, threads);
 }
 
-// Runs a kernel's phases: each block is measured, then the instance's results are settled, then each
-// block is finished, last ones first, as those are still in the cache.
+// Runs a kernel's phases: each block is measured, then the instance's results are settled, then
+// each block is finished, last ones first, as those are still in the cache.
 template <class Kernel>
 void run_phases(const Kernel& kernel, const Cut& cut, int threads) {
   const bool resident = cut.resident();
@@ -176,7 +176,7 @@ class Columns {
 
   std::int64_t padded() const { return parts(width, kLanes) * kLanes; }
 
-  // The values of the channels, which are in their place, to all columns.
+  // Copies the values of the first columns, one for each channel, to all columns.
   void repeat(T* columns) const {
     for (std::int64_t k = channels; k < width; k += channels) {
       for (std::int64_t c = 0; c < channels; ++c) columns[k + c] = columns[c];
@@ -227,7 +227,7 @@ inline void each_column(std::int64_t length, std::int64_t period, const Body& bo
   }
 }
 
-// What will be read soon, to the first-level cache; the processor itself looks ahead too little for
+// What will be read soon, to the L1 cache; the processor itself looks ahead too little for
 // a kernel that computes as much as it reads.
 template <class S>
 inline void prefetch(const S* at) {
@@ -249,7 +249,7 @@ inline VectorOf<T> silu_slope(const VectorOf<T>& u) {
   return gate * (u * (T(1) - gate) + T(1));
 }
 
-// What the channels of a group share: its mean, as T holds it and what is left of it, and 1/deviation.
+// What the channels of a group share: its mean rounded to T, the rest of it, and 1 / deviation.
 template <class T>
 struct GroupValues {
   T *mean, *rest, *rstd;
@@ -261,20 +261,21 @@ struct GroupValues {
   }
 };
 
-// For channels of one image: u = (x - mean) factor + shift, which is what the activation gets, with
-// the rest of the mean in the shift.
+// For channels of one image: u = (x - mean) factor + shift, the activation's argument, with the
+// rest of the mean in the shift.
 template <class T>
 struct ChannelMaps {
   T *mean, *factor, *shift;
 };
 
-// Sets the maps of the channels of one instance, `first` being the first of them; group_of tells which
-// of `values` is a channel's. Loops over all channels, as groups are too small to be vectors.
+// Sets the maps of the channels of one instance, `first` being the first of them; group_of tells
+// which of `values` is a channel's. Loops over all channels, as groups are too small to be vectors.
 template <class T>
 void set_channel_maps(const AffineParameters<T>& affine, const Cut& cut, std::int64_t instance,
                       const std::int32_t* group_of, const GroupValues<T>& values,
                       const ChannelMaps<T>& maps) {
-  const std::int64_t count = cut.instance_channels, first = cut.group_of(instance) * cut.group_channels;
+  const std::int64_t count = cut.instance_channels;
+  const std::int64_t first = cut.group_of(instance) * cut.group_channels;
   const std::int64_t at = cut.image_of(instance) * cut.channels + first;
   T *const mean = maps.mean + first, *const factor = maps.factor + first;
   T* const shift = maps.shift + first;

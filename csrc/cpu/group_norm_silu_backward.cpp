@@ -1,4 +1,4 @@
-// GroupNorm-SiLU, backward. With d = x - mean, g = dL/du (u is what the activation gets), a the
+// GroupNorm-SiLU, backward. With d = x - mean, g = dL/du (u is the activation's argument), a the
 // factor between xhat and u, and means over a group's N elements:
 //
 //   dx = rstd (g a - mean(g a) - xhat mean(g a xhat)),   xhat = d rstd,
@@ -12,7 +12,7 @@ namespace advkd::ADVKD_ISA {
 namespace {
 
 // Where dx comes from: g is either what the gradient of y already is (no activation), or was left
-// in dx by the first phase, or is computed once more, which costs less than memory.
+// in dx by the first phase, or is recomputed, which costs less than the memory.
 enum class Source { kGradY, kStored, kRecomputed };
 
 // One value for each column or channel. u = d factor + shift; dx = g factor + d slope + offset.
@@ -201,7 +201,7 @@ class Backward {
     return holds ? Source::kStored : Source::kRecomputed;
   }
 
-  // What the first phase needs to know of every channel.
+  // Sets the maps that the first phase reads.
   void prepare(std::int64_t instance) const {
     const std::int64_t image = cut_.image_of(instance), groups = cut_.instance_groups;
     T* const memory = scratch<T>(3 * groups);
@@ -279,12 +279,13 @@ class Backward {
     }
   }
 
-  // What the mean is off as the arithmetic's type holds it.
+  // The part of the mean that is lost when it is rounded to T.
   static double rest_of(double mean) { return mean - static_cast<double>(static_cast<T>(mean)); }
 
   // With a channel's sums of g and of g d: the gradients of its scale and shift, and its image's
   // part in those of weight and bias.
-  void keep_for_parameters(std::int64_t instance, const double* sums, const double* products) const {
+  void keep_for_parameters(std::int64_t instance, const double* sums,
+                           const double* products) const {
     const std::int64_t first = cut_.group_of(instance) * cut_.group_channels;
     const std::int64_t at = cut_.image_of(instance) * cut_.channels + first;
     const AffineParameters<T>& affine = args_.affine;
@@ -302,10 +303,11 @@ class Backward {
     }
   }
 
-  // The last maps, from a channel's sums of g and of g d, which are lost.
+  // Sets the last maps from a channel's sums of g and of g d, which are overwritten.
   void set_slopes(std::int64_t instance, double* sums, double* products) const {
     const std::int64_t image = cut_.image_of(instance), count = cut_.instance_channels;
-    const std::int64_t first = cut_.group_of(instance) * cut_.group_channels, groups = cut_.instance_groups;
+    const std::int64_t first = cut_.group_of(instance) * cut_.group_channels;
+    const std::int64_t groups = cut_.instance_groups;
     const T* const factor = map_of(image, kFactor) + first;
     for (std::int64_t c = 0; c < count; ++c) {
       sums[c] *= static_cast<double>(factor[c]);
@@ -372,7 +374,7 @@ class Backward {
   const Cut cut_;
   const Columns<T> columns_;
   const Buffer<double> partial_;  // sums of each block's channels
-  const Buffer<double> for_weight_, for_bias_;  // what each image's channels give
+  const Buffer<double> for_weight_, for_bias_;  // each image's part of dweight and dbias
   const Buffer<T> maps_;          // of each image's columns (NHWC) or channels
   const Buffer<std::int32_t> group_of_;
   const Source source_;

@@ -1,7 +1,7 @@
 // Matrix products A B whose tiles stay in registers until the caller finishes them.
 //
-// Vectors lie along the columns of B, which are either columns of rows in memory or lanes of a packed
-// copy; each element of A is broadcast. A packed copy of an (m, n) matrix is
+// Vectors lie along the columns of B, which are either columns of rows in memory or lanes of a
+// packed copy; each element of A is broadcast. A packed copy of an (m, n) matrix is
 // [ceil(n / kLanes)][m][kLanes]: what a tile reads is consecutive, whatever n is.
 #pragma once
 
@@ -100,8 +100,8 @@ struct BOperand {
 };
 
 // Rows and vectors of a tile: as many accumulators as fill the registers, beside a vector of each
-// column and a broadcast element. A row must not straddle two blocks of PackedColumns, so rows divide
-// the lanes.
+// column and a broadcast element. A row must not straddle two blocks of PackedColumns, so rows
+// divide the lanes.
 template <class T>
 constexpr int kTileRows = kWidth == 16 ? 8 : (kLanesOf<T> < 4 ? kLanesOf<T> : 4);
 constexpr int kTileVectors = 3;

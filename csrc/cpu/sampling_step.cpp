@@ -1,5 +1,5 @@
 // One step of DDIM (Song et al. 2021, eq. 12) or DDPM (Ho et al. 2020, algorithm 2), its
-// coefficients given, in one pass over memory; the noise is drawn where it is added.
+// coefficients given, in one pass over memory; the noise is generated where it is added.
 #include <cstdint>
 
 #include "cpu/philox.h"
@@ -10,8 +10,9 @@ namespace advkd::ADVKD_ISA {
 // Pixels (channels_last) or elements of one task.
 constexpr std::int64_t kTaskLength = 4 * kNormals;
 
-// Each product and sum is rounded on its own, left to right, as the reference in advkd/reference.py does.
-// Noise waits in x_prev, whose cache lines are at hand, until the step replaces it.
+// Each product and sum is rounded on its own, left to right, as the reference in
+// advkd/ops/reference.py does. Noise waits in x_prev, whose cache lines are at hand, until the step
+// replaces it.
 template <bool kNoise>
 static void step_run(const SamplingStepArgs& args, std::int64_t at, std::int64_t n) {
   const float *__restrict x_t = args.x_t + at, *__restrict model_out = args.model_out + at;

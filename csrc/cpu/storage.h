@@ -39,19 +39,19 @@ static inline HalfBits narrowed(VectorOf<float> v, Float16) {
   exponent = exponent < 0x71000000u ? Bits{} + 0x71000000u : exponent;
   const Bits rounded = (Bits)((VectorOf<float>)((exponent >> 1) + 0x07800000u) + saturated);
   const Bits number = ((rounded >> 13) & 0x7C00u) + (rounded & 0x0FFFu);
-  const Bits kept = twice > 0xFF000000u ? Bits{} + 0x7E00u : number;  // NaN
-  return __builtin_convertvector(kept | (bits & 0x80000000u) >> 16, HalfBits);
+  const Bits result = twice > 0xFF000000u ? Bits{} + 0x7E00u : number;  // NaN
+  return __builtin_convertvector(result | (bits & 0x80000000u) >> 16, HalfBits);
 }
 
 static inline HalfBits narrowed(VectorOf<float> v, BFloat16) {
   const Bits bits = (Bits)v;
   const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Bits nan = (bits >> 16) | 0x40u;
-  const Bits kept = (bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded;
-  return __builtin_convertvector(kept, HalfBits);
+  const Bits result = (bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded;
+  return __builtin_convertvector(result, HalfBits);
 }
 
-// Neighbouring elements, as wide as the arithmetic.
+// Neighboring elements, as wide as the arithmetic.
 template <class S>
 inline VectorOf<WideOf<S>> load_wide(const S* from) {
   if constexpr (sizeof(S) == 2) {

@@ -1,7 +1,8 @@
-// 3 x 3 convolution with stride 1 by Winograd's minimal filtering: transformed tiles of the input are
-// multiplied with transformed weights, point by point, and each group's products of a block are
-// transformed back before the next. Weights are transformed each time, for which they are read from
-// memory once and not four times over; the second-level cache holds what comes of a group of panels.
+// 3 x 3 convolution with stride 1 by Winograd's minimal filtering: transformed tiles of the input
+// are multiplied with transformed weights, point by point, and each group's products of a block are
+// transformed back before the next. Weights are transformed in every call: stored transformed they
+// would be four times as much to read from memory. The L2 cache holds the transformed weights of a
+// group of panels.
 #include "cpu/winograd.h"
 
 #include <vector>
@@ -37,7 +38,9 @@ class WinogradConvolution {
         transform_square<3, kIn>(
             [&](int y, int x) { return load(from + (y * 3 + x) * inner + i); },
             [](const auto& g, auto& u) { Winograd<kOut>::weights(g, u); },
-            [&](int y, int x, Vector u) { store(to + (y * kIn + x) * plan_.transformed_step + i, u); });
+            [&](int y, int x, Vector u) {
+              store(to + (y * kIn + x) * plan_.transformed_step + i, u);
+            });
       }
       from += plan_.packed_panel;
       to += plan_.transformed_panel;
@@ -50,7 +53,8 @@ class WinogradConvolution {
     for (int point = 0; point < kPoints; ++point) {
       const PreparedRows rows = {a + point * plan_.a_step, segments_.data(),
                                  plan_.channel_blocks, tiles};
-      const Panels b = {transformed + point * plan_.transformed_step, plan_.transformed_panel, panels};
+      const Panels b = {transformed + point * plan_.transformed_step, plan_.transformed_panel,
+                        panels};
       multiply_rows(rows, b, products + point * plan_.product_step);
     }
     write(block, panel * kPanel, panels * kPanel, products);

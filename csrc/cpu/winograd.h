@@ -1,5 +1,5 @@
-// The transformations of Winograd's minimal filtering F(N x N, 3 x 3) (Lavin and Gray 2016), for the
-// points 0, 1, -1 (and 2, -2 for N = 4) and infinity; each works on kWidth channels at once.
+// The transformations of Winograd's minimal filtering F(N x N, 3 x 3) (Lavin and Gray 2016), for
+// the points 0, 1, -1 (and 2, -2 for N = 4) and infinity; each works on kWidth channels at once.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace advkd::ADVKD_ISA {
 
-// One-dimensional, of N + 2 inputs, N + 2 products and 3 weights; and, for the gradient of the
-// weights, the last two transposed: of N gradients of outputs, and to those of 3 weights.
+// In one dimension: of N + 2 inputs, of N + 2 products to N outputs, and of 3 weights; and for
+// wgrad the last two transposed: of the gradients of N outputs, and to those of 3 weights.
 template <int kOut>
 struct Winograd;
 
@@ -96,8 +96,8 @@ struct Winograd<4> {
   }
 };
 
-// Calls store(y, x, value) with the kTo x kTo results of `line`, a transformation of kFrom numbers to
-// kTo, along both sides of the square of load(y, x).
+// Calls store(y, x, value) with the kTo x kTo results of `line`, a transformation of kFrom numbers
+// to kTo, along both sides of the square of load(y, x).
 template <int kFrom, int kTo, class Load, class Line, class Store>
 static inline __attribute__((always_inline)) void transform_square(const Load& load,
                                                                    const Line& line,

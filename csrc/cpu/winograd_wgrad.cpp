@@ -1,6 +1,6 @@
-// wgrad of a 3 x 3 kernel with stride 1, by Winograd's minimal filtering transposed: with transformed
-// tiles V of the input and Z of the output's gradient, the gradient of the transformed weights is, for
-// each of the 36 points, the product V^T Z, summed over the tiles.
+// wgrad of a 3 x 3 kernel with stride 1, by Winograd's minimal filtering transposed: with
+// transformed tiles V of the input and Z of the output's gradient, the gradient of the transformed
+// weights is, for each of the 36 points, the product V^T Z, summed over the tiles.
 #include "cpu/convolution_product.h"
 #include "cpu/kernels.h"
 #include "cpu/product.h"
@@ -58,7 +58,7 @@ class WinogradWgrad {
   }
 
  private:
-  // All threads share one block after the other, so that sums are always taken in one order.
+  // All threads share one block after the other, so that the order of summation is always the same.
   void add_block(std::int64_t index) const {
     const ConvolutionBlock block = block_at(plan_, args_.shape.batch, index);
     const bool first = index == 0;
@@ -102,7 +102,9 @@ class WinogradWgrad {
     for (int v = 0; v < kPanelVectors; ++v) {
       float* const place = bias_ + panel * kPanel + v * kWidth;
       Vector sum = first ? Vector{} : load(place);
-      for (std::int64_t at = 0; at < to - begin; at += kPanel) sum += load(totals + at + v * kWidth);
+      for (std::int64_t at = 0; at < to - begin; at += kPanel) {
+        sum += load(totals + at + v * kWidth);
+      }
       store(place, sum);
     }
   }
@@ -175,8 +177,7 @@ class WinogradWgrad {
 
 }  // namespace
 
-void convolution_wgrad(const ConvolutionWgradArgs& args,
-                          const ConvolutionWgradPlan& plan) {
+void convolution_wgrad(const ConvolutionWgradArgs& args, const ConvolutionWgradPlan& plan) {
   WinogradWgrad(args, plan).run();
 }
 

@@ -127,7 +127,8 @@ void SamplingLoop::run_chunks(const SamplingRun& run, cudaStream_t stream) const
   for (int turn = 0; reported < run.steps; turn = 1 - turn) {
     const std::int64_t before = queued;
     if (queued < run.steps) {
-      for (const std::int64_t end = std::min(before + run.chunk, run.steps); queued < end; ++queued) {
+      queued = before + std::min(run.chunk, run.steps - before);
+      for (std::int64_t step = before; step < queued; ++step) {
         check(cudaGraphLaunch(executable_.get(), stream), "cudaGraphLaunch");
       }
       check(cudaEventRecord(ends[turn].get(), stream), "cudaEventRecord");

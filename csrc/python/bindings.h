@@ -1,5 +1,5 @@
-// The parts of the module advkd._C, one file each. None knows torch: advkd/ops and advkd/engine hand
-// over addresses, shapes and thread counts, and have checked all of them.
+// The parts of the module advkd._C, one file each. None knows torch: advkd/ops and advkd/engine
+// hand over addresses, shapes and thread counts, and have checked all of them.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -23,8 +23,9 @@ int points_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   return side * side;
 }
 
-// Floats that a block's prepared input should not exceed, to leave room in a second-level cache of
-// 1 MiB for products and weights; and tiles, from which on more do not help to reuse weights.
+// Floats that a block's prepared input should not exceed, to leave room for products and weights in
+// an L2 cache of 1 MiB; and how many tiles a block has at least, and at most, since more would not
+// help to reuse weights.
 constexpr std::int64_t kDirectASize = 48 << 10, kASize = 96 << 10;
 constexpr std::int64_t kFewestTiles = 16, kMostTiles = 64;
 
@@ -33,8 +34,8 @@ constexpr std::int64_t kMostWgradTiles = 128;
 
 std::int64_t most_tiles(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   const bool direct = algorithm == ConvolutionAlgorithm::direct;
-  const std::int64_t size =
-      divided_up(s.in_channels, kPanel) * kPanel * (direct ? s.kernel * 2 : points_of(s, algorithm));
+  const int points = direct ? s.kernel * 2 : points_of(s, algorithm);
+  const std::int64_t size = divided_up(s.in_channels, kPanel) * kPanel * points;
   return direct ? std::clamp(kDirectASize / size / 8 * 8, kFewestTiles, 4 * kMostTiles)
                 : std::clamp(kASize / size / 8 * 8, kFewestTiles, kMostTiles);
 }
@@ -88,11 +89,12 @@ void size_products(ConvolutionPlan& plan, const ConvolutionShape& s,
   plan.product_size = points_of(s, algorithm) * plan.product_step;
 }
 
-// Transformed weights that are fewer stay in a core's second-level cache beside a block's input.
+// Floats of transformed weights that stay in a core's L2 cache beside a block's input.
 constexpr std::int64_t kFewWeights = 160 << 10;
-// What a group's should not exceed, to stay in a cache of 2 MiB.
+// Floats that a group's transformed weights should not exceed, to stay in a cache of 2 MiB.
 constexpr std::int64_t kGroupSize = 300 << 10;
-// Prepared inputs of a tile_batch: so many that transforming the weights for each tile_batch costs little.
+// Floats of a tile batch's prepared input: so many that transforming the weights once for each tile
+// batch costs little.
 constexpr std::int64_t kTileBatchSize = 2 << 20;
 
 void plan_tile_batches(ConvolutionPlan& plan, int threads) {
@@ -112,8 +114,8 @@ void plan_tile_batches(ConvolutionPlan& plan, int threads) {
   plan.parts = threads == 1 ? 1 : divided_up(2 * threads, plan.groups);
 }
 
-// The model of what a convolution costs, in cycles of a core that starts two products of 16 lanes in
-// each. The constants are measured on Emerald Rapids; on others the ratios are about the same.
+// The model of what a convolution costs, in cycles of a core that starts two products of 16 lanes
+// in each. The constants are measured on Emerald Rapids; on others the ratios are about the same.
 constexpr double kProductsPerCycle = 1.5;
 constexpr double kBytesPerCycle = 12;  // of weights that come from memory
 constexpr double kFewestRows = 3;      // of a product; fewer wait for their own additions
@@ -126,7 +128,7 @@ double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int 
   const double blocks = static_cast<double>(divided_up(s.in_channels, kPanel));
   const double products = std::max(tiles, kFewestRows) * points_of(s, algorithm) * panels *
                           (in / kProductsPerCycle + 2);
-  // What 16 channels of a unit take to prepare and to write, and 16 weights to transform.
+  // Cycles to prepare and to write 16 channels of a tile, and to transform 16 weights.
   const double per_block[] = {8.0 * s.kernel, 80, 220}, per_panel[] = {8, 50, 130};
   const double per_weights[] = {0, 80, 180};
   const int index = static_cast<int>(algorithm);
@@ -149,7 +151,7 @@ double torch_cycles_of(const ConvolutionShape& s) {
   return pixels * s.kernel * s.kernel * channels / kTorchProductsPerCycle;
 }
 
-// A 1 x 1 kernel sees no neighbours: its images are rows of pixels.
+// A 1 x 1 kernel sees no neighbors: its images are rows of pixels.
 ConvolutionShape flattened(ConvolutionShape s) {
   if (s.kernel == 1 && s.stride == 1 && !s.upsample) {
     s.width *= s.height;

@@ -30,8 +30,8 @@ struct ConvolutionShape {
 // with (N + 2)^2 multiplications (Lavin and Gray 2016).
 enum class ConvolutionAlgorithm { direct, winograd2, winograd4 };
 
-// Weight (o, i, row, column) lies at + o * out + i * in + row * row_step + column * column_step.
-// The gradient of the input is the convolution by the kernel turned round: `turned`.
+// Weight (o, i, r, c) lies at + o * out + i * in + r * row + c * column.
+// dgrad, the gradient of the input, is the convolution with the transposed weights.
 struct ConvolutionWeights {
   const float* at;
   std::int64_t out, in, row, column;
@@ -62,7 +62,7 @@ struct ConvolutionArgs {
   int threads;
 };
 
-// The gradients of weights and bias where kernel = 3 and stride = 1, without upsampling.
+// wgrad, the gradients of weights and bias, where kernel = 3 and stride = 1, without upsampling.
 struct ConvolutionWgradArgs {
   ConvolutionShape shape;
   const float* x;
@@ -82,7 +82,7 @@ bool supported(const ConvolutionShape& shape);
 // a model of its arithmetic and its memory traffic.
 ConvolutionAlgorithm choose_algorithm(const ConvolutionShape& shape, int threads);
 
-// As many of the threads as such a convolution is worth, by the same model.
+// How many of the threads such a convolution is worth waking, by the same model.
 int convolution_threads(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm, int threads);
 
 // By what factor such a convolution should be faster than torch's in training, where the weights

@@ -10,8 +10,8 @@ namespace advkd {
 constexpr std::int64_t kPanel = 16;  // channels of one block of input, or of one panel of weights
 constexpr std::int64_t kMostGroup = 3;  // panels that are computed together at most
 
-// Units are tiles of N x N outputs for winogradN and single outputs for direct. A block is the same
-// `images` x `rows` x `columns` of them everywhere but at the ends; several images only if whole.
+// Tiles are N x N outputs for winogradN and single outputs for direct. A block is `images` x `rows`
+// x `columns` tiles, fewer at the ends; it has several images only if it covers each as a whole.
 struct ConvolutionPlan {
   std::int64_t in_height, in_width, out_height, out_width;
   std::int64_t tile_rows, tile_columns;  // of an image
@@ -19,16 +19,18 @@ struct ConvolutionPlan {
   std::int64_t image_blocks, row_blocks, column_blocks, blocks;
   std::int64_t channel_blocks, panels;  // of kPanel channels in and out
   std::int64_t group, groups;           // panels that are computed together
-  // Blocks of a tile_batch, in which all inputs are prepared before the first product; 0: each block is
-  // done by itself, by one thread. A group's products of a tile_batch are cut into so many parts.
-  std::int64_t tile_batch, parts;
-  // Floats of: the prepared input of a block, and from one point of a tile to the next in it; the
-  // products of a block and a group, and between points; the scratch; a panel of the packed weights;
-  // one of the transformed ones, and between points in it, both 0 for direct.
-  std::int64_t a_size, a_step, product_size, product_step, scratch_size;
-  std::int64_t packed_panel, transformed_panel, transformed_step;
+  // Blocks of a tile batch, whose inputs are all prepared before the first product; 0: each block
+  // is done by itself, by one thread.
+  std::int64_t tile_batch;
+  std::int64_t parts;  // tasks of a group's products in a tile batch
+  // Floats, and floats from one point of a tile to the next:
+  std::int64_t a_size, a_step;              // a block's prepared input, the A operand
+  std::int64_t product_size, product_step;  // the products of a block and a group
+  std::int64_t scratch_size;
+  std::int64_t packed_panel;
+  std::int64_t transformed_panel, transformed_step;  // both 0 for direct
 
-  // Floats that all threads share, and those of each thread beside them.
+  // Floats of the workspace that all threads share, and those that each has to itself.
   std::int64_t shared_size() const {
     return tile_batch == 0 ? panels * transformed_panel : tile_batch * a_size;
   }
@@ -37,8 +39,9 @@ struct ConvolutionPlan {
   }
 };
 
-// The same for the gradient of the weights: `blocks` has its left factor, the transformed input; the
-// right one is the transformed gradient of the output, and `accumulator_size` is of the transformed weights'.
+// The same for wgrad: the A operand, of which `blocks` has the sizes, is the transformed input; the
+// B operand is the transformed gradient of the output; and the accumulators are the gradient of the
+// transformed weights.
 struct ConvolutionWgradPlan {
   ConvolutionPlan blocks;
   std::int64_t b_size, b_step, accumulator_size;

@@ -29,7 +29,8 @@ const KernelTable& table_named(const std::string& name) {
   for (const KernelTable* table : runnable_tables()) {
     if (name == table->isa) return *table;
   }
-  throw std::invalid_argument("the instruction set '" + name + "' was not built or does not run here");
+  throw std::invalid_argument("the instruction set '" + name +
+                              "' was not built or does not run here");
 }
 
 const KernelTable* initial_table() {

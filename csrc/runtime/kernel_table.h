@@ -80,7 +80,7 @@ struct GroupNormSiluArgs {
   const S* x;
   AffineParameters<WideOf<S>> affine;
   S* y;
-  double *mean, *rstd;  // (B, G); null where nobody wants them
+  double *mean, *rstd;  // (B, G); null where they are not wanted
   ImageShape shape;
   std::int64_t groups;
   double eps;

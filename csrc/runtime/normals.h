@@ -1,7 +1,8 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-// and Box-Muller normals from it, for C++ and CUDA. The normals are the same bits in every instruction
-// set, on every GPU and in advkd/reference.py: only float32 additions, multiplications and square
-// roots, each rounded on its own, so units that include this are compiled without contraction.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011) and Box-Muller normals from it, for C++ and CUDA. The normals are the same bits in every
+// instruction set, on every GPU and in advkd/ops/reference.py: only float32 additions,
+// multiplications and square roots, each rounded on its own, so units that include this are
+// compiled without contraction.
 #pragma once
 
 #include <cmath>

@@ -23,7 +23,7 @@ void ask_for_huge_pages(void* at, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(at) + kHugePage - 1) / kHugePage;
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(at) + bytes) / kHugePage;
-  // A wish: where it is refused, pages are small.
+  // Only a hint: where it is refused, pages are small.
   if (first < end) {
     madvise(reinterpret_cast<void*>(first * kHugePage), (end - first) * kHugePage, MADV_HUGEPAGE);
   }
@@ -33,7 +33,7 @@ void ask_for_huge_pages(void* at, std::size_t bytes) {
 #endif
 }
 
-// Floats on a cache line's boundary, much of them on that of a huge page; not initialised.
+// Uninitialized floats on a cache line's boundary, or on a huge page's where there are many.
 class Memory {
  public:
   explicit Memory(std::int64_t size)
@@ -58,8 +58,8 @@ class Memory {
 namespace {
 
 constexpr int kMostThreads = 1 << 12;
-// Memory of as much in all waits for the next pass; more goes back to the system.
-constexpr std::int64_t kKeptFloats = 64 << 20;
+// Floats of memory that wait for the next pass, at most; more goes back to the system.
+constexpr std::int64_t kUnusedFloats = 64 << 20;
 
 void check_threads(int threads) {
   if (threads < 1 || threads > kMostThreads) {
@@ -115,11 +115,11 @@ std::unique_ptr<Memory> Plan::take(std::int64_t floats) const {
 void Plan::give_back(std::unique_ptr<Memory> memory) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   unused_.push_back(std::move(memory));
-  std::int64_t kept = 0;
-  for (const auto& each : unused_) kept += each->size();
+  std::int64_t floats = 0;
+  for (const auto& each : unused_) floats += each->size();
   // The longest unused goes first: it may be too small for what is asked for now.
-  while (kept > kKeptFloats) {
-    kept -= unused_.front()->size();
+  while (floats > kUnusedFloats) {
+    floats -= unused_.front()->size();
     unused_.erase(unused_.begin());
   }
 }

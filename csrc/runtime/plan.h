@@ -22,7 +22,7 @@ struct PlanBuffer {
 struct PlanOp {
   std::string kind;
   std::map<std::string, std::int64_t> numbers;
-  double factor;  // eps of a norm, else the scale of a convolution's sum or of attention's scores
+  double factor;  // eps of a norm; the scale of a convolution's result, of attention's scores
 };
 
 struct PlanData {
@@ -49,7 +49,7 @@ struct PlanPass {
 class Memory;
 class PlanStep;
 
-// Lets the system back memory that nothing has touched yet by large pages, where it has them.
+// Asks the system to back untouched memory by huge pages, where it has them.
 void ask_for_huge_pages(void* at, std::size_t bytes);
 
 class Plan {
@@ -66,7 +66,7 @@ class Plan {
   // One pass of at most `batch` images. `nan_fill` fills its memory with NaN first, for tests.
   void run(const PlanPass& pass, bool nan_fill = false) const;
 
-  // Seconds of CPU time that each operation of a pass takes on this thread, the least of a few.
+  // Seconds of CPU time that each operation takes on this thread, the least of `repeats` passes.
   std::vector<double> profile(const PlanPass& pass, int repeats) const;
 
   // Any number of images, in parts of at most `batch`, or of fewer that a cache holds. Where images

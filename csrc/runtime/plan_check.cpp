@@ -1,4 +1,4 @@
-// What a plan must keep to as a whole, before it may run.
+// Checks of a plan as a whole, before it may run.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -15,17 +15,17 @@ constexpr std::int64_t kLargestTable = 1 << 30;
 class Written {
  public:
   void add(std::int64_t first, std::int64_t end) {
-    std::vector<std::pair<std::int64_t, std::int64_t>> kept;
+    std::vector<std::pair<std::int64_t, std::int64_t>> ranges;
     for (const auto& range : ranges_) {
       if (range.second < first || range.first > end) {
-        kept.push_back(range);
+        ranges.push_back(range);
       } else {
         first = std::min(first, range.first);
         end = std::max(end, range.second);
       }
     }
-    kept.emplace_back(first, end);
-    ranges_ = std::move(kept);
+    ranges.emplace_back(first, end);
+    ranges_ = std::move(ranges);
   }
   bool covers(std::int64_t first, std::int64_t end) const {
     return std::any_of(ranges_.begin(), ranges_.end(), [&](const auto& range) {
@@ -62,7 +62,9 @@ void check_sizes(const PlanData& plan) {
   if (plan.arena < 0 || plan.conditioning < 0 || plan.classes < 0 || plan.weights_size < 0) {
     corrupt("a size is negative");
   }
-  if (plan.conditioning > kLargestTable || plan.classes > kLargestTable) corrupt("a size is out of bounds");
+  if (plan.conditioning > kLargestTable || plan.classes > kLargestTable) {
+    corrupt("a size is out of bounds");
+  }
   if (plan.batch < 1 || plan.batch > kLargestBatch) corrupt("its batch is out of bounds");
   product(plan.arena, product(kLargestBatch, sizeof(float)));
   for (std::size_t i = 0; i < plan.buffers.size(); ++i) {

@@ -1,5 +1,5 @@
-// What the operations of a plan are made of: the checked numbers of each, the slices of buffers that
-// it reads and writes, and where these lie in a pass.
+// The parts of a plan's operations: their checked numbers, the slices of buffers that they read and
+// write, and where these lie in a pass.
 #pragma once
 
 #include <cmath>
@@ -54,7 +54,7 @@ struct Places {
   const float* input(const Slice& slice) const {
     return slice.buffer == 0 ? pass.x + slice.channel : output(slice);
   }
-  // Buffer 0 is never written to, which the check of the plan sees to.
+  // Buffer 0 is never written to: check_flow has made sure of that.
   float* output(const Slice& slice) const {
     if (slice.buffer == 1) return pass.y + slice.channel;
     return arena + plan.buffers[static_cast<std::size_t>(slice.buffer)].offset * pass.batch +
@@ -162,8 +162,8 @@ std::unique_ptr<PlanStep> step_of(const PlanOp& op, std::size_t index, const Pla
 // Throws std::invalid_argument where buffers are impossible or do not lie in the arena.
 void check_sizes(const PlanData& plan);
 
-// Throws std::invalid_argument unless what is read has been written before, the input is left alone,
-// the output becomes whole, and buffers that are in use at the same time lie apart.
+// Throws std::invalid_argument unless what is read has been written before, the input is left
+// alone, the output becomes whole, and buffers that are in use at the same time lie apart.
 void check_flow(const PlanData& plan, const std::vector<std::unique_ptr<PlanStep>>& steps);
 
 }  // namespace advkd

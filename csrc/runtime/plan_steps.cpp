@@ -181,7 +181,7 @@ int copying_threads(const Places& at, const Slice& slice) {
   return threads_for(kCyclesPerNumber * numbers, at.pass.threads);
 }
 
-// Nearest doubling, for readers that cannot fold it in.
+// Nearest-neighbor doubling, for readers that cannot fold it in.
 class UpsampleStep final : public PlanStep {
  public:
   explicit UpsampleStep(Fields& fields) {
@@ -210,7 +210,7 @@ class UpsampleStep final : public PlanStep {
   std::int64_t height_, width_;
 };
 
-// Squares of factor x factor pixels become one pixel with their channels, square by rows.
+// Each block of factor x factor pixels becomes one pixel with all their channels, in row order.
 class SpaceToDepthStep final : public PlanStep {
  public:
   explicit SpaceToDepthStep(Fields& fields) {

@@ -5,18 +5,18 @@
 
 namespace advkd {
 
-// As many of the threads as work of so many cycles is worth: another core wakes later than a little
-// work is done, and if it has other work, it is waited for.
+// How many of the threads work of so many cycles is worth waking: a little work is done before
+// another core wakes, and if that core is busy, it is waited for.
 int threads_for(double cycles, int threads);
 
-// Sets the cycles from which on work is shared and returns what they were; tests share all, by 0.
+// Sets from how many cycles on work is shared, and returns the number before; with 0 all work is.
 double set_worth_sharing(double cycles);
 
 using TaskBody = void (*)(const void* context, std::int64_t task);
 
 // Calls body(context, task) once for each task in [0, tasks), on at most `threads` threads, the
 // calling one included; returns when all are done. Tasks are handed out one at a time, in order.
-// The first exception thrown by a task stops the handing out and is rethrown here. A nested call,
+// The first exception thrown by a task ends the handing out and is rethrown here. A nested call,
 // or one made while another thread's job runs, does its tasks on the calling thread.
 void parallel_for(std::int64_t tasks, int threads, TaskBody body, const void* context);
 

@@ -35,7 +35,7 @@ LAYERS, TERMS = 30, 1000  # a gradient passes through, and of the sums in each
 CONFIG = load_preset("fashion-mnist", ["trajectory.num=64", "trajectory.steps=3"])
 
 
-def drawn_store(folder: Path) -> Trajectories:
+def sampled_store(folder: Path) -> Trajectories:
     teacher = load_teacher(CONFIG.teacher.source).eval().requires_grad_(False)
     heads = len(CONFIG.student.stages)
     index = index_of(teacher, CONFIG.trajectory, heads, CONFIG.run.seed, CONFIG.data.size)
@@ -46,7 +46,7 @@ def drawn_store(folder: Path) -> Trajectories:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
-    return drawn_store(tmp_path_factory.mktemp("trajectories"))
+    return sampled_store(tmp_path_factory.mktemp("trajectories"))
 
 
 def prepared(part: str, store: Trajectories) -> tuple[Distillation, list[int]]:

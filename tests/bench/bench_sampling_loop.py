@@ -24,7 +24,8 @@ from advkd import ops
 from advkd.config import load_preset
 from advkd.diffusion import ddim_table
 from advkd.engine.cpu import lower
-from advkd.engine.sampling import sample_into, sample_x_T, shape_of
+from advkd.engine.interface import input_shape
+from advkd.engine.noise import Noise, Purpose
 from advkd.models.unet import UNet
 from advkd.pretrained import load_teacher
 
@@ -57,6 +58,9 @@ PASSES = [Shape(name, batch) for name in ("cifar10-32", "teacher") for batch in 
 LOOPS = [Shape("teacher", 1, 50), Shape("teacher", 16, 50), Shape("cifar10-32", 1, 5)]
 
 
+NOISE = Noise(0, Purpose.TRAINING)
+
+
 @functools.cache
 def teacher_of(name: str) -> UNet:
     """The default teacher, or google/ddpm-cifar10-32's architecture with random weights."""
@@ -68,7 +72,7 @@ def teacher_of(name: str) -> UNet:
 
 
 def example(shape: Shape) -> Tensor:
-    return sample_x_T(0, torch.arange(shape.batch), shape_of(teacher_of(shape.teacher)))
+    return NOISE.x_T(torch.arange(shape.batch), input_shape(teacher_of(shape.teacher)))
 
 
 def eager(shape: Shape) -> Network:
@@ -175,7 +179,7 @@ def pass_contest(shape: Shape) -> Contest:
             lambda _: network(x_t, t), lambda: assert_close(network(x_t, t), truth, PASS_TOLERANCE)
         )
 
-    networks: dict[str, Network] = {"ours": lambda x, t: engine.run(x, int(t))}
+    networks: dict[str, Network] = {"ours": lambda x, t: engine.run(x, t=int(t))}
     networks |= {name: make(shape) for name, make in PEERS.items() if installed(name)}
     return Contest({name: contender(network) for name, network in networks.items()})
 
@@ -187,16 +191,14 @@ def loop_contest(shape: Shape) -> Contest:
     engine = lower(unet, (x_T.shape[2], x_T.shape[3]), batch=shape.batch)
 
     def ours() -> Tensor:
-        out = torch.empty(shape.batch, 1, *x_T.shape[1:])
-        sample_into(out, engine, table, 0, indices, kept=[shape.steps])
-        return out[:, 0]
+        return engine.sample(table, NOISE, indices, saved=[shape.steps])[:, 0]
 
     def loop(network: Network, dtype: torch.dtype = torch.float32) -> Tensor:
-        x_t = sample_x_T(0, indices, shape_of(unet)).to(dtype)
+        x_t = NOISE.x_T(indices, input_shape(unet)).to(dtype)
         for i, t in enumerate(table.timesteps.tolist()):
             x_t, _ = ops.sampling_step(
                 x_t, network(x_t, torch.tensor([t])), table.coefficients[i], clip=table.clip,
-                seed=0, image_index=indices, step=i,
+                seed=NOISE.seed, image_index=indices, step=NOISE.step_word(i),
             )  # fmt: skip
         return x_t
 

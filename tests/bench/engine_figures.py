@@ -18,8 +18,9 @@ from collections.abc import Callable
 import torch
 
 from advkd.diffusion import ddim_table
-from advkd.engine.cpu import Engine, lower
-from advkd.engine.sampling import generate, sample_into, sample_x_T
+from advkd.engine.cpu import CpuEngine, lower
+from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
 from advkd.pretrained import load_student
 
 from .bench_sampling_loop import PASSES, Shape, example, teacher_of
@@ -62,23 +63,21 @@ def sgemm() -> tuple[Run, float]:
     return lambda: a @ b, 2e-9 * MATRIX**3
 
 
-def gflop_of(engine: Engine) -> float:
+def gflop_of(engine: CpuEngine) -> float:
     return 1e-9 * sum(op.flops for op in engine.plan.ops)
 
 
-def engine_of(shape: Shape) -> tuple[Engine, torch.Tensor]:
+def engine_of(shape: Shape) -> tuple[CpuEngine, torch.Tensor]:
     x_t = example(shape)
     height, width = x_t.shape[2:]
     return lower(teacher_of(shape.teacher), (height, width), batch=shape.batch), x_t
 
 
-def loop_of(engine: Engine, shape: Shape, threads: int = 0) -> Run:
+def loop_of(engine: CpuEngine, shape: Shape, threads: int = 0) -> Run:
     table = ddim_table(teacher_of(shape.teacher).schedule, STEPS)
     indices = torch.arange(shape.batch)
-    out = torch.empty(shape.batch, 1, *example(shape).shape[1:])
-    return lambda: sample_into(
-        out, engine, table, 0, indices, kept=[STEPS], threads=threads
-    )  # fmt: skip
+    noise = Noise(0, Purpose.TRAINING)
+    return lambda: engine.sample(table, noise, indices, saved=[STEPS], threads=threads)
 
 
 def passes() -> str:
@@ -87,7 +86,7 @@ def passes() -> str:
         engine, x_t = engine_of(shape)
         product, gflop = sgemm()
         found = medians(
-            {"pass": lambda: engine.run(x_t, 500), "sgemm": product},  # noqa: B023
+            {"pass": lambda: engine.run(x_t, t=500), "sgemm": product},  # noqa: B023
             time.process_time,
         )
         rate, core = shape.batch * gflop_of(engine) / found["pass"], gflop / found["sgemm"]
@@ -96,19 +95,20 @@ def passes() -> str:
 
 
 def overhead() -> str:
-    """Of a loop, beside as many passes, which here are told one time again and again."""
+    """Of a loop, beside as many network passes at one time."""
     rows = []
     for batch in (1, 16):
         shape = Shape("teacher", batch)
         engine, x_t = engine_of(shape)
         dense, out = x_t.permute(0, 2, 3, 1).contiguous(), torch.empty(batch, 28, 28, 1)
-        row = engine.rows([500])
+        conditioning = engine.conditioning([500])
 
         def alone() -> None:
             for _ in range(STEPS):
                 engine.compiled.run(  # noqa: B023
-                    x=dense.data_ptr(), y=out.data_ptr(), row=row.data_ptr(), labels=0,  # noqa: B023
-                    images=batch, threads=1, nan_fill=False,  # noqa: B023
+                    x=dense.data_ptr(), y=out.data_ptr(),  # noqa: B023
+                    conditioning=conditioning.data_ptr(), labels=0, images=batch,  # noqa: B023
+                    threads=1, nan_fill=False,
                 )  # fmt: skip
 
         found = medians({"loop": loop_of(engine, shape, 1), "passes": alone}, time.process_time)
@@ -122,7 +122,7 @@ def overhead() -> str:
 def student() -> str:
     model = load_student("zoo:fashion-mnist-student")
     engine = lower(model, (model.size, model.size), batch=1)
-    x_T = sample_x_T(0, torch.arange(1), (model.channels, model.size, model.size))
+    x_T = Noise(0, Purpose.SAMPLING).x_T(torch.arange(1), engine.shape)
     product, gflop = sgemm()
     found = medians(
         {
@@ -145,7 +145,7 @@ def scaling() -> str:
     for shape in PASSES:
         engine, x_t = engine_of(shape)
         runs: dict[str, Run] = {
-            str(threads): lambda threads=threads: engine.run(x_t, 500, threads=threads)  # type: ignore[misc]  # noqa: B023
+            str(threads): lambda threads=threads: engine.run(x_t, t=500, threads=threads)  # type: ignore[misc]  # noqa: B023
             for threads in (1, 2)
         }
         quiet = medians(runs, time.perf_counter)

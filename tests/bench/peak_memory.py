@@ -18,11 +18,12 @@ import torch
 
 from advkd import ops
 from advkd.diffusion import ddim_table
-from advkd.engine.sampling import sample, sample_eagerly
+from advkd.engine.cache import engine_for
+from advkd.engine.noise import Noise, Purpose
 
 from .bench_sampling_loop import teacher_of
 
-IMAGES, STEPS = 64, 2  # what a step takes, the next takes again
+IMAGES, STEPS = 64, 2  # of a sampler; each step takes the same memory
 
 
 def resident(name: str) -> float:
@@ -37,14 +38,12 @@ def measure(contender: str) -> None:
     before = resident("VmRSS")
     unet = teacher_of("cifar10-32")
     made = resident("VmRSS")
-    # Making the teacher may have taken more for a moment: the peak is told anew from here.
+    # Making the teacher may have taken more for a moment: the peak is counted anew from here.
     Path("/proc/self/clear_refs").write_text("5")
     table, indices = ddim_table(unet.schedule, STEPS), torch.arange(IMAGES)
-    if contender == "ours":
-        sample(unet, table, 0, indices)
-    else:
-        with ops.use_backend("reference"), torch.inference_mode():
-            sample_eagerly(unet, table, 0, indices, kept=[STEPS])
+    with ops.use_backend("reference" if contender == "eager" else None):
+        engine = engine_for(unet, IMAGES)
+        engine.sample(table, Noise(0, Purpose.TRAINING), indices, saved=[STEPS])
     peak = resident("VmHWM")
     print(f"{peak - made:.0f} {peak - before:.0f}")
 

@@ -28,7 +28,7 @@ from advkd import ops
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
 
-from .bench_distillation_step import CONFIG, PARTS, drawn_store, prepared
+from .bench_distillation_step import CONFIG, PARTS, prepared, sampled_store
 from .report import markdown
 
 # An event is of the first kind whose pattern is found in its name or in that of one around it.
@@ -114,7 +114,7 @@ def passes(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     teacher = teacher.to(memory_format=torch.channels_last)
     x_t = torch.randn(125, 1, 28, 28).to(memory_format=torch.channels_last)
     yield "a teacher pass, 125 images", torch.no_grad()(lambda: teacher(x_t, 500))
-    store = drawn_store(folder)
+    store = sampled_store(folder)
     workers = Workers(1, torch.device("cpu"))
     workers._pool = CallingThread()  # type: ignore[assignment]
     for part in PARTS:

@@ -19,7 +19,8 @@ import advkd.sample
 from advkd.config import StudentConfig, UNetConfig
 from advkd.console import StopSignals
 from advkd.diffusion import Schedule
-from advkd.engine.sampling import generate, sample_labels
+from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import (
@@ -69,7 +70,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def test_writes_what_generate_draws(
+def test_writes_what_generate_samples(
     student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     png, npz = tmp_path / "new" / "grid.png", tmp_path / "new" / "images.npz"
@@ -91,7 +92,7 @@ def test_writes_what_generate_draws(
     said = capsys.readouterr()
     assert said.err == ""
     assert re.fullmatch(
-        rf"5 images \(1x8x8\) of {re.escape(student)} in one pass, seed 7, in \d+\.\d\d s: "
+        rf"5 images \(1x8x8\) of {re.escape(student)} in one network pass, seed 7, in \d+\.\d\d s: "
         rf"{re.escape(str(png))}, {re.escape(str(npz))}\n",
         said.out,
     )
@@ -119,7 +120,8 @@ def test_labels(conditional: str, tmp_path: Path) -> None:
     assert main(arguments) == 0
     drawn = _arrays(npz)
     assert drawn["labels"].dtype == np.int64
-    assert np.array_equal(drawn["labels"], sample_labels(0, torch.arange(4, 10), 3).numpy())
+    labels = Noise(0, Purpose.SAMPLING).labels(torch.arange(4, 10), 3)
+    assert labels is not None and np.array_equal(drawn["labels"], labels.numpy())
 
     assert main([*arguments, "--class", "2"]) == 0
     of_one = _arrays(npz)
@@ -159,7 +161,7 @@ def test_teacher_with_its_scheduler_elsewhere(teacher: str, tmp_path: Path) -> N
     assert np.array_equal(_arrays(npz)["images"], bare)
 
 
-def test_without_a_network_the_shipped_student_is_drawn(
+def test_without_a_network_the_shipped_student_is_sampled(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert advkd.sample.SHIPPED == "zoo:fashion-mnist-student"
@@ -187,7 +189,7 @@ def test_more_channels_than_a_png_has(
         (["--num", "0"], "--num 0 is below 1"),
         (["--seed", "-1"], "--seed -1 is not between 0 and 2^64 - 1"),
         (["--seed", str(1 << 64)], "is not between 0 and 2^64 - 1"),
-        (["--first", "-1"], "--first -1 is negative"),
+        (["--first", "-1"], "--first -1 is not between 0 and"),
         (["--threads", "-1"], "--threads -1 is negative"),
         (["--out", "grid.jpg"], "--out grid.jpg does not name a .png file"),
         (["--npz", "images"], "--npz images does not name a .npz file"),

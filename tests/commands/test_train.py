@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
+import advkd.device
+import advkd.run.evaluation
 import advkd.run.stages
-from advkd.config import UNetConfig, load_preset, parse
+from advkd.config import UNetConfig, load_preset
 from advkd.diffusion import Schedule
-from advkd.evaluation.features import FeatureNet, FitSettings, save_features
+from advkd.evaluation.features import FeatureNet, save_features
 from advkd.files import hold, read_tensors
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, save_teacher
+from advkd.run.folder import STAGES, stored_config
+from advkd.run.run import Run
 from advkd.train import configure, main, parser
 from advkd.training.checkpoint import latest_checkpoint
+
+from ..killing import Moment, ended_at
 
 TINY = """
 name = "tiny"
@@ -84,13 +88,13 @@ SMALL = [
 
 
 def small_settings(*but: str) -> list[str]:
-    kept = [setting for setting in SMALL if not setting.startswith(but)] if but else SMALL
-    return [word for setting in kept for word in ("--set", setting)]
+    chosen = [setting for setting in SMALL if not setting.startswith(but)] if but else SMALL
+    return [word for setting in chosen for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny.toml, images.npz (40 of 1x8x8) and a network that judges such images."""
+    """tiny.toml, images.npz (40 of 1x8x8) and a feature network for such images."""
     folder = tmp_path_factory.mktemp("given")
     (folder / "tiny.toml").write_text(TINY)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8)).astype(np.uint8)
@@ -149,7 +153,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_a_run_leaves(finished: Path, command: list[str]) -> None:
-    assert parse((finished / "config.toml").read_text()) == configure(parser().parse_args(command))
+    assert stored_config(finished) == configure(parser().parse_args(command))
     load_teacher(finished / "teacher")
     load_student(finished / "student")
     assert (finished / "trajectories" / "index.json").is_file()
@@ -185,7 +189,7 @@ def test_the_same_command_again_does_nothing_but_show_the_table(
     def refuse(run: Any) -> float:
         raise AssertionError("a stage ran again")
 
-    monkeypatch.setattr(advkd.run, "_MAKERS", dict.fromkeys(advkd.run.stages.STAGES, refuse))
+    monkeypatch.setattr(advkd.run.stages, "_MAKERS", dict.fromkeys(STAGES, refuse))
     before = contents(copy)
     assert main([*command, "--runs", str(copy.parent)]) == 0
     assert contents(copy) == before
@@ -243,18 +247,18 @@ def test_keys_that_change_no_result_are_no_other_configuration(
 ) -> None:
     changes = ["--set", "distill.log_every=7", "--set", "teacher.checkpoint_every=2"]
     assert main([*command, *changes, "--runs", str(copy.parent)]) == 0
-    assert parse((copy / "config.toml").read_text()).distill.log_every == 7
+    assert stored_config(copy).distill.log_every == 7
 
 
 def test_redo_does_a_stage_and_all_later_ones_anew(
     copy: Path, finished: Path, command: list[str]
 ) -> None:
     arguments = [*command, "--runs", str(copy.parent), "--set", "distill.steps=4"]
-    kept = {name: contents(copy / name) for name in ("teacher", "trajectories")}
+    before = {name: contents(copy / name) for name in ("teacher", "trajectories")}
     assert main([*arguments, "--redo", "distill", "--stage", "distill"]) == 0
     assert not (copy / "report").exists()
     assert main([*arguments, "--stage", "evaluate"]) == 0
-    assert {name: contents(copy / name) for name in kept} == kept
+    assert {name: contents(copy / name) for name in before} == before
     assert not same(weights(copy), weights(finished))
     assert [entry["step"] for entry in metrics(copy, "distill")] == [1, 2, 3, 4]
     assert [entry["step"] for entry in metrics(copy, "teacher")] == list(range(1, 9))
@@ -284,8 +288,8 @@ def test_a_redo_that_is_cut_short_leaves_no_stale_result(
         patch.setattr(shutil, "rmtree", rmtree)
         arguments = [*command, "--runs", str(copy.parent), "--redo", "trajectories"]
         assert main([*arguments, "--stage", "teacher"]) == 130
-    run = advkd.run.stages.Run(parse((copy / "config.toml").read_text()), copy)
-    stands = [run.is_done(stage) for stage in advkd.run.stages.STAGES]
+    run = Run(copy, stored_config(copy))
+    stands = [run.is_done(stage) for stage in STAGES]
     assert stands == sorted(stands, reverse=True)
     assert not run.is_done("report")
 
@@ -302,7 +306,7 @@ def test_a_folder_in_use_is_refused(
     ("changes", "words"),
     [
         (["--set", "distill.lrr=1"], "unknown key 'distill.lrr'; the nearest is 'lr'"),
-        (["--set", "distill.lr=1"], "unknown key 'distill'; the nearest is 'distill'"),
+        (["--set", "distil.lr=1"], "unknown key 'distil'; the nearest is 'distill'"),
         (["--set", "distill.lr"], "is not of the form table.key=value"),
         (["--set", "distill.steps=many"], "'distill.steps' is of type int"),
         (["--name", "a/b"], "'a/b' is not a name"),
@@ -316,6 +320,13 @@ def test_a_folder_in_use_is_refused(
         (["--set", "distill.rho=l1"], "distill.rho='l1'"),
         (["--set", "distill.head_weights=[1.0]"], "1 entries, the student 2 heads"),
         (["--set", "trajectory.dtype=int8"], "trajectory.dtype='int8'"),
+        (["--set", "evaluate.num=3"], "evaluate.num=3"),
+        (["--set", "evaluate.teacher_steps=5000"], "evaluate.teacher_steps=5000"),
+        (["--set", "trajectory.steps=5000"], "trajectory.steps=5000"),
+        (["--set", "trajectory.eta=-1"], "trajectory.eta=-1"),
+        (["--set", "run.device=cuda:99"], "'cuda:99' does not exist"),
+        (["--set", "student.groups=5"], "num_groups=5 does not divide"),
+        (["--set", "data.channels=2"], "channels=2"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_before_anything_is_made(
@@ -354,87 +365,43 @@ def test_arguments_that_are_short_for_keys(given: Path) -> None:
     )
     assert config.name == 'it\'s "mine"'
     data = config.data
+    path = str(Path('a "b"/c').resolve())
     assert (data.path, data.size, data.channels, data.crop, data.flip) == (
-        *('a "b"/c', 16, 3),
+        *(path, 16, 3),
         *(False, False),
     )
     assert (config.run.seed, config.run.threads, config.trajectory.num) == (4, 2, 7)
-    assert (config.evaluate.features, config.teacher.init) == ("f", "i")
+    assert config.evaluate.features == str(Path("f").resolve())
+    assert config.teacher.init == str(Path("i").resolve())
     assert config.distill.lr == 2e-4
 
 
 # Killed.
 
-# Forks a child that runs the command, and kills it at each moment in turn; then runs it to its
-# end. Forking saves importing torch every time.
-KILLER = """
-import json, os, signal, sys, time
-from pathlib import Path
-from advkd.train import main
-
-arguments, run, moments, number = json.loads(sys.argv[1])
-
-def reached(stage, step):
-    if isinstance(stage, str) and step is None:
-        return any(Path(run).glob(stage))
-    log = Path(run, "metrics.jsonl")
-    lines = log.read_text().splitlines() if log.exists() else []
-    return sum(f'"{stage}"' in line for line in lines) >= step
-
-def start():
-    pid = os.fork()
-    if pid == 0:
-        os._exit(main(arguments))
-    return pid
-
-codes = []
-for moment in moments:
-    pid = start()
-    while not reached(*moment):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.001)
-    else:
-        os.kill(pid, number)
-        _, status = os.waitpid(pid, 0)
-    codes.append(os.waitstatus_to_exitcode(status))
-print(json.dumps(codes))
-"""
-
-
-def killed(
-    arguments: list[str], run: Path, moments: list[tuple[str, int | None]], number: signal.Signals
-) -> tuple[list[int], str]:
-    """The children's exit codes and what they said."""
-    given = json.dumps([arguments, str(run), moments, int(number)])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, given], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+IMPORTS, WORK = "from advkd.train import main", "code = main(arguments)"
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(
     finished: Path, command: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "tiny"
-    moments: list[tuple[str, int | None]] = [
-        ("config.toml", None),
-        ("teacher", 2),  # before its first checkpoint
-        ("checkpoints/teacher-*6.json", None),
-        ("teacher/model_index.json", None),
-        ("trajectories/shard-00000.npy", None),
-        ("trajectories/shard-00001.json", None),
-        ("distill", 1),
-        ("distill", 5),
-        ("checkpoints/.distill-*.tmp", None),  # while a checkpoint is written, or at the end
+    moments: list[Moment] = [
+        ("os.rename", "config.toml", 1),
+        ("open", "metrics.jsonl", 2),  # before the teacher's first checkpoint
+        ("os.rename", "teacher-*.json", 1),
+        ("os.rename", "model_index.json", 1),
+        ("os.rename", "shard-00000.npy", 1),
+        ("os.rename", "shard-00001.json", 1),
+        ("open", "metrics.jsonl", 3),
+        ("os.rename", "distill-*.safetensors", 1),
+        ("os.rename", "distill-*.json", 2),
+        ("os.remove", "distill-*", 1),
+        ("os.rename", "distill.done.json", 1),
     ]
-    codes, _ = killed([*command, "--runs", str(tmp_path)], run, moments, signal.SIGKILL)
-    assert codes.count(-signal.SIGKILL) >= 4  # a slow watcher may miss a moment, not most
-    assert set(codes) <= {-signal.SIGKILL, 0}
-    (run / "metrics.jsonl").open("a").write('{"stage": "distill", "st')  # cut in mid-line
     arguments = [*command, "--runs", str(tmp_path)]
+    codes, said = ended_at(moments, IMPORTS, WORK, arguments)
+    assert codes == [-signal.SIGKILL] * len(moments), said
+    (run / "metrics.jsonl").open("a").write('{"stage": "distill", "st')  # cut in mid-line
     for stage in ("teacher", "trajectories", "distill"):
         assert main([*arguments, "--stage", stage]) == 0
     assert same(weights(run, "teacher"), weights(finished, "teacher"))
@@ -448,9 +415,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
 
 def test_sigterm_ends_cleanly_with_a_checkpoint(command: list[str], tmp_path: Path) -> None:
     run = tmp_path / "tiny"
-    arguments = [*command, "--runs", str(tmp_path), "--set", "distill.steps=100000"]
-    arguments += ["--set", "distill.checkpoint_every=100000"]
-    codes, said = killed(arguments, run, [("distill", 3)], signal.SIGTERM)
+    longer = ["--set", "distill.steps=100000", "--set", "distill.checkpoint_every=100000"]
+    whole = [*command, "--runs", str(tmp_path), *longer]
+    for stage in ("teacher", "trajectories"):
+        assert main([*whole, "--stage", stage]) == 0
+    arguments = [*whole, "--stage", "distill"]
+    third = [("open", "metrics.jsonl", 4)]  # the first reads what the teacher logged
+    codes, said = ended_at(third, IMPORTS, WORK, arguments, signal.SIGTERM)
     assert codes == [130]
     steps = [entry["step"] for entry in metrics(run, "distill")]
     assert steps == list(range(1, len(steps) + 1))
@@ -459,9 +430,7 @@ def test_sigterm_ends_cleanly_with_a_checkpoint(command: list[str], tmp_path: Pa
     assert found.step == steps[-1]
     assert f"advkd: stopped at step {steps[-1]} of 100000" in said
     assert "the same command goes on from there" in said
-    (run / "metrics.jsonl").unlink()  # the watcher is not to see the steps of before
-    redo = [*arguments, "--redo", "distill"]
-    _, said = killed(redo, run, [("distill", 3)], signal.SIGTERM)
+    _, said = ended_at(third, IMPORTS, WORK, [*arguments, "--redo", "distill"], signal.SIGTERM)
     assert "the same command without --redo goes on from there" in said
 
 
@@ -470,8 +439,8 @@ def test_sigterm_ends_cleanly_with_a_checkpoint(command: list[str], tmp_path: Pa
 
 @pytest.fixture
 def quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fit the features that judge for a moment only."""
-    monkeypatch.setattr(advkd.run, "FitSettings", lambda steps: FitSettings(steps=3))
+    """Fit features for a moment only."""
+    monkeypatch.setattr(advkd.run.evaluation, "FEATURE_STEPS", 3)
 
 
 def test_a_folder_of_images(quick_features: None, tmp_path: Path) -> None:
@@ -485,7 +454,7 @@ def test_a_folder_of_images(quick_features: None, tmp_path: Path) -> None:
     arguments = ["--data", str(folder), "--size", "8", "--runs", str(tmp_path / "runs")]
     assert main([*arguments, *small_settings()]) == 0
     run = tmp_path / "runs" / "my pictures"
-    config = parse((run / "config.toml").read_text())
+    config = stored_config(run)
     assert (config.data.size, config.data.channels, config.data.flip) == (8, 3, True)
     teacher, student = load_teacher(run / "teacher"), load_student(run / "student")
     assert (teacher.config.in_channels, student.channels, student.size) == (3, 3, 8)
@@ -494,6 +463,80 @@ def test_a_folder_of_images(quick_features: None, tmp_path: Path) -> None:
     assert "autoencoder fitted on the training images" in summary["features"]
     assert "6 held-out images of" in summary["protocol"]
     assert "class_names" not in summary
+
+
+def test_two_folders_of_one_relative_name_are_two_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("A", 0), ("B", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "images.npy", pixels)
+    arguments = ["--data", "images.npy", "--runs", str(tmp_path / "runs"), "--stage", "teacher"]
+    arguments += small_settings()
+    monkeypatch.chdir(tmp_path / "A")
+    assert main(arguments) == 0
+    config = stored_config(tmp_path / "runs" / "images")
+    assert config.data.path == str(tmp_path / "A" / "images.npy")
+    before = contents(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "B")
+    assert main(arguments) == 1
+    assert "was made with another data.path" in capsys.readouterr().err
+    assert contents(tmp_path / "runs") == before
+    monkeypatch.chdir(tmp_path / "A")
+    np.save("images.npy", np.zeros((40, 8, 8), np.uint8))
+    assert main(arguments) == 1
+    assert "was made from other images" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data", ".", *arguments[2:]]) == 1  # named by its resolved path
+    assert "holds no images" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_classes_lead_through_the_whole_job(
+    quick_features: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(2)
+    for name, count in (("dark", 24), ("light", 16)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = draw.integers(0, 100, (8, 8)).astype(np.uint8) + 150 * (name == "light")
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    arguments = ["--data", str(tmp_path / "photos"), "--runs", str(tmp_path / "runs")]
+    arguments += [*small_settings(), "--set", "unet.num_class_embeds=2"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "2 classes: dark (24), light (16)" in said and ".txt files (1)" in said
+    run = tmp_path / "runs" / "photos"
+    student = load_student(run / "student")
+    assert student.num_classes == load_teacher(run / "teacher").num_classes == 2
+    index = json.loads((run / "trajectories" / "index.json").read_text())
+    assert index["num_classes"] == 2
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["class_names"] == ["dark", "light"]
+    assert all(len(shares) == 2 for shares in summary["classes"].values())
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""  # nothing is made, so nothing is announced
+    assert main([*arguments, "--name", "one", "--set", "unet.num_class_embeds=1"]) == 1
+    assert "unet.num_class_embeds=1 is too small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_the_trainings_run_on_the_device_of_the_configuration(
+    device: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def resolve(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(advkd.device, "resolve", resolve)
+    arguments = [*command, "--runs", str(tmp_path), "--set", f"run.device={device}"]
+    for stage in ("teacher", "trajectories", "distill"):
+        assert main([*arguments, "--stage", stage]) == 0
+    assert set(asked) == {device} and len(asked) >= 5  # three checks and two trainings
 
 
 def test_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -537,12 +580,14 @@ def test_a_given_teacher_without_data(
     assert metrics(run, "teacher") == []
 
 
-def test_a_given_teacher_with_data_to_judge_by(teacher: Path, given: Path, tmp_path: Path) -> None:
+def test_a_given_teacher_with_data_to_evaluate_by(
+    teacher: Path, given: Path, tmp_path: Path
+) -> None:
     arguments = ["--teacher", str(teacher), "--size", "8", "--name", "both"]
     arguments += ["--data", str(given / "images.npz"), "--features", str(given / "features")]
     arguments += ["--runs", str(tmp_path / "runs")]
     arguments += small_settings("unet", "schedule", "teacher")
-    for stage in advkd.run.stages.STAGES[:4]:
+    for stage in STAGES[:4]:
         assert main([*arguments, "--stage", stage]) == 0
     run = tmp_path / "runs" / "both"
     summary = json.loads((run / "report" / "summary.json").read_text())

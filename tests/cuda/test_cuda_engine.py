@@ -6,6 +6,7 @@ What torch.cuda would capture is called again at each replay instead.
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -401,7 +402,8 @@ def test_a_changed_network_is_left_to_its_modules(name: str) -> None:
     unet = teacher()
     assert CudaEngine.unavailable(unet) == "the network is on cpu"
     dict(changed_networks())[name](unet)
-    assert "has hooks or a forward of its own" in str(CudaEngine.unavailable(unet))
+    reason = str(CudaEngine.unavailable(unet))
+    assert re.search("has hooks|has been replaced|unknown to a graph", reason)
 
 
 @pytest.mark.parametrize("kind", [UNet, ResnetBlock, nn.Conv2d])
@@ -410,7 +412,7 @@ def test_so_is_one_of_a_changed_class(
 ) -> None:
     original = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, *args: original(self, *args))
-    assert "a forward of its own" in str(CudaEngine.unavailable(teacher()))
+    assert "has been replaced" in str(CudaEngine.unavailable(teacher()))
 
 
 def test_where_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -11,9 +12,12 @@ import torch
 
 from advkd import ops
 from advkd.config import UNetConfig
-from advkd.diffusion import Schedule, ddim_table
-from advkd.engine import sampling
-from advkd.engine.sampling import engine_for, generate, sample, sample_x_T
+from advkd.diffusion import Schedule
+from advkd.engine import cache
+from advkd.engine.eager import EagerEngine
+from advkd.engine.interface import Engine
+from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
 from advkd.models.unet import UNet
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
@@ -37,20 +41,24 @@ def teacher() -> UNet:
     return UNet(CONFIG, SCHEDULE).eval().requires_grad_(False)
 
 
-def test_sample_and_generate_run_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def engine_for(unet: UNet) -> Engine | None:
+    """The kept engine of a network; None where the eager one serves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = cache.engine_for(unet, 4)
+    return None if isinstance(engine, EagerEngine) else engine
+
+
+def test_generate_runs_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the plain loop")
+        raise AssertionError("the eager loop")
 
     unet = teacher()
-    table = ddim_table(SCHEDULE, 4)
     with ops.use_backend("reference"):
-        expected = sample(unet, table, 0, torch.arange(3), keep=(2,))
-    monkeypatch.setattr(sampling, "sample_eagerly", refuse)
-    found = sample(unet, table, 0, torch.arange(3), keep=(2,))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert generate(unet, 3, 0, 4).shape == (3, *SHAPE)
-    with ops.use_backend("reference"), pytest.raises(AssertionError, match="plain"):
+        expected = generate(unet, 3, 0, 4)
+    monkeypatch.setattr(EagerEngine, "sample", refuse)
+    torch.testing.assert_close(generate(unet, 3, 0, 4), expected, rtol=1e-4, atol=1e-4)
+    with ops.use_backend("reference"), pytest.raises(AssertionError, match="eager"):
         generate(unet, 3, 0, 4)
 
 
@@ -83,7 +91,7 @@ def by_inference(unet: UNet) -> None:
         weight = unet.conv_in.weight.clone()
     del unet.conv_in.weight
     unet.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
-    assert engine_for(unet, 8, 4) is not None
+    assert engine_for(unet) is not None
     with torch.inference_mode():
         unet.conv_in.weight.add_(1)
 
@@ -122,30 +130,30 @@ def changes() -> dict[str, Callable[[UNet], object]]:
 @pytest.mark.parametrize("what", changes())
 def test_a_changed_network_has_another_engine(what: str) -> None:
     unet = teacher()
-    before = engine_for(unet, 8, 4)
-    assert engine_for(unet, 8, 4) is before
+    before = engine_for(unet)
+    assert engine_for(unet) is before
     changes()[what](unet)
-    after = engine_for(unet, 8, 4)
+    after = engine_for(unet)
     assert after is not None
     assert after is not before
-    x = sample_x_T(0, torch.arange(2), SHAPE)
+    x = Noise(0, Purpose.SAMPLING).x_T(torch.arange(2), SHAPE)
     with ops.use_backend("reference"):
-        torch.testing.assert_close(after.run(x, 3), unet(x, 3), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after.run(x, t=3), unet(x, 3), rtol=1e-4, atol=1e-4)
 
 
 def test_a_hook_or_another_precision_ends_the_engine() -> None:
     unet = teacher()
-    assert engine_for(unet, 8, 4) is not None
+    assert engine_for(unet) is not None
     hook = unet.conv_in.register_forward_hook(lambda *_: None)
-    assert engine_for(unet, 8, 4) is None
+    assert engine_for(unet) is None
     hook.remove()
-    assert engine_for(unet, 8, 4) is not None
-    assert engine_for(unet.double(), 8, 4) is None
+    assert engine_for(unet) is not None
+    assert engine_for(unet.double()) is None
 
 
 def test_a_kept_engine_does_not_keep_its_network() -> None:
     unet = teacher()
-    assert engine_for(unet, 8, 4) is not None
+    assert engine_for(unet) is not None
     gone = weakref.ref(unet)
     del unet
     gc.collect()
@@ -153,10 +161,13 @@ def test_a_kept_engine_does_not_keep_its_network() -> None:
 
 
 def test_where_there_is_no_engine() -> None:
-    assert engine_for(teacher().double(), 8, 4) is None
+    assert engine_for(teacher().double()) is None
     strange = teacher()
     strange.mid_block.extra = torch.nn.Identity()
-    assert engine_for(strange, 8, 4) is None
+    assert engine_for(strange) is None
     with ops.use_backend("reference"):
-        assert engine_for(teacher(), 8, 4) is None
-    assert sample(strange, ddim_table(SCHEDULE, 2), 0, torch.arange(2))[0].isfinite().all()
+        assert engine_for(teacher()) is None
+    with pytest.warns(UserWarning, match="mid_block.extra"):
+        other = teacher()
+        other.mid_block.extra = torch.nn.Identity()
+        assert generate(other, 2, 0, 2).isfinite().all()

@@ -185,7 +185,7 @@ def test_teacher_on_every_instruction_set(isa_name: str) -> None:
 
 
 @pytest.mark.parametrize("t", [0, 1, 999])
-def test_teacher_is_told_the_time(t: int) -> None:
+def test_a_teacher_is_conditioned_on_the_time(t: int) -> None:
     unet = teacher()
     x = noise(unet, (8, 8))
     assert distance(lower(unet, (8, 8), batch=4).run(x, t), exactly(unet, x, t)) <= TOLERANCE
@@ -328,7 +328,7 @@ def test_the_arena_is_much_smaller_than_all_buffers() -> None:
     assert found.arena < sum(buffer.floats for buffer in found.buffers) / 2
 
 
-def test_memory_and_flops_are_told() -> None:
+def test_describe_lists_memory_and_flops() -> None:
     engine = lower(teacher(), (8, 8), batch=2)
     lines = list(describe(engine, 2))
     assert len(lines) == len(engine.plan.ops) + 2

@@ -372,7 +372,7 @@ def test_generate_is_clamped_but_the_sampler_is_not() -> None:
     assert generate(unet, 4, 0, 3).abs().max() == 1
 
 
-def test_generate_samples_as_told() -> None:
+def test_generate_samples_as_asked() -> None:
     unet = small_unet()
     for sampler, eta, table in (
         ("ddim", 0.5, ddim_table(SCHEDULE, 4, 0.5)),

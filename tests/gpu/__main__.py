@@ -3,7 +3,8 @@
     python -m tests.gpu [--out gpu-report.md] [--skip tests sanitizer benchmarks]
 
 Runs all tests marked `gpu`, compute-sanitizer where it is installed, and the benchmarks, and writes
-what they say. Exit status: 0 if all that ran passed, 1 if not, 2 without a CUDA device.
+what they print. Without a device it collects the tests and imports the benchmarks, and the report
+says so. Exit status: 0 if all that ran passed, 1 if not, 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from advkd import info, ops
 
+from . import bench
+
 ROOT = Path(__file__).resolve().parents[2]
+TESTS = "tests"
 PARTS = ("tests", "sanitizer", "benchmarks")
 
 
@@ -26,6 +30,11 @@ def run(*command: str) -> tuple[int, str]:
     """The exit status and the last lines."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+
+
+def pytest(*arguments: str) -> tuple[int, str]:
+    """The tests marked `gpu`."""
+    return run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", *arguments, TESTS)
 
 
 def fenced(text: str) -> str:
@@ -37,7 +46,7 @@ def sections(skip: list[str], failed: list[str]) -> Iterator[str]:
     yield f"# advkd on {torch.cuda.get_device_name()}\n"
     yield fenced("\n".join(info.report()))
     if "tests" not in skip:
-        status, text = run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests")
+        status, text = pytest()
         failed += ["tests"] * (status != 0)
         yield f"\n## Tests: {'failed' if status else 'passed'}\n\n{fenced(text)}"
     if "sanitizer" not in skip:
@@ -50,34 +59,41 @@ def sections(skip: list[str], failed: list[str]) -> Iterator[str]:
     if "tests" in failed:
         yield "\n## Benchmarks\n\nNone while tests fail."
         return
-    from . import bench
-
     yield "\n## Benchmarks\n"
     yield from bench.images_per_second()
     yield ""
     yield from bench.launch_overhead()
 
 
-def main() -> int:
+def without_device(missing: str, failed: list[str]) -> Iterator[str]:
+    """The report where nothing can run."""
+    yield f"# advkd without a CUDA device\n\nNothing ran: {missing}.\n"
+    yield fenced("\n".join(info.report()))
+    status, text = pytest("--collect-only")
+    failed += ["collection of the tests"] * (status != 0)
+    yield f"\n## Tests: {'not collected' if status else 'collected'}\n\n{fenced(text)}"
+
+
+def missing_device() -> str | None:
+    """Why nothing can run here; None where it can."""
+    return ops.cuda_missing() if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-report.md"))
     parser.add_argument("--skip", nargs="*", choices=PARTS, default=[])
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("tests.gpu: torch sees no CUDA device, so there is nothing to check", file=sys.stderr)
-        return 2
-    missing = ops.cuda_missing()
-    if missing is not None:
-        print(f"tests.gpu: {missing}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    missing = missing_device()
     failed: list[str] = []
+    parts = sections(args.skip, failed) if missing is None else without_device(missing, failed)
     with args.out.open("w") as report:
-        for text in sections(args.skip, failed):
+        for text in parts:
             print(text, flush=True)
             print(text, file=report, flush=True)
-    outcome = f"failed: {', '.join(failed)}" if failed else "all passed"
+    outcome = f"failed: {', '.join(failed)}" if failed else missing or "all passed"
     print(f"\nwritten to {args.out}; {outcome}")
-    return 1 if failed else 0
+    return 1 if failed else 2 if missing else 0
 
 
 if __name__ == "__main__":

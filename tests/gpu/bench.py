@@ -15,9 +15,10 @@ from torch import Tensor
 
 from advkd import ops
 from advkd.config import load_preset
-from advkd.diffusion import ddim_table
-from advkd.engine import cuda as graph
-from advkd.engine import sampling
+from advkd.diffusion import Schedule, ddim_table
+from advkd.engine import cuda as cuda_engine
+from advkd.engine.cuda import Buffers, CudaEngine
+from advkd.engine.noise import Noise, Purpose
 from advkd.models.unet import UNet, config_to_diffusers
 from advkd.ops import use_backend
 
@@ -25,7 +26,9 @@ STEPS, ROUNDS = 50, 5
 BATCHES = (1, 64, 256)
 TYPES = (torch.float32, torch.bfloat16)
 
-Loop = Callable[[Tensor], object]  # draws the images of these numbers
+NOISE = Noise(0, Purpose.SAMPLING)
+
+Loop = Callable[[Tensor], object]  # samples the images of these numbers
 
 
 def teacher(dtype: torch.dtype) -> UNet:
@@ -38,17 +41,11 @@ def teacher(dtype: torch.dtype) -> UNet:
 def loops(unet: UNet, batch: int) -> Iterator[tuple[str, Loop]]:
     """The contenders: each runs STEPS steps."""
     table = ddim_table(unet.schedule, STEPS)
-    for name, on_device in (("ours, loop on the device", True), ("ours, loop on the host", False)):
-        engine = graph.CudaEngine(unet, batch, 32, on_device=on_device)
-        yield (
-            name,
-            lambda indices, engine=engine: engine.sample(
-                table, 0, indices, None, kept=[STEPS], target="denoised"
-            ),
-        )
+    engine = CudaEngine.make(unet, (32, 32), batch)
+    yield "ours", lambda indices: engine.sample(table, NOISE, indices, saved=[STEPS])
 
-    def plainly(network: Callable[..., Tensor], indices: Tensor) -> Tensor:
-        x_t = sampling.sample_x_T(0, indices.cuda(), (3, 32, 32))
+    def python_loop(network: Callable[..., Tensor], indices: Tensor) -> Tensor:
+        x_t = NOISE.x_T(indices.cuda(), (3, 32, 32))
         for i, t in enumerate(table.timesteps.tolist()):
             out = network(x_t.to(unet.conv_in.weight.dtype), torch.tensor(t, device="cuda"))
             a_x, a_m, c_0, c_x, c_m, _ = (float(c) for c in table.coefficients[i])
@@ -58,15 +55,15 @@ def loops(unet: UNet, batch: int) -> Iterator[tuple[str, Loop]]:
 
     def eager(indices: Tensor) -> Tensor:
         with use_backend("reference"):
-            return plainly(unet, indices)
+            return python_loop(unet, indices)
 
     yield "torch eager", eager
-    yield "torch eager, our ops", lambda indices: plainly(unet, indices)
+    yield "torch eager, our ops", lambda indices: python_loop(unet, indices)
     compiled = torch.compile(unet, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def by_compile(indices: Tensor) -> Tensor:
         with use_backend("reference"):
-            return plainly(compiled, indices)
+            return python_loop(compiled, indices)
 
     yield "torch.compile, reduce-overhead", by_compile
     yield "diffusers", diffusers_loop(unet, batch)
@@ -120,21 +117,17 @@ def images_per_second() -> Iterator[str]:
 def launch_overhead() -> Iterator[str]:
     """What a step costs beside the network: the loop over a network of one element's copy."""
     device = torch.device("cuda", torch.cuda.current_device())
-    table = ddim_table(teacher(torch.float32).schedule, 1000)
+    table = ddim_table(Schedule(), 1000)
+    buffers = Buffers.allocate((1, 3, 32, 32), 4, torch.float32, device)
+    captured, out = cuda_engine.captured(lambda: buffers.x_in * 0.5, device)
+    loop = cuda_engine.Loop(ops.extension, buffers, captured.raw_cuda_graph(), out)
+
+    def run(indices: Tensor) -> object:
+        return loop.run(
+            table, torch.zeros(1000, 4), NOISE, indices, saved=[1000], target="state", chunk=1000,
+            stream=cuda_engine.current_stream(device),
+        )  # fmt: skip
+
     yield "| launch overhead of a step, 1 image of 3x32x32 | microseconds |"
     yield "|---|---|"
-    assert ops.extension is not None
-    for name, on_device in (("loop on the device", True), ("loop on the host", False)):
-        buffers = graph.new_buffers((1, 3, 32, 32), 4, torch.float32, device, torch.channels_last)
-        buffers.x_in.zero_()
-        captured, buffers.model_out = graph.captured(lambda b=buffers: b.x_in * 0.5, device)
-        loop = graph.Loop(ops.extension, buffers, captured.raw_cuda_graph(), on_device)
-
-        def run(indices: Tensor, loop: graph.Loop = loop) -> object:
-            stream = graph.current_stream(device)
-            return loop.run(
-                table, torch.zeros(1000, 4), 0, indices, kept=[1000], target="state", chunk=1000,
-                stream=stream,
-            )  # fmt: skip
-
-        yield f"| {name} | {seconds(run, torch.arange(1)) * 1e3:.2f} |"
+    yield f"| the loop | {seconds(run, torch.arange(1)) * 1e3:.2f} |"

@@ -31,6 +31,11 @@ SMALL: dict[str, Any] = {
     "attention_head_dim": None,
 }
 
+ATTENTION = {
+    "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
+}
+
 # Each entry is a change to SMALL.
 VARIANTS: dict[str, dict[str, Any]] = {
     "small": {},
@@ -38,10 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
     },
-    "attention everywhere": {
-        "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
-    },
+    "attention everywhere": ATTENTION,
     "attention only on the way up": {
         "down_block_types": ("DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
@@ -61,11 +63,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2 groups": {"norm_num_groups": 2},
     "1 layer": {"layers_per_block": 1},
     "3 layers": {"layers_per_block": 3},
-    "centred input": {"center_input_sample": True},
+    "centered input": {"center_input_sample": True},
     "mid block scaled": {"mid_block_scale_factor": 1.4142},
     "dropout": {"dropout": 0.3},
     "classes": {"num_class_embeds": 5},
-    "greyscale in, two channels out": {"in_channels": 1, "out_channels": 2},
+    "grayscale in, two channels out": {"in_channels": 1, "out_channels": 2},
     "one block": {
         "block_out_channels": (8,),
         "down_block_types": ("AttnDownBlock2D",),
@@ -118,7 +120,7 @@ GOOGLE = {"ddpm-cifar10-32": reduced(CIFAR10), "ddpm-celebahq-256": reduced(CELE
 ALL = {name: SMALL | change for name, change in VARIANTS.items()} | GOOGLE
 
 
-def randomised(network: torch.nn.Module, seed: int = 0) -> None:
+def randomize(network: torch.nn.Module, seed: int = 0) -> None:
     """Random values in every parameter: fresh norms (1 and 0) would hide swapped tensors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -146,7 +148,7 @@ def assert_agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_loads_what_diffusers_saved(name: str, tmp_path: Path) -> None:
     settings = ALL[name]
     theirs = UNet2DModel(**settings).eval()
-    randomised(theirs)
+    randomize(theirs)
     theirs.save_pretrained(tmp_path / "unet")
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     ours = load_teacher(tmp_path)
@@ -163,7 +165,7 @@ def test_loads_what_diffusers_saved(name: str, tmp_path: Path) -> None:
 def test_diffusers_loads_what_we_saved(name: str, tmp_path: Path) -> None:
     settings = ALL[name]
     ours = UNet(config_from_diffusers(settings)).eval()
-    randomised(ours)
+    randomize(ours)
     save_teacher(ours, tmp_path)
     theirs, report = UNet2DModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
     assert not any(report.values()), report
@@ -178,7 +180,7 @@ def test_diffusers_loads_what_we_saved(name: str, tmp_path: Path) -> None:
 def test_the_gradients_are_diffusers(change: dict[str, Any]) -> None:
     settings = SMALL | change
     ours, theirs = UNet(config_from_diffusers(settings)).double(), UNet2DModel(**settings).double()
-    randomised(theirs)
+    randomize(theirs)
     ours.load_state_dict(theirs.state_dict())
     x, t, y = inputs(settings)
     ours(x.double(), t, y).square().mean().backward()
@@ -222,15 +224,34 @@ def test_config_round_trip() -> None:
         ({"act_fn": "gelu"}, ["act_fn", "gelu"]),
         ({"resnet_time_scale_shift": "scale_shift"}, ["resnet_time_scale_shift"]),
         ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier"]),
-        ({"downsample_type": "resnet"}, ["downsample_type"]),
+        (ATTENTION | {"downsample_type": "resnet"}, ["downsample_type"]),
         ({"upsample_type": "resnet"}, ["upsample_type"]),
         ({"class_embed_type": "timestep"}, ["class_embed_type"]),
-        ({"attn_norm_num_groups": 4}, ["attn_norm_num_groups"]),
+        ({"attn_norm_num_groups": 2}, ["attn_norm_num_groups"]),
+        ({"time_embedding_dim": 64}, ["time_embedding_dim", "64"]),
         ({"mid_block_type": None}, ["mid_block_type"]),
         ({"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel"]),
-        ({"cross_attention_dim": 768, "zoom": 1}, ["cross_attention_dim", "zoom"]),
+        ({"act_fn": ["silu"]}, ["act_fn"]),
+        ({"_class_name": {"a": 1}}, ["_class_name"]),
+        ({"sample_size": [16, 8]}, ["sample_size", "square"]),
         ({"norm_num_groups": None}, ["norm_num_groups", "None"]),
         ({"block_out_channels": [8, "16"]}, ["block_out_channels", "16"]),
+        ({"block_out_channels": 8}, ["block_out_channels", "8"]),
+        ({"block_out_channels": []}, ["block_out_channels", "0 entries"]),
+        ({"block_out_channels": [8] * 100}, ["block_out_channels", "100 entries"]),
+        ({"layers_per_block": [2, 2]}, ["layers_per_block"]),
+        ({"down_block_types": "DownBlock2D"}, ["down_block_types"]),
+        ({"down_block_types": [["DownBlock2D"], 3]}, ["down_block_types"]),
+        (
+            {"block_out_channels": [2, 4], "norm_num_groups": 2, "freq_shift": 1},
+            ["block_out_channels[0]=2", "freq_shift"],
+        ),
+        ({"layers_per_block": 10**15}, ["layers_per_block"]),
+        (
+            {"block_out_channels": [8] * 16, "layers_per_block": 64}
+            | {"down_block_types": ["DownBlock2D"] * 16, "up_block_types": ["UpBlock2D"] * 16},
+            ["layers_per_block=64", "256"],
+        ),
     ],
 )
 def test_unsupported_unet_settings_are_named(settings: dict, words: list[str]) -> None:
@@ -274,7 +295,7 @@ def test_an_image_that_cannot_be_halved_is_an_error() -> None:
 @torch.no_grad()
 def test_batches_of_one_and_of_none() -> None:
     unet = UNet(config_from_diffusers(SMALL)).eval()
-    randomised(unet)
+    randomize(unet)
     x, t, _ = inputs(SMALL)
     whole = unet(x, t)
     assert_agree(unet(x[1:2], t[1:2]), whole[1:2])
@@ -284,7 +305,7 @@ def test_batches_of_one_and_of_none() -> None:
 
 def test_dropout_drops_in_training_only() -> None:
     unet = UNet(config_from_diffusers(SMALL | {"dropout": 0.5}))
-    randomised(unet)
+    randomize(unet)
     x, t, _ = inputs(SMALL)
     with torch.no_grad():
         assert not torch.equal(unet(x, t), unet(x, t))
@@ -306,7 +327,7 @@ def test_timestep_embedding_fills_odd_widths(dim: int) -> None:
 
 def test_attention_is_torchs_and_differentiable_twice() -> None:
     block = Attention(16, 8, 4).double()
-    randomised(block)
+    randomize(block)
     x = torch.randn(2, 16, 3, 5, generator=torch.Generator().manual_seed(0)).double()
     with ops.use_backend("reference"):
         plain = block(x)

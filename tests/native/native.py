@@ -78,12 +78,12 @@ def program(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     return target
 
 
-def mutated(folder: Path, whole: Path, csrc: Path, source: Path) -> Path:
-    """The program of the folder `whole` with one changed source of the copy `csrc`, in FOLDER."""
-    wanted = f"{source.parent.name}-{source.stem}.o"
-    extra = ["-DADVKD_ISA=portable"] if source.parent.name == "cpu" else []
-    changed = compiled([(source, [f"-I{csrc}", *THREAD_SANITIZER_FLAGS, *extra])], folder)
-    others = [str(at) for at in whole.glob("*.o") if at.name != wanted]
+def mutated(folder: Path, whole: Path, csrc: Path, sources: list[Path]) -> Path:
+    """The program of the folder `whole` with some sources of the copy `csrc` instead, in FOLDER."""
+    flags = [f"-I{csrc}", *THREAD_SANITIZER_FLAGS, "-DADVKD_ISA=portable"]
+    changed = compiled([(source, flags) for source in sources], folder)
+    names = {Path(at).name for at in changed}
+    others = [str(at) for at in whole.glob("*.o") if at.name not in names]
     target = folder / "program"
     link(THREAD_SANITIZER_FLAGS, [*changed, *others], target)
     return target

@@ -8,6 +8,10 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +21,19 @@ import torch
 from torch import Tensor, nn
 
 import advkd
+from advkd import files as files_module
 from advkd.files import (
+    LISTED,
+    MAX_HEADER,
+    MAX_NESTING,
+    MAX_TEXT,
     CheckpointError,
     load_strictly,
+    read_header,
     read_json,
     read_tensors,
+    read_text,
+    remove_stale,
     replacing,
     tensors_hash,
     write_bytes,
@@ -31,6 +43,7 @@ from advkd.files import (
 from advkd.training.checkpoint import (
     KEPT,
     Checkpoint,
+    _seal,
     drop_checkpoints,
     latest_checkpoint,
     optimizer_tensors,
@@ -62,6 +75,39 @@ def test_write_replaces_and_makes_folders(tmp_path: Path) -> None:
         write_bytes(path, content)
         assert path.read_bytes() == content
         assert files(path.parent) == ["file"]
+
+
+KILLED_WRITER = """
+    import os, signal, sys
+    from pathlib import Path
+    from advkd.files import replacing
+    with replacing(Path(sys.argv[1]) / "shard-00000.npy") as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = textwrap.dedent(KILLED_WRITER)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = files(tmp_path)
+    assert re.fullmatch(r"\.shard-00000\.npy\.\d+\.tmp", left)
+    others = [".lock", "shard-00001.npy", ".mine.tmp", ".x.7a.tmp", f".x.{os.getppid()}.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.999999999.tmp").mkdir()
+    with replacing(tmp_path / "own") as own:
+        own.touch()
+        assert remove_stale(tmp_path) == [tmp_path / left]
+        assert files(tmp_path) == sorted([*others, ".folder.999999999.tmp", own.name])
+        # A process of the same number wrote before this one began.
+        monkeypatch.setattr(files_module, "_STARTED", time.time() + 60)
+        assert remove_stale(tmp_path) == [own]
+        own.touch()
+    assert remove_stale(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -121,6 +167,54 @@ def test_json_round_trip_and_errors(tmp_path: Path) -> None:
             read_json(tmp_path / "x.json")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xbc"}')
+    assert read_json(tmp_path / "x.json") == {"a": "ü"}
+    assert read_text(tmp_path / "x.json")[0] == "{"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 100_000, "nested"),
+        (b'{"a": ' * 33 + b"1" + b"}" * 33, "nested deeper than 32"),
+        (b'{"a": [[' * 300 + b"1" + b"]]}" * 300, "nested"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "digits"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<html></html>", "web page"),
+        (b"\x80\x02}q\x00", "pickle"),
+        (b'{"a": "\xe4"}', "UTF-8"),
+    ],
+)
+def test_what_is_no_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"x\.json cannot be read: .*{words}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_is_read_down_to_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'{"a": ' * MAX_NESTING + b"1" + b"}" * MAX_NESTING)
+    assert "a" in read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("size", [MAX_TEXT + 1, 1 << 40])
+def test_a_text_of_any_size_is_refused_at_its_bound(tmp_path: Path, size: int) -> None:
+    """The file is sparse, so a reader that takes all of it would need a terabyte."""
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(size)
+    with pytest.raises(CheckpointError, match=rf"x\.json.*larger than {MAX_TEXT}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    for read in (read_json, read_tensors, read_text):
+        with pytest.raises(CheckpointError, match="not a file"):
+            read(tmp_path / "x")
+        with pytest.raises(CheckpointError, match="not a file"):
+            read(Path("/dev/zero"))
 
 
 def test_tensors_round_trip_bit_for_bit(tmp_path: Path) -> None:
@@ -188,6 +282,61 @@ def break_file(path: Path, damage: str) -> None:
         path.write_bytes(b"")
     else:
         path.unlink()
+
+
+def with_header(header: object, data: bytes = bytes(8)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_header([1, 2]),
+        with_header(b"{"),
+        with_header(b"[" * 10_000),
+        with_header(b"\xff\xfe\x00"),
+        with_header({"a": [1]}),
+        with_header({"a": {"dtype": "F32", "shape": [2]}}),
+        with_header({"a": entry("F32", [2], 0, 8) | {"extra": 1}}),
+        with_header({"a": entry("F8_E4M3", [8], 0, 8)}),
+        with_header({"a": entry(["F32"], [2], 0, 8)}),
+        with_header({"a": entry("F32", 2, 0, 8)}),
+        with_header({"a": entry("F32", ["2"], 0, 8)}),
+        with_header({"a": entry("F32", [2.0], 0, 8)}),
+        with_header({"a": entry("F32", [-2], 0, -8)}),
+        with_header({"a": entry("F32", [True, 2], 0, 8)}),
+        with_header({"a": entry("F32", [2], 8, 0)}),
+        with_header({"a": entry("F32", [2], 0, 8, 8)}),
+        with_header({"a": entry("F32", [3], 0, 12)}),
+        with_header({"a": entry("F32", [1], 0, 4)}),
+        with_header({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}),
+        with_header({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 2, 6)}),
+        with_header({"a": entry("F32", [10**15], 0, 4 * 10**15)}),
+        with_header({"a": entry("F32", [1] * 10**5, 0, 4)}, bytes(4)),
+        (MAX_HEADER + 1).to_bytes(8, "little") + bytes(MAX_HEADER + 2),
+    ],
+)
+def test_headers_that_are_not_of_their_file_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    for read in (read_header, read_tensors):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors is not a whole safetensors"):
+            read(path)
+
+
+def test_a_header_says_what_its_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64), "c": torch.ones(0)}
+    write_tensors(path, tensors)
+    header = read_header(path)
+    assert {n: (i.shape, i.dtype) for n, i in header.items()} == {
+        n: (tuple(t.shape), t.dtype) for n, t in tensors.items()
+    }
 
 
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
@@ -364,6 +513,55 @@ def test_two_optimizers_in_one_file_do_not_mix() -> None:
     first = fresh.param_groups[0]["params"][0]
     assert fresh.state[first]["step"] == 2
     assert fresh.param_groups[0]["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("d.0.step"),
+        lambda t: t.pop("d.1.exp_avg_sq"),
+        lambda t: t.update({"d.9.step": torch.tensor(1.0)}),
+        lambda t: t.update({"d.x.step": torch.tensor(1.0)}),
+        lambda t: t.update({"d.0.momentum": torch.tensor(1.0)}),
+        lambda t: t.update({"d.0.exp_avg": torch.zeros(7)}),
+        lambda t: t.update({"d.0.step": torch.zeros(4, 3, 3, 3)}),
+        lambda t: t.update({"d.0.step": torch.tensor(1)}),
+    ],
+)
+def test_what_is_not_the_state_of_an_optimizer_is_refused(change: Callable) -> None:
+    network = small_network()
+    optimizer = torch.optim.Adam(network.parameters())
+    step_with(network, optimizer, 0)
+    tensors = optimizer_tensors(optimizer, "d")
+    change(tensors)
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be used: d\.\w+"):
+        restore_optimizer(optimizer, tensors, "d", Path("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "1"}, {"step": 2}, {"step": -1}, {"step": None}, {"values": [1]}, {"sha256": 7}],
+    ids=str,
+)
+def test_a_sealed_file_that_describes_no_checkpoint_is_passed_over(
+    tmp_path: Path, changes: dict
+) -> None:
+    save_checkpoint(tmp_path, "stage", checkpoint(1))
+    closing = tmp_path / "stage-00000001.json"
+    content = {**json.loads(closing.read_text()), **changes}
+    del content["seal"]
+    write_json(closing, {**content, "seal": _seal(content)})
+    with pytest.warns(UserWarning, match=r"passed over.*stage-00000001\.json"):
+        assert latest_checkpoint(tmp_path, "stage") is None
+
+
+def test_load_strictly_names_the_first_few_problems_and_counts_the_rest() -> None:
+    network = small_network()
+    other = {f"x{i}": torch.zeros(1) for i in range(30)}
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(network, other, Path("some/where"))
+    count = len(network.state_dict()) + len(other)
+    assert str(caught.value).endswith(f"; and {count - LISTED} more")
 
 
 def test_load_strictly_lists_every_problem() -> None:
