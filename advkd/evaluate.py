@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num", type=int, help=f"images of each network (default {NUM})")
     p.add_argument("--teacher-steps", type=int, metavar="N", help=f"default {TEACHER_STEPS}")
     fit = p.add_argument_group("fitting features")
-    fit.add_argument("--fit-features", metavar="DATA", help="folder, .npz/.npy, IDX file or data set")
+    fit.add_argument("--fit-features", metavar="DATA", help="folder, .npz/.npy, IDX or data set")
     fit.add_argument("--out", metavar="FOLDER", type=Path, help="where the features go")
     fit.add_argument("--steps", type=int, help=f"default {FitSettings.steps}")
     fit.add_argument("--seed", type=int, help="default 0")

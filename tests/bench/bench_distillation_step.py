@@ -83,7 +83,8 @@ def gradients(training: Distillation, batch: Batch, backend: str | None) -> Tens
 
 def check(store: Trajectories, backend: str | None) -> None:
     """Compares the gradients with those of the plain ops in float64, by their whole length."""
-    single, exact = (Distillation(CONFIG, store, dataset("fashion-mnist").train()) for _ in range(2))
+    images = dataset("fashion-mnist").train()
+    single, exact = (Distillation(CONFIG, store, images) for _ in range(2))
     exact.student.double()
     exact.discriminator.double()
     batch = single.batch(single.adversary_start).share(slice(0, 8))
