@@ -354,7 +354,8 @@ def _check_config(config: Any, path: Path) -> None:
         if type(config[key]) not in types:
             names = " or ".join(kind.__name__ for kind in types)
             raise CheckpointError(f"{path}: {key}={config[key]!r:.60} is no {names}")
-    bounds = {"channels": (1, _MAX_CHANNELS), "size": (8, MAX_SIDE), "num_classes": (2, MAX_CLASSES)}
+    bounds = {"channels": (1, _MAX_CHANNELS), "size": (8, MAX_SIDE)}
+    bounds["num_classes"] = (2, MAX_CLASSES)
     for key, (low, high) in bounds.items():
         if config[key] is not None and not low <= config[key] <= high:
             raise CheckpointError(f"{path}: {key}={config[key]} is not between {low} and {high}")
