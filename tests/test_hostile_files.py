@@ -623,7 +623,7 @@ def test_mutated_files_end_in_a_sentence(name: str, parts: list[dict[str, Any]])
 
 
 def test_a_reader_at_fault_is_found(tmp_path: Path) -> None:
-    """Foreign exceptions, messages that name nothing, and slowness are told apart."""
+    """Foreign exceptions, messages that name nothing, and slowness are distinguished."""
 
     def failing(error: Exception) -> Reader:
         def read(folder: Path) -> None:

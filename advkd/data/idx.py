@@ -1,6 +1,6 @@
 """IDX files, the format of MNIST: a magic number, the shape, and unsigned bytes; often gzipped.
 
-What is an IDX file is told by its first four bytes and never by its name.
+An IDX file is recognized by its first four bytes, never by its name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Distillation of the default preset, with the fused ops and with plain torch.
 
 A training begins with steps that only reconstruct; from `distill.adversary_after` on they have the
-discriminator. Its judgement of the inner heads and its gradient penalty come round within 16 steps,
+discriminator. Its view of the inner heads and its gradient penalty come round within 16 steps,
 so that these are timed together. Batches are drawn beforehand.
 """
 

@@ -138,8 +138,8 @@ def l2_bytes() -> int:
     """The size of a core's L2 cache, or of the device's; 1 MiB where the system does not tell."""
     if device() == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
-    told = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-    return int(told.read_text().strip().rstrip("K")) * 1024 if told.exists() else 1 << 20
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    return int(file.read_text().strip().rstrip("K")) * 1024 if file.exists() else 1 << 20
 
 
 def hold(contest: Contest, timer: Clock) -> Outcome:

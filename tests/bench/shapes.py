@@ -1,5 +1,5 @@
 """The shapes that are timed: those of google/ddpm-cifar10-32, google/ddpm-celebahq-256 and of the
-default preset (fashion-mnist), whose batch is 32 and whose discriminator judges twice that."""
+default preset (fashion-mnist), whose batch is 32 and whose discriminator sees twice that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IDX files, gzipped or not, told by their content."""
+"""IDX files, gzipped or not, recognized by their content."""
 
 from __future__ import annotations
 

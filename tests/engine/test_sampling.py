@@ -307,7 +307,7 @@ def test_no_purpose_shares_a_number_of_the_generator_with_another() -> None:
     words = [Noise(0, purpose).step_word(step) for purpose in Purpose for step in steps]
     assert len(set(words)) == len(steps) * len(Purpose)
     assert all(0 <= word < 1 << 32 for word in words)
-    # For any step: the purpose is told from the high byte, which no step reaches.
+    # For any step: the high byte, which no step reaches, says the purpose.
     high = {(purpose << 24 ^ base) >> 24 for purpose in Purpose for base in (0, 0xFF << 24)}
     assert len(high) == 2 * len(Purpose)
     assert MAX_STEPS <= 1 << 24
