@@ -1,4 +1,4 @@
-"""Which engine serves a network, and the engines that are kept as long as it stays the same."""
+"""Which engine serves a network, and a cache of engines, valid as long as it stays the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from advkd.ops._backend import fused_extension, use_fused
 # Tried in this order; what none of them takes is the eager engine's.
 ENGINES: list[type[Engine]] = [CpuEngine, CudaEngine]
 
-_KEPT = 2  # engines of one network, the newest
+_MOST = 2  # engines of one network, the newest
 _Key = tuple[tuple[int, int], int, int | None]  # (H, W), batch, exit_at
 _Layout = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -63,7 +63,7 @@ def engine_for(
     size: tuple[int, int] | None = None,
     exit_at: int | None = None,
 ) -> Engine:
-    """The engine that samples so many images at once; kept with its network.
+    """The engine that samples so many images at once; cached with its network.
 
     An engine is made anew once the network's weights, settings, hooks or methods have changed.
     Raises ValueError for what the network cannot do.
@@ -72,14 +72,14 @@ def engine_for(
     if not use_fused("the sampling loop", None, None):
         return EagerEngine(model, size, exit_at)
     with _lock:
-        kept = _kept.get(model)
-        if kept is None or not kept.snapshot.is_of(model):
-            _kept.pop(model, None)
+        cached = _cache.get(model)
+        if cached is None or not cached.snapshot.is_of(model):
+            _cache.pop(model, None)
             kind = _kind_of(model)
             if kind is EagerEngine:
                 return EagerEngine(model, size, exit_at)
-            kept = _kept[model] = _Kept(model, kind)
-        return kept.engine(model, size, max(images, 1), exit_at)
+            cached = _cache[model] = _Cached(model, kind)
+        return cached.engine(model, size, max(images, 1), exit_at)
 
 
 def engine_named(
@@ -182,7 +182,7 @@ def _is_dense(tensor: Tensor) -> bool:
     )
 
 
-class _Kept:
+class _Cached:
     """The engines of one network, all of one kind."""
 
     def __init__(self, model: UNet | Student, kind: type[Engine]):
@@ -194,11 +194,13 @@ class _Kept:
     def engine(
         self, model: UNet | Student, size: tuple[int, int], images: int, exit_at: int | None
     ) -> Engine:
+        """The engine for so many images: a cached one, a new one, or the eager one if `make`
+        refuses."""
         if self._refused:
             return EagerEngine(model, size, exit_at)
         key = (size, self.kind.batch_for(images), exit_at)
         engine = self._engines.pop(key, None)
-        while len(self._engines) >= _KEPT:  # before making one: memory may be short
+        while len(self._engines) >= _MOST:  # before making one: memory may be short
             self._engines.pop(next(iter(self._engines)))
         if engine is None:
             try:
@@ -212,5 +214,5 @@ class _Kept:
         return engine
 
 
-_kept: weakref.WeakKeyDictionary[UNet | Student, _Kept] = weakref.WeakKeyDictionary()
+_cache: weakref.WeakKeyDictionary[UNet | Student, _Cached] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
