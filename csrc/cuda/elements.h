@@ -36,7 +36,7 @@ __device__ __forceinline__ void narrow(float v, float& to) { to = v; }
 __device__ __forceinline__ void narrow(float v, __half& to) { to = __float2half_rn(v); }
 __device__ __forceinline__ void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
 
-// kCount neighbours, which lie in memory in one piece; a multiple of 16 bytes is accessed by 16.
+// kCount neighbors in memory; a multiple of 16 bytes is accessed by 16.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount % 16 == 0 ? 16 : sizeof(T)) Elements {
   T at[kCount];

@@ -39,7 +39,7 @@ __device__ Tile tile_of_block(const Cut& cut) {
 }
 
 // The tile's normals of a step word, in memory order. Philox blocks count elements in (C, P) order, so
-// each thread computes the four normals of neighbouring pixels of a channel and uses those inside the
+// each thread computes the four normals of neighboring pixels of a channel and uses those inside the
 // tile.
 template <class Shared>
 __device__ void compute_normals(const LoopState& loop, std::uint32_t step, const Cut& cut,

@@ -47,6 +47,7 @@ EQUIVALENT = {
     "x0 > bound": "at the bound both give the bound",
     "pixel >= tile.width": "computes normals of no pixel, and none is used",
     "left < cut.width ?": "where they are equal both are the same",
+    "if (queued < run.steps)": "records an event once more, after the last step",
 }
 
 

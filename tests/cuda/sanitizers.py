@@ -21,10 +21,10 @@ OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66", "ASAN_OPTIONS": "detec
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # The thread sanitizer wants its memory where address randomisation may have put other things.
+    # The thread sanitizer wants its memory where address randomization may have put other things.
     command = ["setarch", "-R", str(program), *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | OPTIONS, check=False, timeout=500
+        command, capture_output=True, text=True, env=os.environ | OPTIONS, check=False, timeout=1800
     )
 
 

@@ -182,7 +182,7 @@ def test_bad_runs_are_refused(cuda: Any) -> None:
         ({"chunk": 0}, "chunks of at least one"),
         ({"steps": 0}, r"1 to 2\^23 steps"),
         ({"steps": MAX_STEPS + 1}, r"1 to 2\^23 steps"),
-        ({"purpose": 256}, r"a purpose of noise is below 2\^8"),
+        ({"steps": MAX_STEPS, "purpose": 256}, r"a purpose of noise is below 2\^8"),
     ):
         with pytest.raises(ValueError, match=words):
             loop.loop._loop.run(**how | change)
