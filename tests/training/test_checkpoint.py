@@ -35,6 +35,7 @@ from advkd.files import (
     read_text,
     remove_stale,
     replacing,
+    seal,
     tensors_hash,
     write_bytes,
     write_json,
@@ -43,7 +44,6 @@ from advkd.files import (
 from advkd.training.checkpoint import (
     KEPT,
     Checkpoint,
-    _seal,
     drop_checkpoints,
     latest_checkpoint,
     optimizer_tensors,
@@ -550,7 +550,7 @@ def test_a_sealed_file_that_describes_no_checkpoint_is_passed_over(
     closing = tmp_path / "stage-00000001.json"
     content = {**json.loads(closing.read_text()), **changes}
     del content["seal"]
-    write_json(closing, {**content, "seal": _seal(content)})
+    write_json(closing, {**content, "seal": seal(content)})
     with pytest.warns(UserWarning, match=r"passed over.*stage-00000001\.json"):
         assert latest_checkpoint(tmp_path, "stage") is None
 
