@@ -310,7 +310,7 @@ def test_networks_that_do_not_fit(
 ) -> None:
     student = ["--student", str(given / "student")]
     assert main(student) == 1
-    assert "those that ship 1x28x28: give --data" in capsys.readouterr().err
+    assert "8x8 pixels and 1 channels: give --data" in capsys.readouterr().err
     assert main([*student, "--data", str(given / "images.npz")]) == 1
     assert "give --features FOLDER" in capsys.readouterr().err
     save_student(Student(STUDENT, 8, 3), tmp_path / "rgb")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,33 @@ def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
+# All in one process, since importing torch takes longest.
+HELP = """
+import contextlib, io, json, sys
+from advkd.__main__ import COMMANDS, main
+
+found = {}
+for name in COMMANDS:
+    sys.argv = ["advkd", name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            found[name] = (end.code, said.getvalue())
+print(json.dumps(found))
+"""
+
+
 def test_every_command_has_help(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        helps = list(pool.map(lambda name: run(name, "--help", folder=tmp_path), COMMANDS))
-    for name, helped in zip(COMMANDS, helps, strict=True):
-        assert helped.returncode == 0, helped.stderr
-        assert helped.stdout.startswith(f"usage: advkd {name} ")
-    options = helps[list(COMMANDS).index("sample")].stdout
-    assert "--exit-at" in options and "--teacher" in options
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    helps = json.loads(done.stdout)
+    assert list(helps) == list(COMMANDS)
+    for name, (code, said) in helps.items():
+        assert code == 0 and said.startswith(f"usage: advkd {name} ")
+    assert "--exit-at" in helps["sample"][1] and "--teacher" in helps["sample"][1]
 
 
 def test_arguments_and_status_are_passed_on(tmp_path: Path) -> None:

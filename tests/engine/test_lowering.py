@@ -162,7 +162,7 @@ def noise(model: UNet | Student, size: tuple[int, int], batch: int = 3) -> Tenso
 def test_teacher_equals_its_module(name: str, batch: int) -> None:
     unet, size = teacher(name), TEACHERS[name][1]
     x = noise(unet, size)
-    found = lower(unet, size, batch=batch).run(x, 7)
+    found = lower(unet, size, batch=batch).run(x, t=7)
     assert found.dtype is torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert distance(found, exactly(unet, x, 7)) <= TOLERANCE
@@ -178,7 +178,7 @@ def test_teacher_on_every_instruction_set(isa_name: str) -> None:
     x, before = noise(unet, size), ops.extension.isa()
     ops.extension.set_isa(isa_name)
     try:
-        found = lower(unet, size, batch=2).run(x, 3)
+        found = lower(unet, size, batch=2).run(x, t=3)
     finally:
         ops.extension.set_isa(before)
     assert distance(found, exactly(unet, x, 3)) <= TOLERANCE
@@ -188,20 +188,20 @@ def test_teacher_on_every_instruction_set(isa_name: str) -> None:
 def test_a_teacher_is_conditioned_on_the_time(t: int) -> None:
     unet = teacher()
     x = noise(unet, (8, 8))
-    assert distance(lower(unet, (8, 8), batch=4).run(x, t), exactly(unet, x, t)) <= TOLERANCE
+    assert distance(lower(unet, (8, 8), batch=4).run(x, t=t), exactly(unet, x, t)) <= TOLERANCE
 
 
 def test_class_conditional_teacher() -> None:
     unet = teacher(num_classes=5)
     x, y = noise(unet, (8, 8)), torch.tensor([4, 0, 3])
     engine = lower(unet, (8, 8), batch=2)
-    assert distance(engine.run(x, 9, y), exactly(unet, x, 9, y)) <= TOLERANCE
+    assert distance(engine.run(x, y, t=9), exactly(unet, x, 9, y)) <= TOLERANCE
     for wrong in (None, y[:2], y.int()):
         with pytest.raises(ValueError, match=r"labels|int64"):
-            engine.run(x, 9, wrong)
+            engine.run(x, wrong, t=9)
     for label in (-1, 5):
         with pytest.raises(ValueError, match=f"label {label} is not one of"):
-            engine.run(x, 9, torch.tensor([0, label, 0]))
+            engine.run(x, torch.tensor([0, label, 0]), t=9)
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])
@@ -225,7 +225,7 @@ def test_shipped_networks() -> None:
         x = noise(model, (28, 28), 2)
         t = 500 if isinstance(model, UNet) else None
         args = (x,) if t is None else (x, t)
-        assert distance(lower(model, (28, 28), batch=2).run(x, t), exactly(model, *args)) <= (
+        assert distance(lower(model, (28, 28), batch=2).run(x, t=t), exactly(model, *args)) <= (
             TOLERANCE
         )
 
@@ -240,13 +240,13 @@ def test_bits_depend_neither_on_batch_nor_on_threads(make: Callable[..., Any]) -
     y = torch.arange(21) % 3
     t = 11 if make is teacher else None
     engine = lower(model, (8, 8), batch=4)
-    whole = engine.run(x, t, y, threads=1)
+    whole = engine.run(x, y, t=t, threads=1)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(0))
     for threads in (1, 2, 3, 8):
-        assert torch.equal(engine.run(x[order], t, y[order], threads=threads), whole[order])
+        assert torch.equal(engine.run(x[order], y[order], t=t, threads=threads), whole[order])
         for part in ([0], [20], [3, 7], [5, 6, 7, 8, 9]):
-            assert torch.equal(engine.run(x[part], t, y[part], threads=threads), whole[part])
-    assert torch.equal(lower(model, (8, 8), batch=4).run(x, t, y), whole)
+            assert torch.equal(engine.run(x[part], y[part], t=t, threads=threads), whole[part])
+    assert torch.equal(lower(model, (8, 8), batch=4).run(x, y, t=t), whole)
 
 
 def test_nothing_is_read_that_was_not_written() -> None:
@@ -254,41 +254,41 @@ def test_nothing_is_read_that_was_not_written() -> None:
         size = (16, 16) if t else (8, 8)
         x = noise(model, size, 5)
         engine = lower(model, size, batch=3)
-        clean = engine.run(x, t, threads=2)
-        assert torch.equal(engine.run(x, t, threads=2, nan_fill=True), clean)
+        clean = engine.run(x, t=t, threads=2)
+        assert torch.equal(engine.run(x, t=t, threads=2, nan_fill=True), clean)
         assert clean.isfinite().all()
 
 
 def test_no_images() -> None:
     engine = lower(teacher(), (8, 8), batch=3)
-    assert engine.run(torch.empty(0, 1, 8, 8), 1).shape == (0, 1, 8, 8)
+    assert engine.run(torch.empty(0, 1, 8, 8), t=1).shape == (0, 1, 8, 8)
 
 
 def test_an_engine_keeps_its_weights() -> None:
     model = teacher()
     x = noise(model, (8, 8))
     engine = lower(model, (8, 8), batch=3)
-    before = engine.run(x, 1)
+    before = engine.run(x, t=1)
     for parameter in model.parameters():
         parameter.zero_()
-    assert torch.equal(engine.run(x, 1), before)
+    assert torch.equal(engine.run(x, t=1), before)
 
 
 def test_layout_of_input_and_weights_does_not_matter() -> None:
     model = teacher()
     x = noise(model, (8, 8))
-    expected = lower(model, (8, 8), batch=3).run(x, 1)
+    expected = lower(model, (8, 8), batch=3).run(x, t=1)
     model.to(memory_format=torch.channels_last)
     strided = torch.empty(3, 1, 8, 16)[..., ::2].copy_(x)
-    assert torch.equal(lower(model, (8, 8), batch=3).run(strided, 1), expected)
+    assert torch.equal(lower(model, (8, 8), batch=3).run(strided, t=1), expected)
 
 
 # Memory.
 
 
-def test_rows_hold_all_projections_of_the_time() -> None:
+def test_the_conditioning_holds_all_projections_of_the_time() -> None:
     model = teacher()
-    rows = lower(model, (8, 8), batch=1).rows([0, 5, 999])
+    rows = lower(model, (8, 8), batch=1).conditioning([0, 5, 999])
     blocks = [m for m in copy.deepcopy(model).double().modules() if hasattr(m, "time_emb_proj")]
     embedded = copy.deepcopy(model).double().embed(torch.tensor([0, 5, 999]), 3)
     truth = [b.time_emb_proj(nn.functional.silu(embedded)) + b.conv1.bias for b in blocks]
@@ -434,16 +434,16 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     engine = lower(teacher(), (8, 8), batch=1)
     for x in (torch.zeros(1, 1, 8, 7), torch.zeros(1, 8, 8), torch.zeros(1, 2, 8, 8)):
         with pytest.raises(ValueError, match=r"is not \(B, 1, 8, 8\)"):
-            engine.run(x, 1)
+            engine.run(x, t=1)
     with pytest.raises(ValueError, match="float32"):
-        engine.run(torch.zeros(1, 1, 8, 8).double(), 1)
+        engine.run(torch.zeros(1, 1, 8, 8).double(), t=1)
     with pytest.raises(ValueError, match="time"):
         engine.run(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match="unconditional"):
-        engine.run(torch.zeros(1, 1, 8, 8), 1, torch.tensor([0]))
+        engine.run(torch.zeros(1, 1, 8, 8), torch.tensor([0]), t=1)
     for threads in (-1, 1 << 13):
         with pytest.raises(ValueError, match=f"threads={threads}"):
-            engine.run(torch.zeros(1, 1, 8, 8), 1, threads=threads)
+            engine.run(torch.zeros(1, 1, 8, 8), t=1, threads=threads)
 
 
 # Corrupt plans.
