@@ -1,17 +1,19 @@
-"""`python -m advkd.evaluate`: evaluate a run or networks on their own, or fit features for it."""
+"""`python -m advkd.evaluate`: evaluate a run or networks on their own, or fit features."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from advkd.cli import add_threads, guarded, use_threads
 from advkd.config import EvaluateConfig
 from advkd.console import StopSignals, progress_bar
-from advkd.data import for_shape, probe
-from advkd.data.split import RealImages, real_images
+from advkd.data import find, for_shape, load_images
+from advkd.data.split import RealImages, hold_out, real_images
 from advkd.engine.interface import input_shape
 from advkd.evaluation.features import (
     FeatureNet,
@@ -53,16 +55,18 @@ MODES = {
     ),
     "fit_features": ("out", "steps", "seed", "size", "channels", "no_crop", "no_flip"),
 }
+SHIPPED = "fashion-mnist"  # what --fit-features shipped means
 NUM, TEACHER_STEPS = EvaluateConfig.num, EvaluateConfig.teacher_steps
 EPILOG = """\
 One of three things at a time:
   --run runs/NAME                evaluates the run's teacher and student by the run's own protocol;
   --student and/or --teacher     evaluates networks on their own, against the held-out images of
-                                 the data set that ships in their shape, or of --data;
-  --fit-features DATA --out F    fits a feature network to evaluate by: a classifier where the data
-                                 have labels, else an autoencoder.
-A teacher that was evaluated before under the very same protocol is not sampled again, unless by
---fresh.
+                                 --data (at most 2,000) or of the data set that ships;
+  --fit-features DATA --out F    fits the network whose features images are compared by: a
+                                 classifier where the data have labels, else an autoencoder. DATA
+                                 is a path, the name of a data set, or `shipped`.
+Where an evaluation of the teacher by the very same protocol ships with advkd, or is stored in the
+run, its images are not sampled again unless you say --fresh.
 """
 
 
@@ -70,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `advkd evaluate`."""
     p = argparse.ArgumentParser(
         prog="advkd evaluate",
-        description="Evaluate networks beside real images, or fit features to evaluate by.",
+        description="Evaluate networks beside real images, or fit the features for it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,12 +83,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--student", metavar="FOLDER", help="a student, or zoo:NAME")
     p.add_argument("--teacher", metavar="FOLDER", help="a DDPM, or zoo:NAME")
     p.add_argument("--scheduler", metavar="FOLDER", help="where scheduler_config.json is")
-    p.add_argument("--data", metavar="PATH", help="reference images (default: those that ship)")
+    p.add_argument("--data", metavar="PATH", help="real images (default: those that ship)")
     p.add_argument("--features", metavar="FOLDER", help="fitted by --fit-features")
     p.add_argument("--num", type=int, help=f"images of each network (default {NUM})")
     p.add_argument("--teacher-steps", type=int, metavar="N", help=f"default {TEACHER_STEPS}")
     fit = p.add_argument_group("fitting features")
-    fit.add_argument("--fit-features", metavar="DATA", help="folder, .npz/.npy, IDX or data set")
+    fit.add_argument("--fit-features", metavar="DATA", help="path, data set or `shipped`")
     fit.add_argument("--out", metavar="FOLDER", type=Path, help="where the features go")
     fit.add_argument("--steps", type=int, help=f"default {FitSettings.steps}")
     fit.add_argument("--seed", type=int, help="default 0")
@@ -127,8 +131,12 @@ def evaluate_run(args: argparse.Namespace) -> None:
         for stage in ("teacher", "distill"):
             if not run.is_done(stage):
                 raise CheckpointError(f"{args.run} has not finished stage {stage} of advkd train")
-        figures, protocol, _ = figures_of_run(run, fresh=bool(args.fresh))
-    print(quality_table(figures, run.class_names, sys.stdout.encoding))
+        found = figures_of_run(run, fresh=bool(args.fresh))
+    _show(found.figures, found.class_names, found.protocol)
+
+
+def _show(figures: Mapping[str, Any], class_names: Sequence[str] | None, protocol: str) -> None:
+    print(quality_table(figures, class_names, sys.stdout.encoding))
     print(f"\n{textwrap.fill(protocol, 100)}")
 
 
@@ -137,7 +145,7 @@ def compare_networks(args: argparse.Namespace) -> None:
     student = None if args.student is None else load_student(args.student)
     teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
     channels, size = _shape(student, teacher)
-    images = _real_images(args, size, channels)
+    images = real_images(args.data or "", size, channels, not args.no_crop)
     net, features = _features(args.features, size, channels)
     num = NUM if args.num is None else args.num
     steps = TEACHER_STEPS if args.teacher_steps is None else args.teacher_steps
@@ -148,9 +156,7 @@ def compare_networks(args: argparse.Namespace) -> None:
         figures = evaluate_networks(
             net, reference, protocol, teacher, student, fresh=bool(args.fresh), callback=report
         )
-    names = None if args.data or args.features else images.train.classes
-    print(quality_table(figures, names, sys.stdout.encoding))
-    print(f"\n{textwrap.fill(protocol_words(protocol, reference, features), 100)}")
+    _show(figures, net.class_names, protocol_words(protocol, reference, features))
 
 
 def _shape(student: Student | None, teacher: UNet | None) -> tuple[int, int]:
@@ -165,11 +171,6 @@ def _shape(student: Student | None, teacher: UNet | None) -> tuple[int, int]:
     return shapes.pop()
 
 
-def _real_images(args: argparse.Namespace, size: int, channels: int) -> RealImages:
-    """Images of the networks' shape: of --data, else of the data set that ships."""
-    return real_images(args.data or "", size, channels, not args.no_crop)
-
-
 def _features(folder: str | None, size: int, channels: int) -> tuple[FeatureNet, str]:
     """The feature network, and what it is in words."""
     if folder is not None:
@@ -178,11 +179,21 @@ def _features(folder: str | None, size: int, channels: int) -> tuple[FeatureNet,
     dataset = for_shape(size, channels)
     if dataset is None or not dataset.features_source:
         raise ValueError(
-            f"no features ship for images of {size}x{size} pixels with {channels} channels: fit "
-            "some with --fit-features DATA --out FOLDER, then give --features FOLDER"
+            f"no features ship for {channels}x{size}x{size} images: fit some with --fit-features "
+            "DATA --out FOLDER, then give --features FOLDER"
         )
     net = load_features(resolve(dataset.features_source))
     return net, f"{net.kind} that ships with advkd"
+
+
+def _images_to_fit(args: argparse.Namespace) -> RealImages:
+    """Images to fit features to, and others to try them on."""
+    name = SHIPPED if args.fit_features == "shipped" else args.fit_features
+    crop, found = not args.no_crop, find(name)
+    if found is not None:
+        size, channels = args.size or found.size, args.channels or found.channels
+        return real_images(name, size, channels, crop)
+    return hold_out(load_images(name, size=args.size, channels=args.channels, crop=crop))
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -191,10 +202,7 @@ def fit(args: argparse.Namespace) -> None:
         raise ValueError("--fit-features needs --out FOLDER")
     if (args.out / "config.json").exists():
         raise ValueError(f"{args.out} holds features already, and figures by them would not last")
-    data, crop = args.fit_features, not args.no_crop
-    data = "fashion-mnist" if data == "shipped" else data
-    source = probe(data, size=args.size, channels=args.channels, crop=crop)
-    images = real_images(data, source.size, source.channels, crop)
+    images = _images_to_fit(args)
     settings = FitSettings(
         steps=FitSettings.steps if args.steps is None else args.steps,
         seed=args.seed or 0,

@@ -156,7 +156,7 @@ def check_labels(y: Tensor | None, images: int, classes: int | None) -> None:
         raise ValueError("this network is unconditional: it takes no labels")
     if y is None or classes is None:
         return
-    if y.shape != (images,) or y.is_floating_point():
+    if y.shape != (images,) or y.dtype is not torch.int64:
         raise ValueError(f"y {tuple(y.shape)} {y.dtype} is not ({images},) int64")
     if images and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(f"y holds a label that is not one of 0 .. {classes - 1}")

@@ -96,6 +96,14 @@ class FeatureNet(nn.Module):
         """What sort of network it is, in words."""
         return "a small autoencoder" if self.num_classes is None else "a small classifier"
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes it tells apart; None where it has none, or they have no names."""
+        names = self.record.get("classes")
+        if not isinstance(names, list) or len(names) != self.num_classes:
+            return None
+        return tuple(names) if all(isinstance(name, str) for name in names) else None
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: float32 (B, C, H, W) in [-1, 1] -> features (B, 64), output.
 
@@ -245,6 +253,8 @@ def fit_features(
         **asdict(settings),
         "threads": torch.get_num_threads(),
     }
+    if images.classes is not None and num_classes is not None:
+        net.record["classes"] = list(images.classes)
     if held_out is not None and num_classes is not None:
         net.record["held_out"] = held_out.source
         net.record["held_out_images"] = len(held_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,8 +57,17 @@ def _sampled_images(run: Run) -> ImageSet:
     return ImageSet(torch.cat(ends).numpy(), None, "samples of the teacher")
 
 
-def figures_of_run(run: Run, fresh: bool = False) -> tuple[dict[str, Any], str, str]:
-    """Figures of real images, teacher and student; the protocol and the features, in words.
+class RunFigures(NamedTuple):
+    """Figures by name and side; the protocol and the features in words; names of the classes."""
+
+    figures: dict[str, dict[str, Any]]
+    protocol: str
+    features: str
+    class_names: tuple[str, ...] | None
+
+
+def figures_of_run(run: Run, fresh: bool = False) -> RunFigures:
+    """The figures of real images, teacher and student.
 
     A stored evaluation of the teacher is used where it fits, unless `fresh`; what is sampled anew
     is stored in the run's folder.
@@ -76,7 +85,8 @@ def figures_of_run(run: Run, fresh: bool = False) -> tuple[dict[str, Any], str, 
             net, reference, protocol, teacher, student, own=own, fresh=fresh, callback=report
         )
     features = _features_words(run, net)
-    return figures, protocol_words(protocol, reference, features), features
+    words = protocol_words(protocol, reference, features)
+    return RunFigures(figures, words, features, net.class_names)
 
 
 def _features_words(run: Run, net: FeatureNet) -> str:

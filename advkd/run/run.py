@@ -59,12 +59,6 @@ class Run(RunFolder):
         d = self.config.data
         return dataset_of(d.path, d.size, d.channels)
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes that the features tell apart; None where they have none."""
-        images = None if self.config.evaluate.features else self.images()
-        return None if images is None else images.train.classes
-
     def teacher(self) -> UNet:
         """The run's own copy of the teacher."""
         return load_teacher(self.path / "teacher")

@@ -117,18 +117,18 @@ def make_student(run: Run) -> float:
 def make_evaluation(run: Run) -> float:
     """Evaluate teacher and student, and measure their speed, into report/summary.json."""
     began = time.monotonic()
-    figures, protocol, features = figures_of_run(run)
+    found = figures_of_run(run)
     teacher, student, steps = run.teacher(), run.student(), run.config.evaluate.teacher_steps
-    summary = figures | costs(teacher, student, steps)
+    summary = found.figures | costs(teacher, student, steps)
     summary |= {
         "name": run.config.name,
         "student_family": student.config.family,
         "teacher_steps": steps,
-        "protocol": protocol,
-        "features": features,
+        "protocol": found.protocol,
+        "features": found.features,
     }
-    if run.class_names is not None:
-        summary["class_names"] = run.class_names
+    if found.class_names is not None:
+        summary["class_names"] = found.class_names
     write_json(run.path / "report" / "summary.json", summary)
     return time.monotonic() - began
 

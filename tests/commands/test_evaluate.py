@@ -20,7 +20,7 @@ from advkd.config import (
     UNetConfig,
     to_toml,
 )
-from advkd.data import dataset, load_images
+from advkd.data.images import load_images, shipped
 from advkd.data.split import hold_out
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Purpose
@@ -105,6 +105,17 @@ def test_fitted_features(given: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert main(arguments) == 1
     assert "holds features already" in capsys.readouterr().err
+
+
+def test_features_of_a_data_set_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("shipped", "fashion-mnist"):
+        out = tmp_path / name
+        assert main(["--fit-features", name, "--out", str(out), "--steps", "1"]) == 0
+        assert "right on 2,000 held-out images" in capsys.readouterr().out
+        net = load_features(out)
+        assert net.record["images"] == 10_000
+        assert net.class_names == load_features().class_names
+        assert net.class_names is not None and net.class_names[5] == "sandal"
 
 
 def test_fitted_autoencoder(
@@ -310,7 +321,7 @@ def test_networks_that_do_not_fit(
 ) -> None:
     student = ["--student", str(given / "student")]
     assert main(student) == 1
-    assert "8x8 pixels and 1 channels: give --data" in capsys.readouterr().err
+    assert "no data set ships with 8x8 pixels" in capsys.readouterr().err
     assert main([*student, "--data", str(given / "images.npz")]) == 1
     assert "give --features FOLDER" in capsys.readouterr().err
     save_student(Student(STUDENT, 8, 3), tmp_path / "rgb")
@@ -325,7 +336,7 @@ def test_modes() -> None:
 
 
 def test_holding_out_takes_every_image_once() -> None:
-    images = dataset("fashion-mnist").test()
+    images = shipped("test")
     parts = hold_out(images)
     assert len(parts.held_out) == 400 and len(parts.train) == 1600
     together = np.concatenate([parts.train.pixels, parts.held_out.pixels])

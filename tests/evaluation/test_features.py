@@ -180,6 +180,19 @@ def test_saved_features_come_back(tmp_path: Path, num_classes: int | None) -> No
     assert (back.record, back.num_classes, back.training) == (net.record, num_classes, False)
 
 
+def test_features_know_the_names_of_their_classes(rng: np.random.Generator) -> None:
+    """The images compared may have other classes than those that the network tells apart."""
+    settings = dataclasses.replace(_BRIEF, steps=1)
+    images = _bars(rng, 60)
+    assert fit_features(images, settings=settings).class_names is None
+    named = dataclasses.replace(images, classes=("left", "upper"))
+    net = fit_features(named, settings=settings)
+    assert net.class_names == ("left", "upper")
+    for names in (["left"], "ab", [1, 2], None):  # whatever a record may hold
+        net.record["classes"] = names
+        assert net.class_names is None
+
+
 def test_altered_features_are_refused(tmp_path: Path) -> None:
     save_features(FeatureNet(1, 12, 4), tmp_path)
     good = json.loads((tmp_path / "config.json").read_text())
