@@ -20,7 +20,7 @@ from advkd.config import (
     UNetConfig,
     to_toml,
 )
-from advkd.data.images import load_images, shipped
+from advkd.data import dataset, load_images
 from advkd.data.split import hold_out
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Purpose
@@ -336,7 +336,7 @@ def test_modes() -> None:
 
 
 def test_holding_out_takes_every_image_once() -> None:
-    images = shipped("test")
+    images = dataset("fashion-mnist").test()
     parts = hold_out(images)
     assert len(parts.held_out) == 400 and len(parts.train) == 1600
     together = np.concatenate([parts.train.pixels, parts.held_out.pixels])
