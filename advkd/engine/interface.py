@@ -158,8 +158,9 @@ def check_labels(y: Tensor | None, images: int, classes: int | None) -> None:
         return
     if y.shape != (images,) or y.dtype is not torch.int64:
         raise ValueError(f"y {tuple(y.shape)} {y.dtype} is not ({images},) int64")
-    if images and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(f"y holds a label that is not one of 0 .. {classes - 1}")
+    wrong = y[(y < 0) | (y >= classes)]
+    if len(wrong):
+        raise ValueError(f"label {int(wrong[0])} is not one of 0 .. {classes - 1}")
 
 
 def patched(model: nn.Module) -> str | None:
