@@ -139,8 +139,9 @@ class _Snapshot:
         self._values = self._all_values()
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._layouts = self._all_layouts()
-        self._runs = [(address(t, torch.float32), t.numel()) for t in self._tensors if _is_dense(t)]
-        self._others = [t for t in self._tensors if not _is_dense(t)]
+        read = self._tensors if reads_content else []
+        self._runs = [(address(t, torch.float32), t.numel()) for t in read if _is_dense(t)]
+        self._others = [t for t in read if not _is_dense(t)]
         self._content = self._fingerprint()
 
     def is_of(self, model: nn.Module) -> bool:

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from advkd import ops
 from advkd.config import UNetConfig
 from advkd.diffusion import StepTable, ddim_table
+from advkd.engine import cache
 from advkd.engine import cuda as cuda_engine
 from advkd.engine.cuda import CudaEngine
+from advkd.engine.eager import EagerEngine
 from advkd.engine.lowering import LoweringError
 from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
 from advkd.models.layers import ResnetBlock
 from advkd.models.unet import UNet
 from advkd.ops import _backend
@@ -450,3 +453,50 @@ def test_which_devices_can_run_the_compiled_code(
     assert (missing is None) == runs
     if missing is not None:
         assert missing.startswith("the CUDA part was built for 8.0, 9.0, 10.0, 12.0, not for ")
+
+
+@pytest.fixture
+def first_choice(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The emulation, for all networks that a graph serves but for the device they are on."""
+    monkeypatch.setattr(
+        CudaEngine, "unavailable", classmethod(lambda cls, model: cuda_engine._unsuited(model))
+    )
+    monkeypatch.setattr(cache, "ENGINES", [CudaEngine])
+    return emulated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_captures_once_for_a_size_of_batch(first_choice: Any, dtype: torch.dtype) -> None:
+    """And again where the network has another structure, but not where its values have changed."""
+    unet = teacher(dtype)
+    engine = cache.engine_for(unet, 3)
+    assert isinstance(engine, CudaEngine) and engine.batch == 4
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(0.5)
+    assert cache.engine_for(unet, 4) is engine
+    assert cache.engine_for(unet, 2) is not engine and len(first_choice.functions) == 2
+    unet.conv_in.weight.data = unet.conv_in.weight.data.clone()
+    assert cache.engine_for(unet, 4) is not engine
+    images = generate(unet, 6, 11, 3, eta=1.0, batch=4)
+    want = eager(unet, table_of(unet, 3), NOISE, torch.arange(6)).clamp(-1, 1)
+    assert (images - want).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
+    hook = unet.mid_block.register_forward_hook(lambda *args: None)
+    assert isinstance(cache.engine_for(unet, 4), EagerEngine)
+    hook.remove()
+    assert isinstance(cache.engine_for(unet, 4), CudaEngine)
+
+
+def test_a_refused_capture_warns_once_and_torch_samples(
+    first_choice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = teacher()
+
+    def captured(function: Any, device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cuda_engine, "captured", captured)
+    with pytest.warns(UserWarning, match="could not be captured: CUDA out of memory") as warned:
+        images = [generate(unet, 2, 11, 3, eta=1.0) for _ in range(2)]
+    assert len(warned) == 1
+    want = eager(unet, table_of(unet, 3), NOISE, torch.arange(2)).clamp(-1, 1)
+    assert all((each - want).abs().max() < 1e-4 for each in images)
