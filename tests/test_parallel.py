@@ -97,7 +97,7 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize(("count", "batch"), [(1, 8), (4, 1), (2, 8)])
 def test_shares_run_in_the_callers_thread_where_a_mode_watches_it(count: int, batch: int) -> None:
-    """A dispatch mode sees the work of its own thread only; without one it has threads to itself."""
+    """A dispatch mode sees the work of its own thread only; without one there are others for it."""
     threads = []
 
     def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
