@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from advkd import ops
+from advkd import device, ops
 
 # A loaded machine must not fail a test.
 hypothesis.settings.register_profile("advkd", deadline=None)
@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def auto_is_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps trainings on the CPU where a machine has a GPU, but for the tests that are for one."""
+    if "gpu" not in request.keywords:
+        resolve = device.resolve
+        monkeypatch.setattr(
+            device, "resolve", lambda name: resolve("cpu" if name == "auto" else name)
+        )
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ TINY = """
 name = "tiny"
 [run]
 threads = 2
+device = "cpu"
 [data]
 size = 8
 flip = false
