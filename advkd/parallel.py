@@ -48,8 +48,8 @@ class Workers:
         order, and named 0-d tensors to log, whose means over the batch are returned.
         """
         shares = self.shares(batch)
-        if len(shares) == 1:  # in this thread, with its modes: profilers, dispatch
-            results = [gradients_of(shares[0])]
+        if torch._C._len_torch_dispatch_stack() > 0:  # a mode sees the work of its own thread only
+            results = list(map(gradients_of, shares))
         else:
             results = list(self._pool.map(gradients_of, shares))
         weights = [(share.stop - share.start) / batch for share in shares]

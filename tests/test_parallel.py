@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advkd.parallel import Workers
 
@@ -88,18 +90,28 @@ def test_gradients_lie_in_memory_as_their_parameters() -> None:
     torch.testing.assert_close(*updated)
 
 
-@pytest.mark.parametrize(("count", "batch"), [(1, 8), (4, 1)])
-def test_a_single_share_runs_in_the_callers_thread(count: int, batch: int) -> None:
-    """So that the modes of that thread (a profiler, a dispatch mode) see the step."""
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 8), (4, 1), (2, 8)])
+def test_shares_run_in_the_callers_thread_where_a_mode_watches_it(count: int, batch: int) -> None:
+    """A dispatch mode sees the work of its own thread only; without one there are others for it."""
     threads = []
 
     def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
         threads.append(threading.get_ident())
         return [torch.ones(2)], {}
 
+    parameters = [nn.Parameter(torch.zeros(2))]
     with Workers(count, CPU) as workers:
-        workers.gradients(gradients_of, batch, [nn.Parameter(torch.zeros(2))])
-    assert threads == [threading.get_ident()]
+        workers.gradients(gradients_of, batch, parameters)
+        assert threading.get_ident() not in threads
+        threads.clear()
+        with Watching():
+            workers.gradients(gradients_of, batch, parameters)
+    assert set(threads) == {threading.get_ident()}
 
 
 def test_map_keeps_the_order_and_runs_side_by_side() -> None:

@@ -42,9 +42,8 @@ _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
     "sha256": (str,),
 }
 _CODE_CHANNELS = 12  # channels of the map that is flattened into the features
-_LARGEST = {"channels": 64, "size": 4096, "num_classes": 65_536}
-# Stated for every layer, since the program around may have set other defaults.
 _MAX_CHANNELS = 64  # of an image
+# Stated for every layer, since the program around may have set other defaults.
 _PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
 
@@ -123,12 +122,12 @@ class FeatureNet(nn.Module):
 
 def _check_shape(channels: int, size: int, num_classes: int | None) -> None:
     """ValueError unless such a network can be made, and is none that fills the memory."""
-    fits = 1 <= channels <= _LARGEST["channels"] and 8 <= size <= _LARGEST["size"]
-    if not fits or not (num_classes is None or 2 <= num_classes <= _LARGEST["num_classes"]):
+    fits = 1 <= channels <= _MAX_CHANNELS and 8 <= size <= MAX_SIDE
+    if not fits or not (num_classes is None or 2 <= num_classes <= MAX_CLASSES):
         raise ValueError(
-            f"a feature network needs channels of 1 to {_LARGEST['channels']}, size of 8 to "
-            f"{_LARGEST['size']} and no classes or 2 to {_LARGEST['num_classes']}; got "
-            f"channels={channels}, size={size}, num_classes={num_classes}"
+            f"a feature network needs channels of 1 to {_MAX_CHANNELS}, size of 8 to {MAX_SIDE} "
+            f"and no classes or 2 to {MAX_CLASSES}; got channels={channels}, size={size}, "
+            f"num_classes={num_classes}"
         )
 
 
@@ -364,8 +363,3 @@ def _check_config(config: Any, path: Path) -> None:
         if type(config[key]) not in types:
             names = " or ".join(kind.__name__ for kind in types)
             raise CheckpointError(f"{path}: {key}={config[key]!r:.60} is no {names}")
-    bounds = {"channels": (1, _MAX_CHANNELS), "size": (8, MAX_SIDE)}
-    bounds["num_classes"] = (2, MAX_CLASSES)
-    for key, (low, high) in bounds.items():
-        if config[key] is not None and not low <= config[key] <= high:
-            raise CheckpointError(f"{path}: {key}={config[key]} is not between {low} and {high}")
