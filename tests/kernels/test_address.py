@@ -131,8 +131,7 @@ def test_an_address_is_of_what_cpp_takes_it_for() -> None:
 # Where a tensor becomes a number, and the only place: advkd/ops/_address.py. The engine's files
 # keep tables of addresses of their own.
 ADDRESSES = {
-    "ops/_address.py", "ops/_cuda.py", "engine/sampling.py", "engine/cpu.py", "engine/plan.py",
-    "engine/lowering.py", "engine/cache.py", "engine/cuda.py",
+    "ops/_address.py", "engine/plan.py", "engine/lowering.py", "engine/cache.py", "engine/cuda.py",
 }  # fmt: skip
 # Packages whose tensors reach a kernel, and functions that make tensors by a program's defaults.
 MAKERS = {
