@@ -110,7 +110,7 @@ class Batches:
         index = self.trajectories.index
         noise = index.noise  # the purpose is the same, and the image numbers are beyond any store's
         first = FIRST_FRESH + step * self.size
-        numbers = torch.arange(first, first + self.size)
+        numbers = torch.arange(first, first + self.size, device="cpu")
         y = noise.labels(numbers, index.num_classes)
         x_T = noise.x_T(numbers, index.shape)
         return Labeled(x_T.to(self.device), None if y is None else y.to(self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import types
 import warnings
@@ -290,3 +291,26 @@ def test_engines_are_few_and_made_anew_for_new_weights() -> None:
     after = cache.engine_for(teacher, 2)
     assert after is not before
     assert not torch.equal(after.sample(table, NOISE, torch.arange(2), saved=[3]), first)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, "meta"])
+@pytest.mark.parametrize("make", [small_teacher, small_student])
+def test_no_default_of_a_program_reaches_an_engine(make: Any, default: torch.dtype | str) -> None:
+    model = make()
+    expected = images(model)
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        found = images(model), images(advkd.compile(make_alike(model), 5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
+
+
+def make_alike(model: UNet | Student) -> UNet | Student:
+    """A copy of which no engine is known yet."""
+    return copy.deepcopy(model)
