@@ -4,7 +4,7 @@ ADVKD_EXT=0 skips the extension; ADVKD_SANITIZE=1 builds it with the address and
 sanitizers (tests/sanitize.sh). Without any C++ compiler the package installs without it and
 runs on the plain torch ops; a compiler that is there but fails fails the installation.
 
-The CUDA part is built where nvcc of CUDA 12.4 or later is found, in CUDA_HOME or on PATH;
+The CUDA part is built where nvcc of CUDA 12.0 or later is found, in CUDA_HOME or on PATH;
 ADVKD_CUDA=0 leaves it out, ADVKD_CUDA=1 insists. ADVKD_CUDA_ARCHS, as "80 90", says for which
 architectures.
 """
@@ -48,7 +48,7 @@ CXX_FLAGS = [
 
 # As far as nvcc knows them; the newest also as PTX, for what comes after.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-OLDEST_CUDA = (12, 4)  # whose graphs have WHILE nodes
+OLDEST_CUDA = (12, 0)
 CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-DADVKD_ISA=cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     *("-Xcompiler", "-Wall,-Wextra"),
@@ -140,7 +140,7 @@ def toolkit(environ: Mapping[str, str]) -> Cuda | str:
         return f"{nvcc} does not tell its version"
     version = (int(release[1]), int(release[2]))
     if version < OLDEST_CUDA:
-        return f"nvcc is of CUDA {version[0]}.{version[1]}, older than 12.4"
+        return f"nvcc is of CUDA {version[0]}.{version[1]}, older than 12.0"
     top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-c", "x.cu"), re.MULTILINE)
     home = Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
     if not (home / "include" / "cuda_runtime.h").exists():

@@ -135,7 +135,7 @@ def test_a_toolkit_is_found(build: ModuleType, tmp_path: Path) -> None:
         ("bin/nvcc", "13.0", "nvcc was not found"),
         ("include/cuda_runtime.h", "13.0", "holds no include/cuda_runtime.h"),
         ("lib64/libcudart_static.a", "13.0", "holds no libcudart_static.a"),
-        (None, "12.3", "nvcc is of CUDA 12.3, older than 12.4"),
+        (None, "11.8", "nvcc is of CUDA 11.8, older than 12.0"),
     ],
 )
 def test_why_the_cuda_part_is_left_out(
