@@ -385,8 +385,9 @@ def _bounded(metadata: Mapping[str, Any], value: Any, where: str) -> None:
 
 
 def _range_words(low: float, high: float, above: bool) -> str:
-    bottom = f"above {low:g}" if above else f"{low:g} or more"
-    return bottom if high >= MAX_COUNT else f"{bottom} and at most {high:g}"
+    low_words, high_words = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (low, high))
+    bottom = f"above {low_words}" if above else f"{low_words} or more"
+    return bottom if high >= MAX_COUNT else f"{bottom} and at most {high_words}"
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
