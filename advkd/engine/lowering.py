@@ -16,7 +16,7 @@ from advkd.models.layers import (
     GroupNormSiLU,
     ResnetBlock,
 )
-from advkd.ops import extension
+from advkd.ops import addresses, extension
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -109,7 +109,7 @@ class Lowering:
 
         def pack(out: Tensor) -> None:
             dense = weight.detach().contiguous()
-            extension.convolution_pack(*shape, dense.data_ptr(), out.data_ptr())
+            extension.convolution_pack(*shape, *addresses(torch.float32, dense, out))
 
         reads = {"x": x}
         numbers = {}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from advkd.ops import extension
+from advkd.ops import address, extension
 
 ALGORITHMS = ("direct", "winograd2", "winograd4")
 INPUT, OUTPUT = 0, 1  # the first two buffers, which lie in the caller's memory
@@ -90,7 +90,7 @@ class Plan:
             conditioning=self.conditioning,
             classes=self.classes,
             batch=self.batch,
-            weights=self.weights.data_ptr(),
+            weights=address(self.weights, torch.float32),
             weights_size=self.weights.numel(),
         )
 
@@ -157,7 +157,7 @@ class Builder:
         arena = lay_out(self.buffers, self.ops)
         weights = torch.empty(self.floats, dtype=torch.float32, device="cpu")
         assert extension is not None
-        extension.ask_for_huge_pages(weights.data_ptr(), 4 * self.floats)
+        extension.ask_for_huge_pages(address(weights, torch.float32), 4 * self.floats)
         weights.zero_()
         for offset, size, fill in self.packing:
             fill(weights[offset : offset + size])

@@ -57,15 +57,16 @@ Floats numbers(std::size_t count, std::uint32_t seed = 1) {
 void try_thread_pool() {
   from_several_threads([](int caller) {
     for (int job = 0; job < 200; ++job) {
-      std::vector<std::int64_t> done(1 + job % 7, 0);
-      const auto tasks = static_cast<std::int64_t>(done.size());
+      const std::int64_t tasks = 1 + job % 7;
+      std::vector<std::int64_t> done(static_cast<std::size_t>(2 * tasks), caller);
       advkd::parallel_for(tasks, kThreads, [&](std::int64_t task) {
-        advkd::parallel_for(2, kThreads, [&](std::int64_t) {
-          done[static_cast<std::size_t>(task)] += task + caller;
+        // Also shared, where the outer tasks found the pool busy and the inner ones do not.
+        advkd::parallel_for(2, kThreads, [&](std::int64_t inner) {
+          done[static_cast<std::size_t>(2 * task + inner)] += task;
         });
       });
-      for (std::int64_t i = 0; i < tasks; ++i) {
-        require(done[static_cast<std::size_t>(i)] == 2 * (i + caller), "every task runs once");
+      for (std::int64_t i = 0; i < 2 * tasks; ++i) {
+        require(done[static_cast<std::size_t>(i)] == i / 2 + caller, "every task runs once");
       }
     }
   });
