@@ -121,9 +121,7 @@ def _for_teacher(folder: str, scheduler: str | None, size: int | None) -> Config
         config,
         unet=dataclasses.replace(unet.config, sample_size=size),
         teacher=dataclasses.replace(config.teacher, source=folder),
-        trajectory=dataclasses.replace(
-            config.trajectory, steps=min(config.trajectory.steps, T)
-        ),
+        trajectory=dataclasses.replace(config.trajectory, steps=min(config.trajectory.steps, T)),
         evaluate=dataclasses.replace(
             config.evaluate, teacher_steps=min(config.evaluate.teacher_steps, T)
         ),

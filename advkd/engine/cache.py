@@ -47,10 +47,8 @@ def compile(
     """
     size = input_shape(model, size)[1:]
     kind = _kind_of(model)
-    try:
-        engine = kind.make(model, size, kind.batch_for(images), exit_at)
-    except LoweringError as error:
-        _warn(kind, error)
+    engine = _made(kind, model, (size, kind.batch_for(images), exit_at))
+    if engine is None:
         engine = EagerEngine(model, size, exit_at)
     engine.network = model  # lives as long as what reads its weights
     return engine
@@ -109,10 +107,14 @@ def _kind_of(model: UNet | Student) -> type[Engine]:
     return EagerEngine
 
 
-def _warn(kind: type[Engine], error: LoweringError) -> None:
-    warnings.warn(
-        f"{kind.__name__} cannot run this network, so torch does: {error}", stacklevel=3
-    )
+def _made(kind: type[Engine], model: UNet | Student, key: _Key) -> Engine | None:
+    """A new engine; None, with a warning, where it cannot express the network after all."""
+    try:
+        return kind.make(model, *key)
+    except LoweringError as error:
+        words = f"{kind.__name__} cannot run this network, so torch does: {error}"
+        warnings.warn(words, stacklevel=3)
+        return None
 
 
 class _Snapshot:
@@ -129,7 +131,7 @@ class _Snapshot:
         self._kind = type(model)
         self._inner = modules[1:]
         self._kinds = list(map(type, self._inner))
-        self._forwards = self._all_forwards()
+        self._methods = self._all_methods()
         self._hooks = [vars(module)[name] for module in modules for name in _HOOKS]
         self._hooked = list(map(len, self._hooks))
         self._tables = [
@@ -150,7 +152,7 @@ class _Snapshot:
         return (
             type(model) is self._kind
             and list(map(type, self._inner)) == self._kinds
-            and self._all_forwards() == self._forwards
+            and self._all_methods() == self._methods
             and list(map(len, self._hooks)) == self._hooked
             and len(values) == len(self._values)
             and all(map(operator.is_, values, self._values))
@@ -158,8 +160,9 @@ class _Snapshot:
             and self._fingerprint() == self._content
         )
 
-    def _all_forwards(self) -> list[object]:
-        return [vars(kind).get("forward") for kind in dict.fromkeys((self._kind, *self._kinds))]
+    def _all_methods(self) -> list[object]:
+        kinds = dict.fromkeys((self._kind, *self._kinds))
+        return [method for kind in kinds for method in vars(kind).values() if callable(method)]
 
     def _all_values(self) -> list[object]:
         return list(chain.from_iterable(map(dict.values, self._tables)))
@@ -204,13 +207,11 @@ class _Cached:
         while len(self._engines) >= _MOST:  # before making one: memory may be short
             self._engines.pop(next(iter(self._engines)))
         if engine is None:
-            try:
-                engine = self.kind.make(model, *key)
-            except LoweringError as error:
-                self._refused = True
-                self._engines.clear()
-                _warn(self.kind, error)
-                return EagerEngine(model, size, exit_at)
+            engine = _made(self.kind, model, key)
+        if engine is None:
+            self._refused = True
+            self._engines.clear()
+            return EagerEngine(model, size, exit_at)
         self._engines[key] = engine
         return engine
 

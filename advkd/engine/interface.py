@@ -24,7 +24,7 @@ OnStep = Callable[[int, int], object]  # (steps done, steps in all); may raise t
 
 class Engine(abc.ABC):
     """A teacher or a student for inputs of one size. An engine is a file that subclasses this and
-    an entry of `advkd.engine.ENGINES`.
+    an entry of `advkd.engine.cache.ENGINES`.
 
     Noise is counter-based: an image depends on (seed, purpose, image number) alone, not on the
     batch it is sampled in.
@@ -167,16 +167,28 @@ def patched(model: nn.Module) -> str | None:
     """The name of a method of the network or of one of its modules that a program has replaced, on
     the object or on its class; None where all are as they were written."""
     for name, module in model.named_modules():
-        kind = type(module)
-        for attribute in vars(module):
-            if callable(getattr(kind, attribute, None)):
-                return f"{name or 'the network'}.{attribute}"
-        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-            # Of torch's own classes, the one method that an engine stands in for.
-            names = vars(base) if base.__module__.startswith("advkd.") else ("forward",)
-            for attribute in names:
-                if _is_replaced(base, attribute):
-                    return f"{kind.__name__}.{attribute}"
+        method = replaced_method(module)
+        if method is not None:
+            owner = name or "the network" if method in vars(module) else type(module).__name__
+            return f"{owner}.{method}"
+    return None
+
+
+def replaced_method(module: nn.Module) -> str | None:
+    """The name of a method that was replaced, on the module itself or on its class; None if none.
+
+    Libraries that patch networks do so by assignment: `module.forward = f` or `Kind.forward = f`.
+    """
+    kind = type(module)
+    for attribute in vars(module):
+        if callable(getattr(kind, attribute, None)):
+            return attribute
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        # Of torch's own classes, the one method that an engine stands in for.
+        names = vars(base) if base.__module__.startswith("advkd.") else ("forward",)
+        for attribute in names:
+            if _is_replaced(base, attribute):
+                return attribute
     return None
 
 

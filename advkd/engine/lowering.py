@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from advkd.engine.interface import replaced_method
 from advkd.engine.plan import Builder, Part
 from advkd.models.layers import (
     Attention,
@@ -305,16 +306,3 @@ class Slots:
     def pop(self) -> Part:
         """The whole buffer of the last open skip, which is closed."""
         return self._open.pop()
-
-
-def replaced_method(module: nn.Module) -> str | None:
-    """The name of a method that was replaced, on the module itself or on its class; None if none.
-
-    Libraries that patch networks do so by assignment: `module.forward = f` or `Kind.forward = f`.
-    """
-    for name in vars(module):
-        if callable(getattr(type(module), name, None)):
-            return name
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    written = getattr(vars(owner)["forward"], "__qualname__", None)
-    return None if written == f"{owner.__qualname__}.forward" else "forward"

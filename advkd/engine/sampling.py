@@ -113,9 +113,7 @@ def _engine_of(
         return model
     if exit_at is not None and isinstance(model, UNet):
         raise ValueError(f"exit_at={exit_at}: only a student can leave early, not a teacher")
-    return engine_for(
-        model, images, size=None if size is None else (size, size), exit_at=exit_at
-    )
+    return engine_for(model, images, size=None if size is None else (size, size), exit_at=exit_at)
 
 
 class _Counter:

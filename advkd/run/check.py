@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from advkd import device
@@ -15,7 +13,7 @@ from advkd.evaluation.features import load_features
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.pretrained import load_teacher, resolve
+from advkd.pretrained import resolve
 from advkd.run.run import Run
 from advkd.training.distill import check_settings
 from advkd.training.teacher import check_data
@@ -40,12 +38,9 @@ def teacher_on_meta(run: Run) -> UNet:
     """The teacher that the run has, takes or would train, without weights."""
     config = run.config
     if run.is_done("teacher"):
-        return load_teacher(run.path / "teacher").to("meta")
+        return run.teacher().to("meta")
     if config.teacher.source:
-        unet = load_teacher(config.teacher.source, config.teacher.scheduler or None).to("meta")
-        if unet.config.sample_size is None:
-            unet.config = dataclasses.replace(unet.config, sample_size=config.data.size)
-        return unet
+        return run.given_teacher().to("meta")
     with torch.device("meta"):
         return UNet(config.unet, Schedule(**vars(config.schedule)))
 

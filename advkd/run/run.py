@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from advkd.config import Config, ConfigError
@@ -58,6 +59,14 @@ class Run(RunFolder):
         """The data set that the run's images are of; without images, one of their shape."""
         d = self.config.data
         return dataset_of(d.path, d.size, d.channels)
+
+    def given_teacher(self) -> UNet:
+        """The teacher that the configuration names, at the size of the run's images."""
+        settings = self.config.teacher
+        unet = load_teacher(settings.source, settings.scheduler or None)
+        if unet.config.sample_size is None:
+            unet.config = dataclasses.replace(unet.config, sample_size=self.config.data.size)
+        return unet
 
     def teacher(self) -> UNet:
         """The run's own copy of the teacher."""

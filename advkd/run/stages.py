@@ -5,7 +5,6 @@ Each is one function that takes the run, leaves its result in the folder and ret
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import saved_steps, table_of
 from advkd.files import CheckpointError, write_json
 from advkd.models.layers import area_resized
-from advkd.pretrained import load_teacher, save_teacher
+from advkd.pretrained import save_teacher
 from advkd.report.inputs import read_metrics, read_summary
 from advkd.report.page import write_report
 from advkd.report.pictures import Pictures
@@ -67,12 +66,8 @@ def _announce(run: Run) -> None:
 def make_teacher(run: Run) -> float:
     """Take the teacher that the configuration names, or train one."""
     began = time.monotonic()
-    source = run.config.teacher.source
-    if source:
-        unet = load_teacher(source, run.config.teacher.scheduler or None)
-        if unet.config.sample_size is None:
-            unet.config = dataclasses.replace(unet.config, sample_size=run.config.data.size)
-        save_teacher(unet, run.path / "teacher")
+    if run.config.teacher.source:
+        save_teacher(run.given_teacher(), run.path / "teacher")
         return time.monotonic() - began
     images = run.images()
     if images is None:

@@ -314,3 +314,16 @@ def test_no_default_of_a_program_reaches_an_engine(make: Any, default: torch.dty
 def make_alike(model: UNet | Student) -> UNet | Student:
     """A copy of which no engine is known yet."""
     return copy.deepcopy(model)
+
+
+def test_any_replaced_method_of_a_class_takes_effect_also_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = small_student()
+    before = images(student)  # its engine is cached from here on
+    trunk = Student._trunk
+    monkeypatch.setattr(Student, "_trunk", lambda self, *args: [-h for h in trunk(self, *args)])
+    assert patched(student) == "Student._trunk"
+    assert (images(student) - before).abs().max() > 1e-2
+    monkeypatch.undo()
+    assert torch.equal(images(student), before)
