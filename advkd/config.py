@@ -33,7 +33,7 @@ MAX_SIDE = 4096  # pixels of an image's side
 MAX_WIDTH = 16384  # channels of a layer
 MAX_CLASSES = 100_000
 MAX_COUNT = 1 << 40  # of images, steps and the like; fresh noise has image numbers from here on
-MIN_EVALUATED = 6  # images: 5 nearest neighbors need one more
+MIN_EVALUATED = 6  # images of a block: 5 nearest neighbors need one more
 
 
 class ConfigError(ValueError):
@@ -200,7 +200,8 @@ class DistillConfig:
 class EvaluateConfig:
     """How teacher and student are evaluated; see docs/protocol.md."""
 
-    num: int = within(2000, MIN_EVALUATED, 1_000_000)  # images of each network
+    num: int = within(2000, MIN_EVALUATED, 1_000_000)  # images of each network, in all
+    blocks: int = within(5, 1, 1000)  # that they are split into, for the spread of the figures
     teacher_steps: int = within(50, 1, 1_000_000)  # of DDIM
     features: str = ""  # folder of a feature network; empty = the one that ships, if it fits
 

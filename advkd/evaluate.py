@@ -24,6 +24,7 @@ from advkd.evaluation.features import (
     save_features,
 )
 from advkd.evaluation.protocol import (
+    check_blocks,
     evaluate_networks,
     images_reference,
     make_protocol,
@@ -50,13 +51,14 @@ MODES = {
         "no_crop",
         "features",
         "num",
+        "blocks",
         "teacher_steps",
         "fresh",
     ),
     "fit_features": ("out", "steps", "seed", "size", "channels", "no_crop", "no_flip"),
 }
 SHIPPED = "fashion-mnist"  # what --fit-features shipped means
-NUM, TEACHER_STEPS = EvaluateConfig.num, EvaluateConfig.teacher_steps
+NUM, BLOCKS, TEACHER_STEPS = 10_000, EvaluateConfig.blocks, EvaluateConfig.teacher_steps
 EPILOG = """\
 One of three things at a time:
   --run runs/NAME                evaluates the run's teacher and student by the run's own protocol;
@@ -85,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scheduler", metavar="FOLDER", help="where scheduler_config.json is")
     p.add_argument("--data", metavar="PATH", help="real images (default: those that ship)")
     p.add_argument("--features", metavar="FOLDER", help="fitted by --fit-features")
-    p.add_argument("--num", type=int, help=f"images of each network (default {NUM})")
+    p.add_argument("--num", type=int, help=f"images of each network (default {NUM:,})")
+    p.add_argument("--blocks", type=int, metavar="B", help=f"they are split into ({BLOCKS})")
     p.add_argument("--teacher-steps", type=int, metavar="N", help=f"default {TEACHER_STEPS}")
     fit = p.add_argument_group("fitting features")
     fit.add_argument("--fit-features", metavar="DATA", help="path, data set or `shipped`")
@@ -142,15 +145,17 @@ def _show(figures: Mapping[str, Any], class_names: Sequence[str] | None, protoco
 
 def compare_networks(args: argparse.Namespace) -> None:
     """Evaluate a student, a teacher or both against held-out images."""
+    num = NUM if args.num is None else args.num
+    blocks = BLOCKS if args.blocks is None else args.blocks
+    check_blocks(num, blocks)
     student = None if args.student is None else load_student(args.student)
     teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
     channels, size = _shape(student, teacher)
     images = real_images(args.data or "", size, channels, not args.no_crop)
     net, features = _features(args.features, size, channels)
-    num = NUM if args.num is None else args.num
     steps = TEACHER_STEPS if args.teacher_steps is None else args.teacher_steps
     reference = images_reference(net, images.train, images.held_out)
-    protocol = make_protocol(net, reference, teacher, num, steps)
+    protocol = make_protocol(net, reference, teacher, num, blocks, steps)
     networks = [network for network in (teacher, student) if network is not None]
     with sampling_bar(len(networks)) as report:
         figures = evaluate_networks(

@@ -96,13 +96,18 @@ def sliced_wasserstein(
     rng = np.random.Generator(np.random.PCG64(seed))
     directions = rng.standard_normal((a.shape[1], projections))
     directions /= np.linalg.norm(directions, axis=0)
-    sorted_a = np.sort(a @ directions, axis=0)
-    sorted_b = np.sort(b @ directions, axis=0)
+    return wasserstein(np.sort(a @ directions, axis=0), np.sort(b @ directions, axis=0))
+
+
+def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
+    """The Wasserstein-1 distance of sorted samples a (N, D) and b (M, D), averaged over columns."""
+    n, m = len(a), len(b)
+    if n == m:
+        return float(np.abs(a - b).mean(dtype=np.float64))
     # Both quantile functions are constant between neighboring breaks: exact for N != M too.
-    n, m = len(sorted_a), len(sorted_b)
     breaks = np.union1d(np.arange(n + 1) / n, np.arange(m + 1) / m)
     middle = (breaks[1:] + breaks[:-1]) / 2
-    gap = np.abs(sorted_a[(middle * n).astype(int)] - sorted_b[(middle * m).astype(int)])
+    gap = np.abs(a[(middle * n).astype(int)] - b[(middle * m).astype(int)])
     return float((np.diff(breaks) @ gap).mean())
 
 

@@ -1,5 +1,7 @@
 """The features that images are compared by: a small convolutional network, fitted once and frozen.
 
+Its last hidden layer sees what is shown, its earlier layers the texture.
+
 Nothing in this package may be used in training: what evaluates must not teach. The network that
 ships was fitted before the first student (`advkd/zoo/fashion-mnist-features/`). Figures by these
 features are no Inception figures: compare them only with each other, under one protocol.
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +32,6 @@ from advkd.files import (
     write_tensors,
 )
 
-SHIPPED_FEATURES = Path(__file__).parents[1] / "zoo" / "fashion-mnist-features"
 FEATURES = 64
 _FORMAT = "advkd-features"
 _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
@@ -38,9 +39,11 @@ _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
     "channels": (int,),
     "size": (int,),
     "num_classes": (int, type(None)),
+    "decodes": (bool,),
     "record": (dict,),
     "sha256": (str,),
 }
+_RECONSTRUCTION = 10.0  # weight of the squared error beside the cross-entropy
 _CODE_CHANNELS = 12  # channels of the map that is flattened into the features
 _MAX_CHANNELS = 64  # of an image
 # Stated for every layer, since the program around may have set other defaults.
@@ -57,18 +60,37 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+class Output(NamedTuple):
+    """What a `FeatureNet` gives: features (B, 64), logits (B, num_classes) and the images again
+    (B, C, H, W); None where it has no classes, or does not decode."""
+
+    features: torch.Tensor
+    logits: torch.Tensor | None
+    images: torch.Tensor | None
+
+
 class FeatureNet(nn.Module):
     """A small convolutional network whose last hidden layer gives 64 features.
 
-    With `num_classes` it is a classifier, without it an autoencoder with a 64-d bottleneck.
-    channels, size: of the square images it reads (float32, on the CPU until moved); size at
-    least 8. record: how it was fitted (JSON-able), stored in its config.json.
+    With `num_classes` it is a classifier; where it `decodes` (always without classes) it is an
+    autoencoder with a 64-d bottleneck, or both. channels, size: of the square images it reads
+    (float32, on the CPU until moved); size at least 8. record: how it was fitted (JSON-able),
+    stored in its config.json.
     """
 
-    def __init__(self, channels: int, size: int, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        num_classes: int | None = None,
+        decodes: bool | None = None,
+    ) -> None:
         super().__init__()
         _check_shape(channels, size, num_classes)
         self.channels, self.size, self.num_classes = channels, size, num_classes
+        self.decodes = num_classes is None if decodes is None else decodes
+        if num_classes is None and not self.decodes:
+            raise ValueError("a feature network without classes has to decode")
         self.record: dict[str, Any] = {}
         sizes = [size]
         while sizes[-1] > 8:
@@ -83,7 +105,7 @@ class FeatureNet(nn.Module):
         self.to_features = nn.Linear(math.prod(self.code), FEATURES, **_PLACE)
         if num_classes is not None:
             self.classify = nn.Linear(FEATURES, num_classes, **_PLACE)
-        else:
+        if self.decodes:
             self.from_features = nn.Linear(FEATURES, math.prod(self.code), **_PLACE)
             ups = [_block(_CODE_CHANNELS, 24)]
             for target in reversed(sizes[:-1]):
@@ -93,7 +115,9 @@ class FeatureNet(nn.Module):
     @property
     def kind(self) -> str:
         """What sort of network it is, in words."""
-        return "a small autoencoder" if self.num_classes is None else "a small classifier"
+        if self.num_classes is None:
+            return "a small autoencoder"
+        return "a small classifier and autoencoder" if self.decodes else "a small classifier"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -103,21 +127,42 @@ class FeatureNet(nn.Module):
             return None
         return tuple(names) if all(isinstance(name, str) for name in names) else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: float32 (B, C, H, W) in [-1, 1] -> features (B, 64), output.
+    def forward(self, x: torch.Tensor) -> Output:
+        """x: float32 (B, C, H, W) in [-1, 1]."""
+        features = self._features(self.encoder(self._checked(x)))
+        logits = None if self.num_classes is None else self.classify(F.relu(features))
+        images = None
+        if self.decodes:
+            images = self.decoder(self.from_features(features).unflatten(1, self.code))
+        return Output(features, logits, images)
 
-        The output is logits (B, num_classes), or for an autoencoder the images again (B, C, H, W).
-        """
+    def _features(self, code: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.to_features(F.relu(code).flatten(1))
+        return features
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
         expected = (self.channels, self.size, self.size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(
                 f"these features are for images of (C, H, W) = {expected}, not for a batch of "
                 f"shape {tuple(x.shape)}"
             )
-        features = self.to_features(F.relu(self.encoder(x)).flatten(1))
-        if self.num_classes is not None:
-            return features, self.classify(F.relu(features))
-        return features, self.decoder(self.from_features(features).unflatten(1, self.code))
+        return x
+
+    def look(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x as in `forward` -> features (B, 64), texture (B, D), logits or None.
+
+        The texture are the mean and the deviation, over an image, of every channel of every layer
+        before the features, fine scales first.
+        """
+        maps, h = [], self._checked(x)
+        for layer in self.encoder:
+            h = layer(h)
+            maps.append(h)
+        pooled = [part for h in maps[:-1] for part in (h.mean((2, 3)), h.std((2, 3)))]
+        features = self._features(h)
+        logits = None if self.num_classes is None else self.classify(F.relu(features))
+        return features, torch.cat(pooled, 1), logits
 
 
 def _check_shape(channels: int, size: int, num_classes: int | None) -> None:
@@ -135,11 +180,12 @@ def _check_shape(channels: int, size: int, num_classes: int | None) -> None:
 class Features:
     """Features of N images.
 
-    values: (N, 64) float64. classes: (N,) int64 most probable classes, None from an autoencoder.
-    num_classes: how many classes the network knows, None from an autoencoder.
+    values: (N, 64) float64. texture: (N, D) float64, of the earlier layers. classes: (N,) int64
+    most probable classes, None without classes. num_classes: how many the network knows, or None.
     """
 
     values: np.ndarray
+    texture: np.ndarray
     classes: np.ndarray | None
     num_classes: int | None
 
@@ -153,20 +199,23 @@ def extract(net: FeatureNet, images: ImageSet | torch.Tensor, batch: int = 256) 
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    values = np.full((len(images), FEATURES), np.nan)
-    classes = None if net.num_classes is None else np.zeros(len(images), np.int64)
+    values, texture, classes = [], [], []
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(images), batch):
             rows = np.arange(start, min(start + batch, len(images)))
-            features, output = net(rows_of(images, rows).to(device))
-            values[rows] = features.double().cpu().numpy()
-            if classes is not None:
-                classes[rows] = output.argmax(1).cpu().numpy()
+            features, pooled, logits = net.look(rows_of(images, rows).to(device))
+            values.append(features.double().cpu().numpy())
+            texture.append(pooled.double().cpu().numpy())
+            if logits is not None:
+                classes.append(logits.argmax(1).cpu().numpy())
     net.train(was_training)
-    if not np.isfinite(values).all():
-        worst = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+    all_values, all_texture = np.concatenate(values), np.concatenate(texture)
+    finite = np.isfinite(all_values).all(1) & np.isfinite(all_texture).all(1)
+    if not finite.all():
+        worst = int(np.flatnonzero(~finite)[0])
         raise ValueError(f"the features of image {worst} are not finite")
-    return Features(values, classes, net.num_classes)
+    found = np.concatenate(classes) if classes else None
+    return Features(all_values, all_texture, found, net.num_classes)
 
 
 def rows_of(images: ImageSet | torch.Tensor, indices: np.ndarray) -> torch.Tensor:
@@ -177,7 +226,7 @@ def rows_of(images: ImageSet | torch.Tensor, indices: np.ndarray) -> torch.Tenso
 
 
 def class_shares(features: Features) -> np.ndarray | None:
-    """The share of each class, float64 (num_classes,) that sums to 1; None from an autoencoder."""
+    """The share of each class, float64 (num_classes,) that sums to 1; None without classes."""
     if features.classes is None or features.num_classes is None:
         return None
     counts = np.bincount(features.classes, minlength=features.num_classes)
@@ -198,7 +247,10 @@ def reconstruction_error(net: FeatureNet, images: ImageSet, batch: int = 256) ->
     total = 0.0
     for start in range(0, len(images), batch):
         x = images.batch(np.arange(start, min(start + batch, len(images))))
-        total += float((net(x)[1] - x).square().mean((1, 2, 3)).double().sum())
+        again = net(x).images
+        if again is None:
+            raise ValueError("a classifier that does not decode has no reconstruction error")
+        total += float((again - x).square().mean((1, 2, 3)).double().sum())
     return total / len(images)
 
 
@@ -233,7 +285,9 @@ def fit_features(
     held_out: ImageSet | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> FeatureNet:
-    """Fit a `FeatureNet`: a classifier where images have 2 labels or more, else an autoencoder.
+    """Fit a `FeatureNet`: an autoencoder, and a classifier too where images have 2 labels or more.
+
+    Labels alone would not do: what tells few classes apart can be blind to everything else.
 
     held_out: labeled images whose accuracy goes into the record; they are not fitted to.
     progress: called with (step, loss) after every step. The global random state is left alone;
@@ -244,7 +298,7 @@ def fit_features(
     num_classes = images.num_classes if images.num_classes != 1 else None
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # the CPU's alone
-        net = FeatureNet(images.channels, images.size, num_classes)
+        net = FeatureNet(images.channels, images.size, num_classes, decodes=True)
         _fit(net, images, settings, progress)
     net.record = {
         "data": images.source,
@@ -292,15 +346,19 @@ def _learning_rate(settings: FitSettings, step: int) -> float:
 def _fit_loss(
     net: FeatureNet, images: ImageSet, settings: FitSettings, rng: np.random.Generator
 ) -> torch.Tensor:
-    """The loss of one random batch: cross-entropy, or mean squared error of the autoencoder."""
+    """The loss of one random batch: squared error and, where there are classes, cross-entropy."""
     chosen = rng.integers(0, len(images), settings.batch_size)
     mirrored = rng.random(settings.batch_size) < 0.5 if settings.flip else None
     offsets = rng.integers(0, 2 * settings.shift + 1, (2, settings.batch_size))
     x = _shifted(images.batch(chosen, mirrored), offsets, settings.shift)
-    _, output = net(x.contiguous(memory_format=torch.channels_last))
-    if net.num_classes is None or images.labels is None:
-        return F.mse_loss(output, x)
-    return F.cross_entropy(output, torch.from_numpy(images.labels[chosen]))
+    output = net(x.contiguous(memory_format=torch.channels_last))
+    loss = x.new_zeros(())
+    if output.images is not None:
+        loss = loss + F.mse_loss(output.images, x)
+    if output.logits is not None and images.labels is not None:
+        labels = torch.from_numpy(images.labels[chosen])
+        loss = _RECONSTRUCTION * loss + F.cross_entropy(output.logits, labels)
+    return loss
 
 
 def _shifted(x: torch.Tensor, offsets: np.ndarray, shift: int) -> torch.Tensor:
@@ -323,24 +381,29 @@ def save_features(net: FeatureNet, folder: str | Path) -> None:
         "channels": net.channels,
         "size": net.size,
         "num_classes": net.num_classes,
+        "decodes": net.decodes,
         "record": net.record,
         "sha256": write_tensors(folder / "model.safetensors", net.state_dict()),
     }
     write_json(folder / "config.json", config)
 
 
-def load_features(folder: str | Path | None = None) -> FeatureNet:
-    """The `FeatureNet` of a folder written by `save_features`; None is the shipped classifier.
+def load_features(folder: str | Path) -> FeatureNet:
+    """The `FeatureNet` of a folder written by `save_features`.
 
     Raises CheckpointError where a file is missing or damaged, where config and weights do not fit
     each other exactly, or where a weight is not finite.
     """
-    folder = SHIPPED_FEATURES if folder is None else Path(folder)
+    folder = Path(folder)
     path = folder / "config.json"
     config = read_json(path)
+    if isinstance(config, dict):  # versions before 0.3 fitted no network that did both
+        config.setdefault("decodes", config.get("num_classes") is None)
     _check_config(config, path)
     try:
-        net = FeatureNet(config["channels"], config["size"], config["num_classes"])
+        net = FeatureNet(
+            config["channels"], config["size"], config["num_classes"], config["decodes"]
+        )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error!s:.300}") from None
     net.record = config["record"]

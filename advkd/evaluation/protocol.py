@@ -16,23 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from advkd.config import MIN_EVALUATED, ConfigError
 from advkd.console import StopSignals, progress_bar
 from advkd.data.images import ImageSet
 from advkd.engine.noise import Purpose
 from advkd.engine.sampling import Callback, generate
-from advkd.evaluation.distances import (
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    sliced_wasserstein,
-)
-from advkd.evaluation.features import FeatureNet, Features, class_shares, extract, rows_of
-from advkd.evaluation.stored import (
-    StoredEvaluation,
-    load_evaluation,
-    save_evaluation,
-    shipped_evaluation,
-)
+from advkd.evaluation import figures
+from advkd.evaluation.features import FeatureNet
+from advkd.evaluation.figures import FIGURES, Evaluation, Measures, evaluation_of, measure
+from advkd.evaluation.stored import load_evaluation, save_evaluation, shipped_evaluation
 from advkd.files import tensors_hash
 from advkd.models.student import Student
 from advkd.models.unet import UNet
@@ -40,9 +32,7 @@ from advkd.models.unet import UNet
 EVALUATION_SEED = 0  # of the images that are evaluated; their noise has a purpose of its own
 REFERENCE_SEED = 1  # of the teacher's samples that stand in for real images
 TEACHER_BATCH, STUDENT_BATCH = 125, 250  # images sampled at once
-FIGURES = ("fd", "kid", "precision", "recall", "swd", "classes")
-
-Images = ImageSet | torch.Tensor  # or float32 (N, C, H, W) in [-1, 1]
+MAX_REFERENCE = 2000  # of the teacher's samples that stand in for real images
 
 
 @dataclass(frozen=True)
@@ -50,34 +40,56 @@ class Protocol:
     """What makes two sets of figures comparable; also the key of a stored evaluation."""
 
     num: int  # images sampled from each network
+    blocks: int  # that they are split into, each with figures of its own
     teacher_steps: int  # of DDIM, eta 0
     seed: int
     teacher: str  # hash of its weights; empty where a student is evaluated alone
     features: str  # hash of the network they are computed by
     reference: str  # hash of the reference images
+    figures: int = figures.VERSION  # of their definitions
+
+    @property
+    def block(self) -> int:
+        """Images of a block."""
+        return self.num // self.blocks
 
 
 @dataclass(frozen=True)
 class Reference:
     """The images that all others are compared with.
 
-    identity: their hash. words: what they are. real: figures of training images compared with
-    them, None where there are no real images.
+    identity: their hash. words: what they are. train: the training images, whose figures are those
+    of *real*; None where there are no real images.
     """
 
-    images: Images
-    features: Features
+    measures: Measures
     identity: str
     words: str
-    real: dict[str, Any] | None = None
+    train: ImageSet | None = None
+
+
+def check_blocks(num: int, blocks: int) -> None:
+    """ConfigError unless `num` images can be split into so many blocks."""
+    if not 1 <= blocks <= num // MIN_EVALUATED:
+        raise ConfigError(
+            f"{num:,} images cannot be split into {blocks} blocks of {MIN_EVALUATED} or more each"
+        )
 
 
 def make_protocol(
-    net: FeatureNet, reference: Reference, teacher: UNet | None, num: int, teacher_steps: int
+    net: FeatureNet,
+    reference: Reference,
+    teacher: UNet | None,
+    num: int,
+    blocks: int,
+    teacher_steps: int,
 ) -> Protocol:
-    """The protocol that `teacher` and its student are evaluated by."""
+    """The protocol that `teacher` and its student are evaluated by; ConfigError for blocks that
+    cannot be."""
+    check_blocks(num, blocks)
     return Protocol(
-        num=num,
+        num=num // blocks * blocks,
+        blocks=blocks,
         teacher_steps=teacher_steps,
         seed=EVALUATION_SEED,
         teacher="" if teacher is None else tensors_hash(teacher.state_dict()),
@@ -91,32 +103,37 @@ def protocol_words(protocol: Protocol, reference: Reference, features: str) -> s
     how = ""
     if protocol.teacher:
         how = f" (the teacher by DDIM in {protocol.teacher_steps} steps, eta 0)"
+    split = ""
+    if protocol.blocks > 1:
+        split = (
+            f", in {protocol.blocks} blocks of {protocol.block:,}, of whose figures mean and "
+            "standard deviation are given"
+        )
     return (
-        f"{protocol.num:,} images of each network{how}, from noise that no training sees, compared "
-        f"with {reference.words}. FD and KID on the 64 features of {features}, in float64; "
-        "precision and recall by 5 nearest neighbors of the same features; SWD on pixels over 512 "
-        "projections. Nothing that evaluates takes part in training."
+        f"{protocol.num:,} images of each network{how}{split}, from noise that no training sees, "
+        f"compared with {reference.words}. FD and KID on the 64 features of {features}, in "
+        "float64; precision and recall by 5 nearest neighbors of the same features; texture FD on "
+        "the mean and the deviation of every channel of that network's earlier layers; SWD on "
+        "pixels over 512 projections, texture SWD on patches of a Laplacian pyramid over 128; the "
+        "spectrum's distance over all radial frequencies. Nothing that evaluates takes part in "
+        "training."
     )
 
 
 def images_reference(net: FeatureNet, train: ImageSet, held_out: ImageSet) -> Reference:
-    """Held-out images as the reference, with the figures of equally many training images."""
-    features, identity = extract(net, held_out), images_hash(held_out)
+    """Held-out images as the reference, beside training images to compare with them."""
     words = f"{len(held_out):,} held-out images of {held_out.source}"
-    reference = Reference(held_out, features, identity, words)
-    real = evaluate_images(net, _first(train, len(held_out)), reference)
-    return Reference(held_out, features, identity, words, real)
+    return Reference(measure(net, held_out), images_hash(held_out), words, train)
 
 
 def teacher_reference(
     net: FeatureNet, teacher: UNet, num: int, steps: int, callback: Callback | None = None
 ) -> Reference:
     """The reference where there are no real images: other samples of the teacher."""
-    images = sample_images(
-        teacher, num, REFERENCE_SEED, steps, batch=TEACHER_BATCH, callback=callback
-    )
-    words = "as many other samples of the teacher"
-    return Reference(images, extract(net, images), "teacher", words)
+    num = min(num, MAX_REFERENCE)
+    images = _sampled(teacher, 0, num, REFERENCE_SEED, steps, callback)
+    words = f"{num:,} other samples of the teacher"
+    return Reference(measure(net, images), "teacher", words)
 
 
 def evaluate_networks(
@@ -130,34 +147,60 @@ def evaluate_networks(
     fresh: bool = False,
     callback: Callback | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The figures of real images, teacher and student, by figure and then by side.
+    """The figures of real images, teacher and student, by figure and then by side: each a number,
+    or {"mean", "std"} over several blocks; and `spectra`, in dB, by side.
 
     A side that is None, or that the reference has no images for, is left out. `own`, `fresh` and
     `callback` as in `evaluate_teacher`.
     """
-    sides = {"real": reference.real}
+    sides: dict[str, Evaluation] = {}
+    if reference.train is not None:
+        sides["real"] = evaluate_real(net, reference, protocol)
     if teacher is not None:
         sides["teacher"] = evaluate_teacher(
             net, teacher, reference, protocol, own=own, fresh=fresh, callback=callback
         )
     if student is not None:
-        sides["student"] = evaluate_student(net, student, reference, protocol, callback)
-    present = {side: figures for side, figures in sides.items() if figures is not None}
-    return {key: {side: found[key] for side, found in present.items()} for key in FIGURES}
+        sides["student"] = evaluate_network(net, student, reference, protocol, callback)
+    found = {key: {side: e.figure(key) for side, e in sides.items()} for key in FIGURES}
+    return found | {"spectra": {side: e.spectrum for side, e in sides.items()}}
 
 
-def evaluate_student(
+def evaluate_real(net: FeatureNet, reference: Reference, protocol: Protocol) -> Evaluation:
+    """Figures of training images, in as many blocks as there are images for, but at least one.
+
+    The images of a block are picked in an order that is random but fixed.
+    """
+    train = reference.train
+    if train is None:
+        raise ValueError("this reference has no training images")
+    order = np.random.default_rng(0).permutation(len(train))
+    size = min(protocol.block, len(train))
+    count = min(protocol.blocks, len(train) // size)
+    parts = (order[i * size : (i + 1) * size] for i in range(count))
+    return evaluation_of(reference.measures, (measure(net, train.subset(p)) for p in parts))
+
+
+def evaluate_network(
     net: FeatureNet,
-    student: Student,
+    network: Student | UNet,
     reference: Reference,
     protocol: Protocol,
     callback: Callback | None = None,
-) -> dict[str, Any]:
-    """Figures of a student's images, which are always sampled anew; `callback` as in `generate`."""
-    images = sample_images(
-        student, protocol.num, protocol.seed, batch=STUDENT_BATCH, callback=callback
-    )
-    return evaluate_images(net, images, reference)
+) -> Evaluation:
+    """Figures of a network's images, sampled now; `callback` as in `generate`."""
+    steps = protocol.teacher_steps if isinstance(network, UNet) else 1
+    block, blocks = protocol.block, protocol.blocks
+
+    def measured(index: int) -> Measures:
+        def report(done: int, total: int) -> None:
+            if callback is not None:
+                callback(index * total + done, blocks * total)
+
+        images = _sampled(network, index * block, block, protocol.seed, steps, report)
+        return measure(net, images)
+
+    return evaluation_of(reference.measures, map(measured, range(blocks)))
 
 
 def evaluate_teacher(
@@ -169,33 +212,25 @@ def evaluate_teacher(
     own: Path | None = None,
     fresh: bool = False,
     callback: Callback | None = None,
-) -> dict[str, Any]:
-    """Figures of a teacher's images: from an evaluation stored under this very protocol, else of
-    images sampled now.
+) -> Evaluation:
+    """Figures of a teacher's images: an evaluation stored under this very protocol, else of images
+    sampled now.
 
     `own` is the folder where the run at hand stores its evaluation; what is sampled is stored
     there. `fresh` samples in any case. `callback` as in `generate`.
     """
     key = asdict(protocol)
-    stored = None if fresh else _stored(key, own)
-    if stored is None:
-        images = sample_images(
-            teacher,
-            protocol.num,
-            protocol.seed,
-            protocol.teacher_steps,
-            batch=TEACHER_BATCH,
-            callback=callback,
-        )
-        stored = StoredEvaluation(extract(net, images), _swd(reference.images, images))
+    found = None if fresh else _stored(key, own)
+    if found is None:
+        found = evaluate_network(net, teacher, reference, protocol, callback)
         if own is not None:
-            save_evaluation(own, key, stored)
+            save_evaluation(own, key, found)
     elif callback is not None:
         callback(1, 1)
-    return _figures(reference, stored.features, stored.swd)
+    return found
 
 
-def _stored(key: dict[str, Any], own: Path | None) -> StoredEvaluation | None:
+def _stored(key: dict[str, Any], own: Path | None) -> Evaluation | None:
     """The evaluation that ships with the package or lies in the run's own folder."""
     found = shipped_evaluation(key)
     if found is None and own is not None:
@@ -203,26 +238,20 @@ def _stored(key: dict[str, Any], own: Path | None) -> StoredEvaluation | None:
     return found
 
 
-def evaluate_images(net: FeatureNet, images: Images, reference: Reference) -> dict[str, Any]:
-    """All figures of images, ready for JSON.
-
-    Keys: fd, kid, precision, recall, swd, classes (the shares, None from an autoencoder).
-    """
-    return _figures(reference, extract(net, images), _swd(reference.images, images))
-
-
-def sample_images(
-    model: UNet | Student,
-    num: int,
-    seed: int,
-    steps: int = 1,
-    *,
-    batch: int,
-    callback: Callback | None = None,
+def _sampled(
+    model: UNet | Student, first: int, num: int, seed: int, steps: int, callback: Callback | None
 ) -> torch.Tensor:
     """Images of a network from the noise of evaluations, as `generate` gives them."""
+    batch = TEACHER_BATCH if isinstance(model, UNet) else STUDENT_BATCH
     return generate(
-        model, num, seed, steps, purpose=Purpose.EVALUATION, batch=batch, callback=callback
+        model,
+        num,
+        seed,
+        steps,
+        first=first,
+        batch=batch,
+        purpose=Purpose.EVALUATION,
+        callback=callback,
     )
 
 
@@ -246,31 +275,3 @@ def images_hash(images: ImageSet) -> str:
     digest = hashlib.sha256(f"{images.pixels.shape} {images.pixels.dtype}".encode())
     digest.update(images.pixels.tobytes())
     return digest.hexdigest()
-
-
-def _figures(reference: Reference, features: Features, swd: float | None) -> dict[str, Any]:
-    real, fake = reference.features.values, features.values
-    precision, recall = precision_recall(real, fake)
-    shares = class_shares(features)
-    return {
-        "fd": frechet_distance(real, fake),
-        "kid": kernel_distance(real, fake),
-        "precision": precision,
-        "recall": recall,
-        "swd": swd,
-        "classes": None if shares is None else shares.tolist(),
-    }
-
-
-def _swd(a: Images, b: Images) -> float:
-    return sliced_wasserstein(_flat(a), _flat(b))
-
-
-def _flat(images: Images) -> np.ndarray:
-    """Pixels as float64 (N, C*H*W)."""
-    rows = rows_of(images, np.arange(len(images)))
-    return rows.flatten(1).double().cpu().numpy()
-
-
-def _first(images: ImageSet, count: int) -> ImageSet:
-    return ImageSet(images.pixels[:count], None, images.source)

@@ -1,10 +1,8 @@
 """Evaluations of a teacher that are stored, so that its images need not be sampled again.
 
-What is stored are the features of the images (float32, as the network gave them) and the SWD, under
-the protocol they were made by; FD and the rest are computed from the features whenever they are
-read. Only two makers are trusted: this package, whose evaluations are known by their SHA-256, and
-a run, which reads what lies in its own folder. A file beside a teacher that somebody gives is
-never read.
+What is stored are the figures of every block, under the protocol they were made by. Only two makers
+are trusted: this package, whose evaluations are known by their SHA-256, and a run, which reads what
+lies in its own folder. A file beside a teacher that somebody gives is never read.
 """
 
 from __future__ import annotations
@@ -13,54 +11,29 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from advkd.evaluation.features import FEATURES, Features
-from advkd.files import (
-    CheckpointError,
-    read_json,
-    read_tensors,
-    seal,
-    write_json,
-    write_tensors,
-)
+from advkd.evaluation.figures import FIGURES, Evaluation
+from advkd.files import CheckpointError, read_json, seal, write_json
 
 ZOO = Path(__file__).parents[1] / "zoo"
-# SHA-256 of every evaluation.json that ships; the file holds that of the features beside it.
-SHIPPED = {"fashion-mnist": "b8f4bc21a71e97fcfb7b16b5dde030b43f7ae0da90c7261d57fca6b957d04300"}
+# SHA-256 of every evaluation.json that ships.
+SHIPPED = {"fashion-mnist": ""}
+FILE = "evaluation.json"
 
 
-@dataclass(frozen=True)
-class StoredEvaluation:
-    """Features of a teacher's images, and their SWD (None where there is none)."""
-
-    features: Features
-    swd: float | None
+def save_evaluation(folder: Path, protocol: Mapping[str, Any], found: Evaluation) -> None:
+    """Write `evaluation.json`, sealed, into `folder`."""
+    content = {"protocol": dict(protocol), **asdict(found)}
+    write_json(folder / FILE, {**content, "seal": seal(content)})
 
 
-def save_evaluation(folder: Path, protocol: Mapping[str, Any], stored: StoredEvaluation) -> None:
-    """Write `evaluation.safetensors` and then `evaluation.json`, sealed, into `folder`."""
-    tensors = {"values": torch.from_numpy(stored.features.values).float()}
-    if stored.features.classes is not None:
-        tensors["classes"] = torch.from_numpy(stored.features.classes).to(torch.int32)
-    content = {
-        "protocol": dict(protocol),
-        "swd": stored.swd,
-        "num_classes": stored.features.num_classes,
-        "sha256": write_tensors(folder / "evaluation.safetensors", tensors),
-    }
-    write_json(folder / "evaluation.json", {**content, "seal": seal(content)})
-
-
-def shipped_evaluation(protocol: Mapping[str, Any]) -> StoredEvaluation | None:
+def shipped_evaluation(protocol: Mapping[str, Any]) -> Evaluation | None:
     """The evaluation by this very protocol that ships with the package; None where none does."""
     for name, sha256 in SHIPPED.items():
-        path = ZOO / name / "evaluation.json"
+        path = ZOO / name / FILE
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             found = load_evaluation(path.parent, protocol)
             if found is not None:
@@ -68,12 +41,12 @@ def shipped_evaluation(protocol: Mapping[str, Any]) -> StoredEvaluation | None:
     return None
 
 
-def load_evaluation(folder: Path, protocol: Mapping[str, Any]) -> StoredEvaluation | None:
+def load_evaluation(folder: Path, protocol: Mapping[str, Any]) -> Evaluation | None:
     """The evaluation in `folder`; None where there is none, or one by another protocol.
 
     A damaged or altered one is passed over with a warning.
     """
-    path = folder / "evaluation.json"
+    path = folder / FILE
     if not path.exists():
         return None
     try:
@@ -82,31 +55,34 @@ def load_evaluation(folder: Path, protocol: Mapping[str, Any]) -> StoredEvaluati
             raise CheckpointError(f"{path} is not the file that was written (its seal differs)")
         if content.get("protocol") != dict(protocol):
             return None
-        return _read(folder / "evaluation.safetensors", content)
+        return _read(path, content)
     except CheckpointError as error:
         warnings.warn(f"stored evaluation passed over: {error}", stacklevel=2)
         return None
 
 
-def _read(path: Path, content: Mapping[str, Any]) -> StoredEvaluation:
-    """Features and SWD; CheckpointError where the two files do not hold what they have to."""
-    tensors = read_tensors(path, str(content.get("sha256")))
-    values, classes = tensors.get("values"), tensors.get("classes")
-    num, num_classes = content["protocol"].get("num"), content.get("num_classes")
-    if num_classes is not None and type(num_classes) is not int:
-        raise CheckpointError(f"{path.with_suffix('.json')}: num_classes={num_classes!r} is no int")
-    if values is None or values.shape != (num, FEATURES) or values.dtype != torch.float32:
-        raise CheckpointError(f"{path} does not hold the features of {num} images")
-    if not torch.isfinite(values).all():
-        raise CheckpointError(f"{path} holds features that are not finite")
-    if (classes is None) != (num_classes is None):
-        raise CheckpointError(f"{path} does not hold what {num_classes=} says")
-    labels = None
-    if classes is not None and num_classes is not None:
-        labels = classes.numpy().astype(np.int64)
-        if labels.shape != (num,) or not ((labels >= 0) & (labels < num_classes)).all():
-            raise CheckpointError(f"{path} does not hold one of {num_classes} classes an image")
-    swd = content.get("swd")
-    if swd is not None and not (isinstance(swd, float) and math.isfinite(swd)):
-        raise CheckpointError(f"{path.with_suffix('.json')}: swd={swd!r} is no number")
-    return StoredEvaluation(Features(values.double().numpy(), labels, num_classes), swd)
+def _read(path: Path, content: Mapping[str, Any]) -> Evaluation:
+    """The figures; CheckpointError where the file does not hold what it has to."""
+    blocks, spectrum = content.get("blocks"), content.get("spectrum")
+    if not isinstance(blocks, list) or len(blocks) != content["protocol"].get("blocks"):
+        raise CheckpointError(f"{path} does not hold the figures of its blocks")
+    for block in blocks:
+        if not isinstance(block, dict) or set(block) != set(FIGURES):
+            raise CheckpointError(f"{path} holds a block without the figures {', '.join(FIGURES)}")
+        if not _are_numbers([value for key, value in block.items() if key != "classes"]):
+            raise CheckpointError(f"{path} holds a figure that is no number")
+    shares = [block["classes"] for block in blocks if block["classes"] is not None]
+    if shares and (len(shares) < len(blocks) or not all(map(_are_numbers, shares))):
+        raise CheckpointError(f"{path} holds shares of classes that are no numbers")
+    if len({len(share) for share in shares}) > 1:
+        raise CheckpointError(f"{path} holds blocks of different classes")
+    if not isinstance(spectrum, list) or not _are_numbers(spectrum):
+        raise CheckpointError(f"{path} holds a spectrum that is no list of numbers")
+    return Evaluation(blocks, spectrum)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and type(value) is not bool and abs(value) < math.inf
+        for value in values
+    )

@@ -8,7 +8,8 @@ import time
 import torch
 from torch import nn
 
-from advkd.evaluation.protocol import EVALUATION_SEED, sample_images
+from advkd.engine.noise import Purpose
+from advkd.engine.sampling import generate
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
@@ -29,7 +30,7 @@ def measure_milliseconds(
 
     def seconds(model: UNet | Student, steps: int) -> float:
         began = time.perf_counter()
-        sample_images(model, images, EVALUATION_SEED, steps, batch=batch)
+        generate(model, images, 0, steps, batch=batch, purpose=Purpose.EVALUATION)
         return time.perf_counter() - began
 
     seconds(student, 1)  # the first call also allocates and picks algorithms

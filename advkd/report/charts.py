@@ -52,11 +52,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: a title and its curves."""
+    """One chart: a title, its curves, and what they run over."""
 
     title: str
     curves: list[Curve]
     zero_line: bool = False
+    over: str = "step"
 
 
 def panels_of(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -69,6 +70,17 @@ def panels_of(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
         Panel("Discriminator: logit gap, real minus fake", _by_head(metrics, "logit_gap"), True),
     ]
     return [panel for panel in panels if panel.curves]
+
+
+def spectrum_panel(spectra: Mapping[str, Sequence[float]]) -> Panel | None:
+    """The mean power of each side's images at each radial frequency; None without any."""
+    hues = {"real": 0, "teacher": 1, "student": 2}
+    curves = [
+        Curve(side, np.arange(1.0, len(spectra[side]) + 1), np.array(spectra[side]), hue)
+        for side, hue in hues.items()
+        if spectra.get(side) and all(map(_is_drawn, spectra[side]))
+    ]
+    return Panel("Power, in dB", curves, over="periods a side") if curves else None
 
 
 def _curve(
@@ -160,7 +172,7 @@ def _style(axes: Any, panel: Panel, theme: Theme) -> None:
 
     axes.set_facecolor("none")
     axes.set_title(panel.title, loc="left", color=theme.ink, fontsize=10.5, pad=24, x=-0.1)
-    axes.set_xlabel("step", color=theme.ink, fontsize=9)
+    axes.set_xlabel(panel.over, color=theme.ink, fontsize=9)
     axes.tick_params(which="both", colors=theme.ink, labelsize=8.5, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y", color=theme.line, linewidth=0.7)

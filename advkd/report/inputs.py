@@ -12,10 +12,8 @@ from advkd.report.numbers import is_finite
 
 MAX_METRICS = 256 << 20  # bytes of a metrics.jsonl
 SIDES = ("real", "teacher", "student")
-_NUMBERS_BY_SIDE = (
-    *("fd", "kid", "precision", "recall", "swd"),
-    *("passes", "ms_per_image", "parameters"),
-)
+_FIGURES = ("fd", "kid", "precision", "recall", "swd", "texture_fd", "texture_swd", "spectrum")
+_NUMBERS_BY_SIDE = ("passes", "ms_per_image", "parameters")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -79,17 +77,29 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_number(entry) for entry in value.values())
 
 
-def _are_shares(value: Any) -> bool:
+def _is_figure(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return _is_number(value)
+    return set(value) == {"mean", "std"} and all(map(is_finite, value.values()))
+
+
+def _are_figures(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_figure, value.values()))
+
+
+def _are_lists(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and set(value) <= set(SIDES)
-        and all(shares is None or _is_list_of(is_finite, shares) for shares in value.values())
+        and all(entry is None or _is_list_of(is_finite, entry) for entry in value.values())
     )
 
 
 _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **{key: ("a number or {mean, std} for each side", _are_figures) for key in _FIGURES},
     **{key: ("a number for each side", _are_numbers) for key in _NUMBERS_BY_SIDE},
-    "classes": ("a list of shares for each side", _are_shares),
+    "classes": ("a list of shares for each side", _are_lists),
+    "spectra": ("a list of decibels for each side", _are_lists),
     "class_names": ("a list of names", lambda value: _is_list_of(_is_text, value)),
     "seconds": ("a number for each stage", _are_numbers),
     **{key: ("a number", _is_number) for key in ("speed_up", "teacher_steps")},

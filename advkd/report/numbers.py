@@ -32,12 +32,23 @@ def fixed(value: float | None, decimals: int) -> str:
     return text.replace("-", MINUS)
 
 
-def common_decimals(values: Mapping[str, float | None], digits: int) -> dict[str, str]:
-    """Numbers of one row with equally many decimals; the largest has `digits` significant ones."""
+def common_decimals(
+    values: Mapping[str, float | None],
+    digits: int,
+    spreads: Mapping[str, float | None] | None = None,
+) -> dict[str, str]:
+    """Numbers of one row with equally many decimals; the largest has `digits` significant ones.
+
+    `spreads` are standard deviations that stand beside the numbers, where there are any.
+    """
     largest = max((abs(value) for value in values.values() if value is not None), default=0.0)
     order = math.floor(math.log10(largest)) if largest > 0 else 0
     decimals = min(8, max(0, digits - 1 - order))
-    return {column: fixed(value, decimals) for column, value in values.items()}
+    shown = {column: fixed(value, decimals) for column, value in values.items()}
+    for column, spread in (spreads or {}).items():
+        if spread is not None and values.get(column) is not None:
+            shown[column] += f" ± {fixed(spread, decimals)}"
+    return shown
 
 
 def brief(value: float | None) -> str:

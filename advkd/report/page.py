@@ -21,7 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from advkd.files import write_bytes, write_json
-from advkd.report.charts import DARK, LIGHT, SHEET, Panel, chart, panels_of
+from advkd.report.charts import DARK, LIGHT, SHEET, Panel, chart, panels_of, spectrum_panel
 from advkd.report.inputs import SIDES
 from advkd.report.numbers import duration, is_finite
 from advkd.report.pictures import (
@@ -48,10 +48,12 @@ def write_report(
 ) -> Path:
     """Write `report/` into a run's folder and return the path of its report.html.
 
-    summary: `fd`, `kid`, `precision`, `recall`, `swd`, `ms_per_image`, `passes`, `parameters`
-    (each {"real"?, "teacher", "student"}; None = not known), `classes` (the same of lists of
-    shares, or None), `class_names` (optional), `protocol`, `features`, `name`, `student_family`
-    (text), `speed_up`, `teacher_steps`, `seconds` ({stage: seconds}); written as summary.json.
+    summary: `fd`, `kid`, `precision`, `recall`, `swd`, `texture_fd`, `texture_swd`, `spectrum`
+    (each {"real"?, "teacher", "student"} of numbers or {"mean", "std"}), `ms_per_image`, `passes`,
+    `parameters` (the same of numbers; None = not known), `classes` and `spectra` (the same of lists
+    of shares and of decibels, or None), `class_names` (optional), `protocol`, `features`, `name`,
+    `student_family` (text), `speed_up`, `teacher_steps`, `seconds` ({stage: seconds}); written as
+    summary.json.
     metrics: the entries of metrics.jsonl; a curve is drawn where its key exists.
     settings: the resolved configuration, shown as it is.
     Also writes grid.png, and where there is something to draw trajectory.png and
@@ -101,7 +103,8 @@ def _page(
         **_stages(summary),
         paths=_paths(pictures),
         classes=_classes(summary),
-        charts=[_image(chart([p], LIGHT), p.title, chart([p], DARK)) for p in panels],
+        spectrum=_chart(spectrum_panel(summary.get("spectra") or {})),
+        charts=[_chart(panel) for panel in panels],
         protocol=protocol_paragraphs(summary),
         settings=settings,
     )
@@ -113,6 +116,13 @@ def _image(png: bytes, alt: str, dark: bytes | None = None) -> dict[str, Any]:
         width, height = opened.size
     found = {"url": _data_url(png), "width": width, "height": height, "alt": alt}
     return {**found, "dark": None if dark is None else _data_url(dark)}
+
+
+def _chart(panel: Panel | None) -> dict[str, Any] | None:
+    """A chart as the page embeds it, for a light and a dark screen."""
+    if panel is None:
+        return None
+    return _image(chart([panel], LIGHT), panel.title, chart([panel], DARK))
 
 
 def _data_url(png: bytes) -> str:

@@ -33,6 +33,9 @@ QUALITY = (
     Figure("precision", "Precision", 3, "higher", "share of samples that lie among real images"),
     Figure("recall", "Recall", 3, "higher", "share of real images that lie among samples"),
     Figure("swd", "SWD", 3, "lower", "sliced Wasserstein distance of the pixels"),
+    Figure("texture_fd", "Texture FD", 4, "lower", "Fréchet distance of the earlier layers"),
+    Figure("texture_swd", "Texture SWD", 3, "lower", "the same as SWD of fine patches"),
+    Figure("spectrum", "Spectrum", 3, "lower", "distance of the power at each frequency, in dB"),
 )
 _COSTS = (
     ("passes", "Network passes per image"),
@@ -42,14 +45,32 @@ _COSTS = (
 _ARROWS = {"lower": "↓", "higher": "↑"}
 # What a terminal shows whose encoding lacks the character.
 _SPELLED = {
-    "↓": "(lower is better)", "↑": "(higher is better)", "×": "x", "é": "e", DASH: "-", MINUS: "-",
+    "↓": "(lower is better)", "↑": "(higher is better)", "×": "x", "±": "+-", "é": "e", DASH: "-",
+    MINUS: "-",
 }  # fmt: skip
 
 
 def by_side(summary: Mapping[str, Any], key: str) -> dict[str, float | None]:
-    """The values of real, teacher and student; None where there is none, or no finite one."""
-    entry = summary.get(key) or {}
-    return {side: entry.get(side) if is_finite(entry.get(side)) else None for side in SIDES}
+    """The values of real, teacher and student, means where there is a spread; None where there is
+    none, or no finite one."""
+    return _parts(summary.get(key), "mean")
+
+
+def spreads_by_side(summary: Mapping[str, Any], key: str) -> dict[str, float | None]:
+    """The standard deviations over blocks; None where a value is of a single block."""
+    return _parts(summary.get(key), "std")
+
+
+def _parts(entry: Any, part: str) -> dict[str, float | None]:
+    found = {}
+    for side in SIDES:
+        value = (entry or {}).get(side)
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif part == "std":
+            value = None
+        found[side] = value if is_finite(value) else None
+    return found
 
 
 def speed_up(summary: Mapping[str, Any]) -> float | None:
@@ -64,10 +85,15 @@ def quality_rows(summary: Mapping[str, Any]) -> list[Row]:
         Row(
             figure.label,
             f"{figure.meaning}; {figure.better} is better",
-            common_decimals(by_side(summary, figure.key), figure.digits),
+            shown_by_side(summary, figure.key, figure.digits),
         )
         for figure in QUALITY
     ]
+
+
+def shown_by_side(summary: Mapping[str, Any], key: str, digits: int) -> dict[str, str]:
+    """The values as text, each with its spread where it has one."""
+    return common_decimals(by_side(summary, key), digits, spreads_by_side(summary, key))
 
 
 def cost_rows(summary: Mapping[str, Any]) -> list[Row]:
@@ -94,8 +120,9 @@ def final_table(summary: Mapping[str, Any], encoding: str | None = None) -> str:
     Real images have a column where they have a value. A value that is missing or not finite is a
     dash. What `encoding` cannot express is spelled out (None: it can express everything).
     """
-    distance = Row("Fréchet distance (FD)", "", common_decimals(by_side(summary, "fd"), 4))
-    rows = [distance, *cost_rows(summary)]
+    distance = Row("Fréchet distance (FD)", "", shown_by_side(summary, "fd", 4))
+    texture = Row("Texture FD", "", shown_by_side(summary, "texture_fd", 4))
+    rows = [distance, *([texture] if "texture_fd" in summary else []), *cost_rows(summary)]
     return _text_table(filled_sides(rows), [(r.label, r.cells) for r in rows], encoding)
 
 
@@ -111,8 +138,8 @@ def quality_table(
     `encoding` cannot express is spelled out (None: it can express everything).
     """
     sides = [side for side in SIDES if side in figures["fd"]]
-    rows = [
-        (f"{f.label} {_ARROWS[f.better]}", _cells(figures[f.key], sides, ".4g")) for f in QUALITY
+    rows: list[tuple[str, Mapping[str, str]]] = [
+        (f"{f.label} {_ARROWS[f.better]}", shown_by_side(figures, f.key, f.digits)) for f in QUALITY
     ]
     shares = {side: values for side, values in figures["classes"].items() if values}
     for c in range(max(map(len, shares.values()), default=0)):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from advkd.report.numbers import brief, common_decimals, count, fixed, is_finite
-from advkd.report.tables import by_side, speed_up
+from advkd.report.tables import by_side, shown_by_side, speed_up
 
 
 def summary_words(summary: Mapping[str, Any]) -> str:
@@ -38,7 +38,7 @@ def _quality(summary: Mapping[str, Any]) -> Iterator[str]:
     distance, recall = by_side(summary, "fd"), by_side(summary, "recall")
     real, teacher, student = distance.values()
     if teacher is not None and student is not None:
-        shown = common_decimals(distance, 4)
+        shown = shown_by_side(summary, "fd", 4)
         yield (
             f"Its Fréchet distance to real images is {shown['student']}, "
             f"the teacher's {shown['teacher']}."

@@ -10,6 +10,7 @@ from advkd.diffusion import Schedule
 from advkd.engine.interface import input_shape
 from advkd.engine.sampling import table_of
 from advkd.evaluation.features import load_features
+from advkd.evaluation.protocol import check_blocks
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.models.unet import UNet
@@ -100,6 +101,7 @@ def _check_networks(config: Config, teacher: UNet) -> None:
 def _check_evaluation(run: Run, teacher: UNet) -> None:
     """The evaluation's sampler fits the teacher, and its features the images."""
     config = run.config
+    check_blocks(config.evaluate.num, config.evaluate.blocks)
     steps, T = config.evaluate.teacher_steps, teacher.schedule.num_train_timesteps
     if steps > T:
         raise ConfigError(

@@ -80,7 +80,7 @@ def figures_of_run(run: Run, fresh: bool = False) -> RunFigures:
             reference = teacher_reference(net, teacher, num, steps, report)
         else:
             reference = images_reference(net, images.train, images.held_out)
-        protocol = make_protocol(net, reference, teacher, num, steps)
+        protocol = make_protocol(net, reference, teacher, num, settings.blocks, steps)
         figures = evaluate_networks(
             net, reference, protocol, teacher, student, own=own, fresh=fresh, callback=report
         )
