@@ -154,12 +154,14 @@ class StudentConfig:
     blocks: int = within(1, 1, 64)  # residual blocks in a stage
     attention: tuple[int, ...] = within((7,), 1, MAX_SIDE)  # resolutions with self-attention
     groups: int = within(8, 1, MAX_WIDTH)
+    class_width: int = within(0, 0, MAX_WIDTH)  # of a class's embedding; 0 = 4 widths[0]
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     """The adversary of the student in training; one network for every head."""
 
+    full: int = within(0, 0, MAX_WIDTH)  # channels at full resolution S; 0 = no view of it
     widths: tuple[int, ...] = within((48, 96), 1, MAX_WIDTH)  # channels at S/2, S/4, ...
     attention: tuple[int, ...] = within((), 1, MAX_SIDE)  # resolutions with self-attention
     groups: int = within(8, 1, MAX_WIDTH)
@@ -183,9 +185,14 @@ class DistillConfig:
     adversarial_loss: str = "logistic"  # by its name there too: logistic | relativistic
     huber_delta: float = within(0.1, 0, 1e9, above=True)
     head_weights: tuple[float, ...] = within((), 0, 1e9)  # w_k; empty = 1 for the last, else 0.25
+    rec_every: int = within(1, 1, MAX_COUNT)  # once D is in, reconstruct every so many steps
+    adversary_heads: str = one_of("all", ("last", "all"))  # that D sees, of the active ones
     inner_every: int = within(4, 1, MAX_COUNT)  # D sees the heads before the last every so often
     r1_gamma: float = within(1.0, 0, 1e9)
     r1_every: int = within(16, 1, MAX_COUNT)
+    r2_gamma: float = within(0.0, 0, 1e9)  # as r1_gamma, of the student's images
+    translate: int = within(0, 0, MAX_SIDE)  # fresh: pixels by which D's images are moved at most
+    cutout: int = within(0, 0, MAX_SIDE)  # fresh: pixels of the square that is covered in them
     schedule: str = one_of("joint", ("joint", "progressive"))
     adversary: str = one_of("paired", ("paired", "fresh"))  # D sees x_T; or images of new noise
     adversary_after: float = within(0.0, 0, 1)  # share of the steps before D enters

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advkd.config import DiscriminatorConfig
 from advkd.models.layers import (
     Attention,
+    Conv3x3,
     GroupNormSiLU,
     ResnetBlock,
     area_resized,
@@ -23,12 +24,26 @@ def resized_noise(x_T: Tensor, size: int) -> Tensor:
     return area_resized(x_T, size) * (x_T.shape[-1] // size)
 
 
+class Halving(nn.Module):
+    """Averages 2x2 pixels, then a 3x3 convolution: (B, C, H, W) -> (B, C_out, H/2, W/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = Conv3x3(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.conv(F.avg_pool2d(x, 2))
+        return h
+
+
 class Discriminator(nn.Module):
     """Logits that images are real: x (B, C, r, r), head k -> (B,).
 
     The trunk works at resolutions S/2, S/4, ... with `config.widths` channels. An image of full
-    resolution enters through a convolution with stride 2, a smaller one at the level of its own
-    resolution. With `sees_noise` x_T (B, C, S, S) is concatenated to the image: D then tells
+    resolution enters through a residual block of `config.full` channels at its own resolution, or
+    where that is 0 through a convolution with stride 2; a smaller one at the level of its own
+    resolution. What halves the resolution averages first, so that no frequency is folded onto
+    another. With `sees_noise` x_T (B, C, S, S) is concatenated to the image: D then tells
     whether x is the teacher's image of x_T. k and the label y act by projection (Miyato & Koyama
     2018). Raises ValueError for a size that cannot be halved so often and for a resolution in
     `stages` that is no level.
@@ -54,13 +69,16 @@ class Discriminator(nn.Module):
         self.entrances = nn.ModuleDict()
         for r in sorted(set(stages)):
             level = self._level(r)
-            self.entrances[str(r)] = nn.Conv2d(
-                channels * (1 + sees_noise),
-                widths[level],
-                3,
-                padding=1,
-                stride=2 if r == size else 1,
-            )
+            seen = channels * (1 + sees_noise)
+            if r == size and config.full:
+                self.entrances[str(r)] = nn.Sequential(
+                    nn.Conv2d(seen, config.full, 3, padding=1),
+                    ResnetBlock(config.full, config.full, None, min(config.groups, config.full)),
+                    Halving(config.full, widths[level]),
+                )
+            else:
+                stride = 2 if r == size else 1
+                self.entrances[str(r)] = nn.Conv2d(seen, widths[level], 3, stride, padding=1)
         self.blocks = nn.ModuleList(ResnetBlock(w, w, None, config.groups) for w in widths)
         self.attentions = nn.ModuleDict(
             {
@@ -69,9 +87,7 @@ class Discriminator(nn.Module):
                 if r in config.attention
             }
         )
-        self.downs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
-        )
+        self.downs = nn.ModuleList(Halving(a, b) for a, b in itertools.pairwise(widths))
         self.norm_out = GroupNormSiLU(config.groups, widths[-1])
         self.dense = nn.Linear(widths[-1] * self.levels[-1] ** 2, widths[-1])
         self.out = nn.Linear(widths[-1], 1)

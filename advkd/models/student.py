@@ -123,7 +123,7 @@ class Student(nn.Module):
         _check(config, size, target)
         self.config, self.size, self.channels = config, size, channels
         self.target, self.num_classes = target, num_classes
-        temb = 4 * config.widths[0] if num_classes else None
+        temb = (config.class_width or 4 * config.widths[0]) if num_classes else None
         self.class_embedding = nn.Embedding(num_classes, temb) if num_classes and temb else None
         resolutions = sorted(set(config.stages), reverse=True)
         first = {r: config.stages.index(r) for r in resolutions}

@@ -13,6 +13,7 @@ from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
 from advkd.engine.noise import FIRST_FRESH
 from advkd.models.layers import area_resized
+from advkd.training.augment import Augmentation, draw
 from advkd.training.streams import generator_at
 
 STREAM = "distil"  # of these random numbers; its name is part of the bits
@@ -35,7 +36,8 @@ class Batch:
 
     x_T (B, C, S, S) with labels y (B,) or None, and the targets x^(k), each at its head's
     resolution. For a fresh adversary also the noise that the images shown to D grow from, and the
-    training images that replace the last target as D's real ones, or None.
+    training images that replace the last target as D's real ones, or None; and how real and
+    generated images of the last head are moved and covered before D sees them, or None.
     """
 
     x_T: Tensor
@@ -43,6 +45,8 @@ class Batch:
     y: Tensor | None
     fresh: Labeled | None = None
     images: Labeled | None = None
+    of_real: Augmentation | None = None
+    of_fake: Augmentation | None = None
 
     def share(self, part: slice) -> Batch:
         """The part of the batch that one worker takes."""
@@ -53,6 +57,8 @@ class Batch:
             y,
             self.fresh.share(part) if self.fresh else None,
             self.images.share(part) if self.images else None,
+            self.of_real.share(part) if self.of_real else None,
+            self.of_fake.share(part) if self.of_fake else None,
         )
 
     def real(self, k: int) -> Labeled:
@@ -81,6 +87,7 @@ class Batches:
         self.trajectories, self.images, self.device = trajectories, images, device
         self.size, self.seed = config.distill.batch, config.run.seed
         self.stages, self.flip = config.student.stages, config.data.flip
+        self.translate, self.cutout = config.distill.translate, config.distill.cutout
 
     def at(self, step: int, fresh: bool) -> Batch:
         """The batch of `step`; `fresh` asks for new noise, and for images where there are any."""
@@ -92,6 +99,8 @@ class Batches:
         images = None
         if fresh and self.images is not None:
             images = self._real_images(self.images, generator)
+        of_real = self._augmentation(generator) if fresh else None
+        of_fake = self._augmentation(generator) if fresh else None
         return Batch(
             store.x_T(indices).to(self.device),
             [
@@ -103,7 +112,17 @@ class Batches:
             None if y is None else y.to(self.device),
             self._fresh_noise(step) if fresh else None,
             images,
+            of_real,
+            of_fake,
         )
+
+    def _augmentation(self, generator: torch.Generator) -> Augmentation | None:
+        """How the images that D sees at the last head are moved and covered."""
+        if not (self.translate or self.cutout):
+            return None
+        size = self.stages[-1]
+        drawn = draw(self.size, size, self.translate, self.cutout, generator)
+        return drawn.to(self.device)
 
     def _fresh_noise(self, step: int) -> Labeled:
         """Noise that no other step sees, and no store holds."""

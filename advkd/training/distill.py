@@ -1,6 +1,7 @@
 """Distillation: a student learns a teacher's trajectories against a discriminator.
 
-L_D = sum_k w_k [ softplus(-D(x^(k))) + softplus(D(xhat^(k))) + gamma/2 |grad_x D(x^(k))|^2 ]
+L_D = sum_k w_k [ softplus(-D(x^(k))) + softplus(D(xhat^(k)))
+                  + gamma_1/2 |grad_x D(x^(k))|^2 + gamma_2/2 |grad_x D(xhat^(k))|^2 ]
 L_G = sum_k w_k [ lambda_adv softplus(-D(xhat^(k))) + lambda_rec rho(xhat^(k) - x^(k)) ]
 
 with x^(k) the teacher's k-th target and xhat^(k) the image of the student's k-th head. The two
@@ -12,6 +13,7 @@ place of the teacher's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from advkd.models.student import Student
 from advkd.parallel import Workers
 from advkd.pretrained import save_student
 from advkd.training import losses
+from advkd.training.augment import Augmentation
 from advkd.training.batches import Batch, Batches
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.ema import Ema
@@ -46,6 +49,11 @@ def check_settings(settings: DistillConfig, K: int) -> None:
     find_loss(losses.RECONSTRUCTION, "rho", settings.rho)
     find_loss(losses.ADVERSARIAL, "adversarial_loss", settings.adversarial_loss)
     head_weights(settings.head_weights, K)
+    if settings.adversary == "paired" and (settings.translate or settings.cutout):
+        raise ConfigError(
+            "distill.translate and cutout move images away from their noise, which a paired "
+            "adversary sees beside them: set distill.adversary=fresh, or both to 0"
+        )
     if settings.lambda_rec > 0:
         return
     if settings.lambda_adv <= 0:
@@ -63,6 +71,16 @@ class Adversary(NamedTuple):
     loss: Tensor  # L_D without the gradient penalty
     fakes: list[Tensor]  # the images that D saw, as leaves
     ratios: list[Tensor]  # (B,) of each: the student's derivative over D's
+
+
+class StepPlan(NamedTuple):
+    """What a step computes: of how many heads, the reconstruction's weight (0: none), the heads
+    that D sees with their weights, and those whose gradient is penalized."""
+
+    heads: int
+    reconstruct: float
+    seen: dict[int, float]
+    penalize: tuple[int, ...]
 
 
 class Distillation(Training):
@@ -116,10 +134,16 @@ class Distillation(Training):
         """D's logits (B,) of the real images of head k, and of the student's, in one call."""
         real, y_real = batch.real(k)
         y_fake = batch.fresh.y if batch.fresh else batch.y
+        real, fake = self._as_seen(batch.of_real, real, k), self._as_seen(batch.of_fake, fake, k)
         y = None if y_real is None or y_fake is None else torch.cat([y_real, y_fake])
         x_T = torch.cat([batch.x_T, batch.x_T]) if self.paired else None
         of_real, of_fake = self.discriminator(torch.cat([real, fake]), x_T, k, y).chunk(2)
         return of_real, of_fake
+
+    def _as_seen(self, augmentation: Augmentation | None, x: Tensor, k: int) -> Tensor:
+        """Images of head k as D sees them: those of the last head moved and covered."""
+        last = k == len(self.stages) - 1
+        return augmentation(x) if augmentation is not None and last else x
 
     def reconstruction(
         self, batch: Batch, images: list[Tensor]
@@ -153,71 +177,100 @@ class Distillation(Training):
         logged["loss_d"] = total.detach()
         return Adversary(total, fakes, ratios), logged
 
-    def r1(self, batch: Batch, heads: int) -> Tensor:
-        """sum_k w_k E|grad_x D(x^(k))|^2 over D's real images (Mescheder et al. 2018)."""
-        total = batch.x_T.new_zeros(())
-        for k in range(heads):
-            x, y = batch.real(k)
-            x = x.detach().requires_grad_()
-            logits = self.discriminator(x, batch.x_T if self.paired else None, k, y)
-            (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-            total = total + self.weights[k] * gradient.square().sum(dim=(1, 2, 3)).mean()
-        return total
+    def penalty(
+        self, batch: Batch, heads: Iterable[int], fakes: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """sum_k w_k gamma/2 E|grad_x D|^2 over `heads`, and each expectation to log.
 
-    def gradients(
-        self, batch: Batch, heads: int, seen: dict[int, float], penalize: bool
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Gradients of L_G in the student's and of L_D in D's parameters, and values to log.
-
-        `seen` are the heads that D sees in this step, with the weight of each; where it sees none
-        there are the student's gradients alone. `penalize` adds R1, `r1_every` times as heavy.
+        R1 is over D's real images (Mescheder et al. 2018), R2 over the student's, `fakes`.
         """
         s = self.settings
-        images = self.student.states(batch.x_T, batch.y, depth=heads)
-        rec, logged = self.reconstruction(batch, images)
+        total = batch.x_T.new_zeros(())
+        logged: dict[str, Tensor] = {}
+        for name, gamma in (("r1", s.r1_gamma), ("r2", s.r2_gamma)):
+            if not gamma:
+                continue
+            weighted = total.new_zeros(())
+            for k in heads:
+                x, y = batch.real(k)
+                augmentation = batch.of_real
+                if name == "r2":
+                    x, augmentation = fakes[k], batch.of_fake
+                    y = batch.fresh.y if batch.fresh else batch.y
+                x = x.detach().requires_grad_()
+                seen = self._as_seen(augmentation, x, k)
+                logits = self.discriminator(seen, batch.x_T if self.paired else None, k, y)
+                (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+                squared = gradient.square().sum(dim=(1, 2, 3)).mean()
+                weighted = weighted + self.weights[k] * squared
+            logged[name] = weighted.detach()
+            total = total + gamma / 2 * weighted
+        return total, logged
+
+    def gradients(self, batch: Batch, plan: StepPlan) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Gradients of L_G in the student's and of L_D in D's parameters, and values to log.
+
+        Where D sees no head there are the student's gradients alone.
+        """
         of_g = list(self.student.parameters())
-        if not seen:
+        logged: dict[str, Tensor] = {}
+        rec = batch.x_T.new_zeros(())
+        images: list[Tensor] = []
+        if plan.reconstruct or batch.fresh is None:
+            images = self.student.states(batch.x_T, batch.y, depth=plan.heads)
+        if plan.reconstruct:
+            rec, logged = self.reconstruction(batch, images)
+            rec = rec * plan.reconstruct
+        if not plan.seen:
             return list(torch.autograd.grad(rec, of_g, **_UNUSED_IS_ZERO)), logged
         if batch.fresh is not None:
-            images = self.student.states(batch.fresh.x, batch.fresh.y, depth=heads)
-        (loss_d, fakes, ratios), logged_d = self.adversary(batch, images, seen)
+            images = self.student.states(batch.fresh.x, batch.fresh.y, depth=plan.heads)
+        (loss_d, fakes, ratios), logged_d = self.adversary(batch, images, plan.seen)
         logged |= logged_d
-        if penalize:
-            penalty = self.r1(batch, heads)
-            logged["r1"] = penalty.detach()
-            loss_d = loss_d + penalty * (s.r1_gamma / 2 * s.r1_every)
+        if plan.penalize:
+            penalty, logged_p = self.penalty(batch, plan.penalize, images)
+            logged |= logged_p
+            loss_d = loss_d + penalty * self.settings.r1_every
         found = torch.autograd.grad(
             loss_d, [*fakes, *self.discriminator.parameters()], **_UNUSED_IS_ZERO
         )
         cotangents = [
-            s.lambda_adv * generator_gradient(gradient, ratio)
+            self.settings.lambda_adv * generator_gradient(gradient, ratio)
             for gradient, ratio in zip(found[: len(fakes)], ratios, strict=True)
         ]
-        found_g = torch.autograd.grad(
-            [rec, *(images[k] for k in seen)],
-            of_g,
-            grad_outputs=[torch.ones_like(rec), *cotangents],
-            **_UNUSED_IS_ZERO,
-        )
+        outputs, given = [images[k] for k in plan.seen], cotangents
+        if plan.reconstruct:
+            outputs, given = [rec, *outputs], [torch.ones_like(rec), *cotangents]
+        found_g = torch.autograd.grad(outputs, of_g, grad_outputs=given, **_UNUSED_IS_ZERO)
         return [*found_g, *found[len(fakes) :]], logged
+
+    def plan(self, step: int) -> StepPlan:
+        """What `step` computes."""
+        s = self.settings
+        heads = active_heads(s.schedule, len(self.stages), step, s.steps)
+        if step < self.adversary_start:
+            return StepPlan(heads, 1, {}, ())
+        seen = adversary_heads(self.weights, heads, step, s.adversary_heads, s.inner_every)
+        penalized: Iterable[int] = ()
+        if (s.r1_gamma or s.r2_gamma) and step % s.r1_every == 0:
+            penalized = range(heads) if s.adversary_heads == "all" else [heads - 1]
+        reconstruct = s.rec_every if s.lambda_rec and step % s.rec_every == 0 else 0
+        return StepPlan(heads, reconstruct, seen, tuple(penalized))
 
     def step(self, step: int, workers: Workers) -> dict[str, float]:
         """One step of both networks, or of the student alone; returns values to log."""
         s = self.settings
-        batch = self.batch(step)
-        heads = active_heads(s.schedule, len(self.stages), step, s.steps)
+        batch, plan = self.batch(step), self.plan(step)
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         networks = {"grad_g": (self.student, self.optimizer, lr)}
-        start, penalize = self.adversary_start, False
-        seen: dict[int, float] = {}
-        if step >= start:  # D has a warm-up of its own
-            seen = adversary_heads(self.weights, heads, step, s.inner_every)
-            penalize = s.r1_gamma > 0 and step % s.r1_every == 0
-            lr_d = learning_rate(step - start, s.lr_d, s.warmup, s.steps - start, s.lr_final)
+        if plan.seen:  # D has a warm-up of its own
+            since = step - self.adversary_start
+            after = s.steps - self.adversary_start
+            lr_d = learning_rate(since, s.lr_d, s.warmup, after, s.lr_final)
             networks["grad_d"] = (self.discriminator, self.optimizer_d, lr_d)
 
         def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
-            return self.gradients(batch.share(share), heads, seen, penalize)
+            return self.gradients(batch.share(share), plan)
 
         parameters = [p for network, _, _ in networks.values() for p in network.parameters()]
         values = workers.gradients(gradients_of, s.batch, parameters)
@@ -233,7 +286,8 @@ class Distillation(Training):
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         """The last active head's losses and its logit gap."""
-        last = max(int(key[4:]) for key in values if key.startswith("rec_"))
+        numbers = [int(key[4:]) for key in values if key.startswith(("rec_", "adv_"))]
+        last = max(numbers, default=0)
         shown = {"rec": f"rec_{last}", "adv": f"adv_{last}", "gap": f"logit_gap_{last}"}
         return {name: f"{values[key]:.3f}" for name, key in shown.items() if key in values}
 

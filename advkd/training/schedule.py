@@ -34,14 +34,15 @@ def head_weights(given: tuple[float, ...], K: int) -> tuple[float, ...]:
 
 
 def adversary_heads(
-    weights: tuple[float, ...], heads: int, step: int, inner_every: int
+    weights: tuple[float, ...], heads: int, step: int, seen: str, inner_every: int
 ) -> dict[int, float]:
     """The heads that D sees at `step`, of the `heads` that are active, with their weights.
 
-    D sees the last active head in every step, and those before it every `inner_every` steps with
-    `inner_every` times their weight: over the steps the sum is the loss's, for less work.
+    D sees the last active head in every step. Where it sees "all", it sees those before it every
+    `inner_every` steps with `inner_every` times their weight: over the steps the sum is the loss's,
+    for less work.
     """
     inner = {}
-    if step % inner_every == 0:
+    if seen == "all" and step % inner_every == 0:
         inner = {k: weights[k] * inner_every for k in range(heads - 1)}
     return {**inner, heads - 1: weights[heads - 1]}

@@ -23,7 +23,6 @@ from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
 from advkd.training.batches import Batch, Labeled
 from advkd.training.distill import Distillation
-from advkd.training.schedule import adversary_heads
 
 from .measuring import Contender, Contest
 
@@ -74,10 +73,10 @@ def doubled(value: Any) -> Any:
 
 def gradients(training: Distillation, batch: Batch, backend: str | None) -> Tensor:
     """All gradients of a step with everything in it, in one vector."""
-    heads = len(training.stages)
-    seen = adversary_heads(training.weights, heads, 0, CONFIG.distill.inner_every)
+    length = CONFIG.distill.r1_every
+    plan = training.plan(-(-training.adversary_start // length) * length)
     with ops.use_backend(backend):
-        found, _ = training.gradients(batch, heads, seen, penalize=True)
+        found, _ = training.gradients(batch, plan)
     return torch.cat([gradient.double().flatten() for gradient in found])
 
 

@@ -22,7 +22,7 @@ from advkd.pretrained import load_student
 from advkd.training import distill
 from advkd.training.batches import Batch, Labeled
 from advkd.training.checkpoint import latest_checkpoint
-from advkd.training.distill import Distillation, distill_student
+from advkd.training.distill import Distillation, StepPlan, distill_student
 from advkd.training.loop import TrainingError
 from advkd.training.losses import huber
 
@@ -42,7 +42,14 @@ def in_float64(
 
     targets = [x.double() for x in batch.targets]
     extra = doubled(batch.fresh), doubled(batch.images)
-    return training, Batch(batch.x_T.double(), targets, batch.y, *extra)
+    moved = batch.of_real, batch.of_fake
+    return training, Batch(batch.x_T.double(), targets, batch.y, *extra, *moved)
+
+
+def everything(training: Distillation, seen: dict[int, float] | None = None) -> StepPlan:
+    """A step that computes all there is to compute."""
+    heads = len(training.stages)
+    return StepPlan(heads, 1, {heads - 1: 1.0} if seen is None else seen, tuple(range(heads)))
 
 
 # The losses, written as the formulas are.
@@ -55,9 +62,7 @@ def stated_rho(error: Tensor, rho: str, delta: float) -> Tensor:
     return torch.where(size < delta, size**2 / (2 * delta), size - delta / 2).mean()
 
 
-def stated_losses(
-    training: Distillation, batch: Batch, heads: int, seen: dict[int, float], penalize: bool
-) -> tuple[Tensor, Tensor]:
+def stated_losses(training: Distillation, batch: Batch, plan: StepPlan) -> tuple[Tensor, Tensor]:
     """L_G and L_D as the module's header states them, each with a graph of its own."""
     s, D = training.settings, training.discriminator
     images = training.student.states(batch.x_T, batch.y)
@@ -68,39 +73,50 @@ def stated_losses(
         y_fake = batch.fresh.y
     paired_logits = s.adversarial_loss == "relativistic"
     loss_g = loss_d = torch.zeros((), dtype=torch.float64)
-    for k in range(heads):
+    for k in range(plan.heads):
         error = images[k] - batch.targets[k]
-        loss_g = loss_g + training.weights[k] * s.lambda_rec * stated_rho(
-            error, s.rho, s.huber_delta
-        )
+        rho = stated_rho(error, s.rho, s.huber_delta)
+        loss_g = loss_g + plan.reconstruct * training.weights[k] * s.lambda_rec * rho
         shown, y_real = batch.targets[k], batch.y
         if batch.images is not None and k == 2:
             shown, y_real = batch.images
         real = shown.clone().requires_grad_()
-        real_logits = D(real, x_T, k, y_real)
-        if k in seen:
-            fake_logits = D(fakes[k], x_T, k, y_fake)
+        view_real = view_fake = torch.nn.Identity()
+        if k == 2 and batch.of_real is not None and batch.of_fake is not None:
+            view_real, view_fake = batch.of_real, batch.of_fake
+        real_logits = D(view_real(real), x_T, k, y_real)
+        if k in plan.seen:
+            fake_logits = D(view_fake(fakes[k]), x_T, k, y_fake)
             versus = real_logits.detach() if paired_logits else 0
             adversarial = torch.log1p(torch.exp(versus - fake_logits)).mean()
-            loss_g = loss_g + seen[k] * s.lambda_adv * adversarial
-            fake_logits = D(fakes[k].detach(), x_T, k, y_fake)
+            loss_g = loss_g + plan.seen[k] * s.lambda_adv * adversarial
+            fake_logits = D(view_fake(fakes[k].detach()), x_T, k, y_fake)
             if paired_logits:
                 apart = torch.log1p(torch.exp(fake_logits - real_logits))
             else:
                 apart = torch.log1p(torch.exp(-real_logits)) + torch.log1p(torch.exp(fake_logits))
-            loss_d = loss_d + seen[k] * apart.mean()
-        if penalize:
-            (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
-            norm = (gradient**2).flatten(1).sum(dim=1).mean()
-            loss_d = loss_d + training.weights[k] * s.r1_gamma / 2 * s.r1_every * norm
+            loss_d = loss_d + plan.seen[k] * apart.mean()
+        if k in plan.penalize:
+            fake = fakes[k].detach().requires_grad_()
+            fake_logits = D(view_fake(fake), x_T, k, y_fake)
+            penalized = ((real_logits, real, s.r1_gamma), (fake_logits, fake, s.r2_gamma))
+            for logits, x, gamma in penalized:
+                (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+                norm = (gradient**2).flatten(1).sum(dim=1).mean()
+                loss_d = loss_d + training.weights[k] * gamma / 2 * s.r1_every * norm
     return loss_g, loss_d
 
 
 @pytest.mark.parametrize("classes", [False, True])
-@pytest.mark.parametrize("penalize", [False, True])
+@pytest.mark.parametrize("penalize", [(), (0, 1), (2,), (0, 1, 2)])
 @pytest.mark.parametrize(
     ("changes", "heads", "seen"),
     [
+        (
+            {"adversary": "fresh", "translate": 2, "cutout": 3, "r2_gamma": 0.7, "rec_every": 3},
+            3,
+            {2: 1.0},
+        ),
         ({"adversary": "fresh"}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
         ({"adversary": "fresh", "real_images": False}, 3, {2: 1.0}),
         ({}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
@@ -116,7 +132,7 @@ def test_gradients_are_those_of_the_losses(
     changes: dict[str, Any],
     heads: int,
     seen: dict[int, float],
-    penalize: bool,
+    penalize: tuple[int, ...],
     classes: bool,
 ) -> None:
     """One backward pass through D serves both networks; here each has two passes of its own."""
@@ -127,8 +143,11 @@ def test_gradients_are_those_of_the_losses(
     assert (batch.images is not None) == ("adversary" in changes and "real_images" not in changes)
     with torch.no_grad():  # a head whose images D is sure of: logits away from 0
         training.discriminator.out.bias.add_(2.0)
-    found, _ = training.gradients(batch, heads, seen, penalize)
-    loss_g, loss_d = stated_losses(training, batch, heads, seen, penalize)
+    plan = StepPlan(heads, training.settings.rec_every, seen, penalize)
+    if max(penalize, default=0) >= heads:
+        plan = plan._replace(penalize=())
+    found, _ = training.gradients(batch, plan)
+    loss_g, loss_d = stated_losses(training, batch, plan)
     unused = {"allow_unused": True, "materialize_grads": True}
     of_g, of_d = training.student.named_parameters(), training.discriminator.named_parameters()
     names_g, parameters_g = zip(*of_g, strict=True)
@@ -154,7 +173,7 @@ def test_the_students_gradient_survives_a_discriminator_that_is_sure(
     with torch.no_grad():
         training.discriminator.out.bias.add_(bias)
     batch = training.batch(0)
-    found, _ = training.gradients(batch, 3, {2: 1.0}, penalize=False)
+    found, _ = training.gradients(batch, everything(training)._replace(penalize=()))
     training, batch = in_float64(changed(lambda_rec=0.0), store)
     image = training.student.states(batch.x_T, batch.y)[2]
     loss = -training.discriminator(image, batch.x_T, 2).mean()
@@ -209,9 +228,10 @@ def test_r1_is_the_plain_formula(store: Trajectories) -> None:
                 there = training.discriminator(image + h * gradient, batch.x_T[i : i + 1], k)
                 back = training.discriminator(image - h * gradient, batch.x_T[i : i + 1], k)
             total += weight * ((there - back) / (2 * h)).item() / len(x)
-    found = training.r1(batch, 3).item()
-    assert found > 0
-    assert found == pytest.approx(total, rel=1e-6)
+    penalty, logged = training.penalty(batch, range(3), [])
+    assert logged["r1"].item() > 0 and "r2" not in logged
+    assert logged["r1"].item() == pytest.approx(total, rel=1e-6)
+    assert penalty.item() == pytest.approx(training.settings.r1_gamma / 2 * total, rel=1e-6)
 
 
 def weights_of(training: Distillation) -> dict[str, Tensor]:
@@ -283,6 +303,39 @@ def test_late_and_fresh_is_resumed_to_the_bit(
     assert_same_student(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_what_a_step_computes(store: Trajectories) -> None:
+    def plans(**changes: Any) -> list[StepPlan]:
+        training = Distillation(changed(**changes), store, photos(False))
+        return [training.plan(step) for step in range(6)]
+
+    late = {"adversary": "fresh", "adversary_after": 2 / 12, "r1_every": 4, "inner_every": 2}
+    assert [p.penalize for p in plans(**late)] == [(), (), (), (), (0, 1, 2), ()]
+    assert [set(p.seen) for p in plans(**late)][1:5] == [set(), {0, 1, 2}, {2}, {0, 1, 2}]
+    last = plans(**late, adversary_heads="last")
+    assert [set(p.seen) for p in last] == [set()] * 2 + [{2}] * 4
+    assert [p.penalize for p in last] == [(), (), (), (), (2,), ()]
+    # Without D every step reconstructs; with it, every third three times as heavily.
+    assert [p.reconstruct for p in plans(**late, rec_every=3)] == [1, 1, 0, 3, 0, 0]
+    assert [p.reconstruct for p in plans(lambda_rec=0.0)] == [0] * 6
+    assert plans(r1_gamma=0.0)[0].penalize == ()
+    assert plans(r1_gamma=0.0, r2_gamma=1.0)[0].penalize == (0, 1, 2)
+
+
+def test_what_is_covered_gets_no_gradient(store: Trajectories) -> None:
+    """The student's gradient is that of what D saw: moved back, and 0 below the square."""
+    settings = changed(adversary="fresh", translate=1, cutout=5, lambda_rec=0.0)
+    training, batch = in_float64(settings, store, photos(False))
+    assert batch.of_fake is not None and batch.of_real is not None
+    assert not torch.equal(batch.of_fake.offsets, batch.of_real.offsets)
+    fake = torch.zeros(6, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    _, logits = training.logits(batch, 2, fake)
+    (gradient,) = torch.autograd.grad(logits.sum(), fake)
+    seen = batch.of_fake(fake)
+    (sources,) = torch.autograd.grad(seen, fake, torch.ones_like(seen))
+    assert 0 < (sources == 0).double().mean() < 1
+    assert torch.equal(gradient != 0, sources != 0)
+
+
 def test_a_new_distillation_leaves_the_users_generator_alone(store: Trajectories) -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -349,6 +402,7 @@ def test_another_number_of_heads_than_targets_is_an_error(store: Trajectories) -
             r"distill\.adversarial_loss='logstic' is not one of .*; the nearest is 'logistic'",
         ),
         ({"head_weights": (1.0, 2.0)}, "2 entries, the student 3 heads"),
+        ({"translate": 1}, r"translate and cutout .* paired adversary"),
         ({"adversary_after": 0.5, "lambda_rec": 0.0}, "leaves steps without a loss"),
         ({"lambda_adv": 0.0, "lambda_rec": 0.0}, "leave the student without a loss"),
     ],

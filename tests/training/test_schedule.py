@@ -45,10 +45,11 @@ def test_the_heads_that_D_sees_weigh_the_same_over_the_steps() -> None:
     weights = (0.25, 0.5, 1.0)
     total = dict.fromkeys(range(3), 0.0)
     for step in range(12):
-        seen = adversary_heads(weights, 3, step, 4)
+        seen = adversary_heads(weights, 3, step, "all", 4)
         assert seen[2] == 1.0
         for k, weight in seen.items():
             total[k] += weight / 12
     assert total == pytest.approx(dict(enumerate(weights)))
-    assert adversary_heads(weights, 2, 1, 4) == {1: 0.5}
-    assert adversary_heads(weights, 1, 0, 4) == {0: 0.25}
+    assert adversary_heads(weights, 2, 1, "all", 4) == {1: 0.5}
+    assert adversary_heads(weights, 1, 0, "all", 4) == {0: 0.25}
+    assert adversary_heads(weights, 3, 0, "last", 4) == {2: 1.0}
