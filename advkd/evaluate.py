@@ -64,9 +64,9 @@ One of three things at a time:
   --run runs/NAME                evaluates the run's teacher and student by the run's own protocol;
   --student and/or --teacher     evaluates networks on their own, against the held-out images of
                                  --data (at most 2,000) or of the data set that ships;
-  --fit-features DATA --out F    fits the network whose features images are compared by: a
-                                 classifier where the data have labels, else an autoencoder. DATA
-                                 is a path, the name of a data set, or `shipped`.
+  --fit-features DATA --out F    fits the network whose features images are compared by:
+                                 an autoencoder, and a classifier too where the data have labels.
+                                 DATA is a path, the name of a data set, or `shipped`.
 Where an evaluation of the teacher by the very same protocol ships with advkd, or is stored in the
 run, its images are not sampled again unless you say --fresh.
 """
@@ -140,7 +140,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 def _show(figures: Mapping[str, Any], class_names: Sequence[str] | None, protocol: str) -> None:
     print(quality_table(figures, class_names, sys.stdout.encoding))
-    print(f"\n{textwrap.fill(protocol, 100)}")
+    # A path stays whole.
+    words = textwrap.fill(protocol, 100, break_long_words=False, break_on_hyphens=False)
+    print(f"\n{words}")
 
 
 def compare_networks(args: argparse.Namespace) -> None:

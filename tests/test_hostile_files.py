@@ -45,8 +45,9 @@ from advkd.config import (
 from advkd.data.images import DataError, load_images
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.diffusion import Schedule, ddim_table, ddpm_table
-from advkd.evaluation.features import FeatureNet, Features, load_features, save_features
-from advkd.evaluation.stored import StoredEvaluation, load_evaluation, save_evaluation
+from advkd.evaluation.features import FeatureNet, load_features, save_features
+from advkd.evaluation.figures import FIGURES, Evaluation
+from advkd.evaluation.stored import load_evaluation, save_evaluation
 from advkd.files import (
     CheckpointError,
     load_strictly,
@@ -326,7 +327,7 @@ def write_student(folder: Path) -> None:
 
 def write_features(folder: Path) -> None:
     torch.manual_seed(0)
-    save_features(FeatureNet(1, 8, 3), folder)
+    save_features(FeatureNet(1, 8, 3, decodes=True), folder)
 
 
 def sealed_features(folder: Path) -> None:
@@ -416,12 +417,15 @@ def read_curves(folder: Path) -> None:
 
 def write_summary(folder: Path) -> None:
     sides = {"real": 0.5, "teacher": 12.25, "student": 30.0}
+    spread = {side: {"mean": value, "std": 0.25} for side, value in sides.items()}
     summary = {key: sides for key in ("fd", "kid", "precision", "recall", "swd")}
+    summary |= {key: spread for key in ("texture_fd", "texture_swd", "spectrum")}
     counts = {"teacher": 50, "student": 1}
     costs = {"passes": counts, "ms_per_image": counts, "parameters": counts, "speed_up": 50.0}
     shares = {side: [0.25, 0.75] for side in sides}
     words = {"name": "it", "protocol": "fair", "features": "few", "student_family": "unet"}
     more = {"classes": shares, "class_names": ["bag", "coat"], "seconds": {"teacher": 1.0}}
+    more["spectra"] = {side: [1.5, -20.0, -40] for side in sides}
     write_json(folder / "summary.json", summary | costs | words | more | {"teacher_steps": 50})
 
 
@@ -431,22 +435,24 @@ def read_and_show_summary(folder: Path) -> None:
     write_report(folder, summary, [], Pictures(image, image, None), "")
 
 
-PROTOCOL = {"num": 4, "teacher_steps": 2, "teacher": "t"}
+PROTOCOL = {"num": 14, "blocks": 2, "teacher_steps": 2, "teacher": "t"}
 
 
 def write_evaluation(folder: Path) -> None:
-    features = Features(np.ones((4, 64)), np.zeros(4, np.int64), 3)
-    save_evaluation(folder, PROTOCOL, StoredEvaluation(features, 0.5))
+    block = {**dict.fromkeys(FIGURES, 0.5), "classes": [0.25, 0.75]}
+    save_evaluation(folder, PROTOCOL, Evaluation([block, block], [1.5, -20.0]))
 
 
 def read_evaluation(folder: Path) -> None:
-    load_evaluation(folder, PROTOCOL)
+    found = load_evaluation(folder, PROTOCOL)
+    if found is not None:
+        for key in FIGURES:
+            found.figure(key)
 
 
 def sealed_evaluation(folder: Path) -> None:
     content = read_json(folder / "evaluation.json")
     content.pop("seal", None)
-    content["sha256"] = sha256(folder / "evaluation.safetensors")
     write_json(folder / "evaluation.json", {**content, "seal": seal(content)})
 
 
@@ -502,10 +508,7 @@ READERS: dict[str, Reader] = {
     "curves": Reader(write_metrics, ("metrics.jsonl",), read_curves),
     "summary": Reader(write_summary, ("summary.json",), read_and_show_summary),
     "evaluation of the teacher": Reader(
-        write_evaluation,
-        ("evaluation.json", "evaluation.safetensors"),
-        read_evaluation,
-        sealed_evaluation,
+        write_evaluation, ("evaluation.json",), read_evaluation, sealed_evaluation
     ),
     "preset": Reader(write_preset, ("mine.toml",), lambda f: load_preset(str(f / "mine.toml"))),
     "folder of images": Reader(write_pngs, ("0.png",), load_images),

@@ -196,6 +196,10 @@ def extract(net: FeatureNet, images: ImageSet | torch.Tensor, batch: int = 256) 
     The network runs in its own precision, also under autocast. Raises ValueError where it is for
     other images or a feature is not finite.
     """
+    if len(images) == 0:  # shaped as those of any others
+        one = extract(net, torch.zeros(1, net.channels, net.size, net.size, **_PLACE))
+        no_classes = None if one.classes is None else one.classes[:0]
+        return Features(one.values[:0], one.texture[:0], no_classes, net.num_classes)
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device

@@ -58,8 +58,8 @@ class Protocol:
 class Reference:
     """The images that all others are compared with.
 
-    identity: their hash. words: what they are. train: the training images, whose figures are those
-    of *real*; None where there are no real images.
+    identity: their hash, or which of the teacher's they are. words: what they are. train: the
+    training images, whose figures are those of *real*; None where there are no real images.
     """
 
     measures: Measures
@@ -133,7 +133,7 @@ def teacher_reference(
     num = min(num, MAX_REFERENCE)
     images = _sampled(teacher, 0, num, REFERENCE_SEED, steps, callback)
     words = f"{num:,} other samples of the teacher"
-    return Reference(measure(net, images), "teacher", words)
+    return Reference(measure(net, images), f"{num} of the teacher", words)
 
 
 def evaluate_networks(

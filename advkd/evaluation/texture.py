@@ -1,8 +1,9 @@
 """What fine texture images have: patches of a Laplacian pyramid, and the power at each frequency.
 
 FD's features are of a classifier's last layer, which reads shapes: a woven grid over cloth or
-speckled dark areas hardly move them. The two distances here see such damage and nothing of shape.
-Float64 and deterministic; `docs/protocol.md` says what they mean and what they were tried on.
+speckled dark areas hardly move them. The two distances here see such damage, and little of shape.
+Deterministic and in float64, but for patches, which are float32; `docs/protocol.md` says what they
+mean and what they were tried on.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def band_patches(x: Tensor, seed: int) -> list[np.ndarray]:
     """
     rng = np.random.default_rng(seed)
     found = []
-    for band in laplacian_bands(x):
+    for band in laplacian_bands(x.double()):  # which no autocast makes anything else
         values = np.arcsinh(band.cpu().numpy() / FAINT)
         N, C, side, _ = values.shape
         p = min(PATCH, side)

@@ -52,12 +52,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: a title, its curves, and what they run over."""
+    """One chart: a title, its curves, and what they run over; `linear` where the values are
+    logarithms already."""
 
     title: str
     curves: list[Curve]
     zero_line: bool = False
     over: str = "step"
+    linear: bool = False
 
 
 def panels_of(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -75,12 +77,13 @@ def panels_of(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
 def spectrum_panel(spectra: Mapping[str, Sequence[float]]) -> Panel | None:
     """The mean power of each side's images at each radial frequency; None without any."""
     hues = {"real": 0, "teacher": 1, "student": 2}
+    drawn = {side: spectra[side] for side in hues if spectra.get(side)}
     curves = [
-        Curve(side, np.arange(1.0, len(spectra[side]) + 1), np.array(spectra[side]), hue)
-        for side, hue in hues.items()
-        if spectra.get(side) and all(map(_is_drawn, spectra[side]))
+        Curve(side, np.arange(1.0, len(values) + 1), np.array(values, np.float64), hues[side])
+        for side, values in drawn.items()
+        if all(map(_is_drawn, values))
     ]
-    return Panel("Power, in dB", curves, over="periods a side") if curves else None
+    return Panel("Power, in dB", curves, over="periods a side", linear=True) if curves else None
 
 
 def _curve(
@@ -133,8 +136,10 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 def _spans_decades(panel: Panel) -> bool:
     """Whether a logarithmic axis serves: all positive, and more than a factor of ten."""
+    if panel.linear or panel.zero_line:
+        return False
     values = np.concatenate([_running_mean(curve.values) for curve in panel.curves])
-    return not panel.zero_line and values.min() > 0 and bool(values.max() > 10 * values.min())
+    return bool(values.min() > 0 and values.max() > 10 * values.min())
 
 
 def _draw(axes: Any, panel: Panel, theme: Theme) -> None:

@@ -34,7 +34,7 @@ QUALITY = (
     Figure("recall", "Recall", 3, "higher", "share of real images that lie among samples"),
     Figure("swd", "SWD", 3, "lower", "sliced Wasserstein distance of the pixels"),
     Figure("texture_fd", "Texture FD", 4, "lower", "Fréchet distance of the earlier layers"),
-    Figure("texture_swd", "Texture SWD", 3, "lower", "the same as SWD of fine patches"),
+    Figure("texture_swd", "Texture SWD", 3, "lower", "sliced Wasserstein distance of fine patches"),
     Figure("spectrum", "Spectrum", 3, "lower", "distance of the power at each frequency, in dB"),
 )
 _COSTS = (

@@ -23,6 +23,7 @@ from advkd.evaluation.features import FeatureNet, save_features
 from advkd.files import hold, read_tensors
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, save_teacher
+from advkd.report.tables import QUALITY
 from advkd.run.folder import STAGES, stored_config
 from advkd.run.run import Run
 from advkd.train import configure, main, parser
@@ -85,7 +86,8 @@ SMALL = [
     *("schedule.num_train_timesteps=50", "trajectory.num=12", "trajectory.steps=4"),
     *("trajectory.shard=6", "student.widths=[16,8]", "student.groups=4"),
     *("discriminator.widths=[8]", "discriminator.groups=4", "distill.steps=4"),
-    *("distill.batch=8", "distill.log_every=1", "evaluate.num=20", "evaluate.teacher_steps=4"),
+    *("distill.batch=8", "distill.log_every=1"),
+    *("evaluate.num=20", "evaluate.blocks=2", "evaluate.teacher_steps=4"),
 ]
 
 
@@ -169,9 +171,15 @@ def test_what_a_run_leaves(finished: Path, command: list[str]) -> None:
 
 def test_the_summary(finished: Path) -> None:
     summary = json.loads((finished / "report" / "summary.json").read_text())
-    for key in ("fd", "kid", "precision", "recall", "swd"):
-        assert set(summary[key]) == {"real", "teacher", "student"}
-        assert all(np.isfinite(value) for value in summary[key].values())
+    sides = {"real", "teacher", "student"}
+    for key in (figure.key for figure in QUALITY):
+        assert set(summary[key]) == sides
+        for value in summary[key].values():
+            assert set(value) == {"mean", "std"} and np.isfinite([*value.values()]).all()
+    assert set(summary["spectra"]) == sides
+    assert all(
+        len(curve) == 6 and np.isfinite(curve).all() for curve in summary["spectra"].values()
+    )
     for key in ("ms_per_image", "passes", "parameters"):
         assert set(summary[key]) == {"teacher", "student"}
     assert summary["passes"] == {"teacher": 4, "student": 1}
@@ -180,6 +188,8 @@ def test_the_summary(finished: Path) -> None:
     assert set(summary["seconds"]) == {"teacher", "trajectories", "distill", "evaluate"}
     assert summary["parameters"]["student"] == sum(t.numel() for t in weights(finished).values())
     assert "8 held-out images" in summary["protocol"]
+    assert "30 images of each network" in summary["protocol"]
+    assert "in 5 blocks of 6" in summary["protocol"]
 
 
 def test_the_same_command_again_does_nothing_but_show_the_table(

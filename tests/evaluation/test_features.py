@@ -15,7 +15,6 @@ import torch
 
 from advkd.data import ImageSet, dataset
 from advkd.evaluation.features import (
-    SHIPPED_FEATURES,
     FeatureNet,
     Features,
     FitSettings,
@@ -24,10 +23,14 @@ from advkd.evaluation.features import (
     extract,
     fit_features,
     load_features,
+    reconstruction_error,
     save_features,
 )
-from advkd.evaluation.protocol import evaluate_images, images_reference
+from advkd.evaluation.figures import FIGURES, Evaluation, compare, evaluation_of, measure
 from advkd.files import CheckpointError
+from advkd.pretrained import resolve
+
+SHIPPED = resolve(dataset("fashion-mnist").features_source)
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def shipped_net() -> FeatureNet:
-    return load_features()
+    return load_features(SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +53,22 @@ def test_shipped_classifier_is_accurate(shipped_net: FeatureNet, held_out: Image
     assert found >= 0.88
     # Another processor may decide single images otherwise.
     assert found == pytest.approx(shipped_net.record["held_out_accuracy"], abs=0.002)
-    assert (SHIPPED_FEATURES / "model.safetensors").stat().st_size <= 2**20
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 2**20
 
 
 def test_figures_tell_real_images_from_noise(shipped_net: FeatureNet, held_out: ImageSet) -> None:
     rows = np.arange(500)
     some = ImageSet(dataset("fashion-mnist").train().pixels[rows], None, "some")
     some_held_out = ImageSet(held_out.pixels[:500], None, "others")
-    reference = images_reference(shipped_net, some, some_held_out)
+    reference = measure(shipped_net, some_held_out)
     noise = torch.randn(500, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     noisy_images = (some.batch(rows) + 0.5 * noise).clamp(-1, 1)
-    good, noisy = reference.real, evaluate_images(shipped_net, noisy_images, reference)
-    assert good is not None
-    assert set(good) == {"fd", "kid", "precision", "recall", "swd", "classes"}
-    assert noisy["fd"] > 10 * good["fd"]
-    assert noisy["kid"] > 10 * abs(good["kid"])
-    assert noisy["swd"] > 2 * good["swd"]
+    good, noisy = (compare(reference, measure(shipped_net, x)) for x in (some, noisy_images))
+    assert tuple(good) == FIGURES
+    for key in ("fd", "kid", "texture_fd"):
+        assert noisy[key] > 10 * abs(good[key])
+    for key in ("swd", "texture_swd", "spectrum"):
+        assert noisy[key] > 2 * good[key]
     assert noisy["precision"] < good["precision"]
     assert good["recall"] > 0.5
     assert sum(good["classes"]) == pytest.approx(1)
@@ -77,8 +80,26 @@ def test_extract_ignores_the_batch_size(shipped_net: FeatureNet, held_out: Image
     whole, pieces = extract(shipped_net, some), extract(shipped_net, some, batch=8)
     assert whole.values.shape == (37, 64)
     assert whole.values.dtype == np.float64
-    np.testing.assert_allclose(whole.values, pieces.values, rtol=1e-4, atol=1e-4)
-    assert extract(shipped_net, held_out.batch([])).values.shape == (0, 64)
+    assert whole.texture.shape[0] == 37 and whole.texture.dtype == np.float64
+    for name in ("values", "texture"):
+        a, b = getattr(whole, name), getattr(pieces, name)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    none = extract(shipped_net, held_out.batch([]))
+    assert none.values.shape == (0, 64) and none.texture.shape == (0, whole.texture.shape[1])
+    assert none.classes is not None and none.classes.shape == (0,)
+
+
+def test_texture_is_mean_and_deviation_of_the_earlier_layers(shipped_net: FeatureNet) -> None:
+    x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    pooled, h = [], x
+    with torch.inference_mode():
+        for layer in shipped_net.encoder[:-1]:
+            h = layer(h)
+            pooled += [h.mean((2, 3)), h.flatten(2).std(2)]
+        features, texture, logits = shipped_net.look(x)
+        output = shipped_net(x)
+    torch.testing.assert_close(texture, torch.cat(pooled, 1))
+    assert torch.equal(features, output.features) and torch.equal(logits, output.logits)
 
 
 def test_extract_refuses_other_images(shipped_net: FeatureNet) -> None:
@@ -92,20 +113,36 @@ def test_extract_refuses_other_images(shipped_net: FeatureNet) -> None:
 
 
 def test_class_shares() -> None:
-    features = Features(np.zeros((4, 64)), np.array([0, 2, 2, 2]), 4)
+    features = Features(np.zeros((4, 64)), np.zeros((4, 9)), np.array([0, 2, 2, 2]), 4)
     shares = class_shares(features)
     assert shares is not None
     assert shares.tolist() == [0.25, 0, 0.75, 0]
-    assert class_shares(Features(np.zeros((4, 64)), None, None)) is None
+    assert class_shares(Features(np.zeros((4, 64)), np.zeros((4, 9)), None, None)) is None
 
 
 @pytest.mark.parametrize("size", [8, 9, 28, 33, 64])
-@pytest.mark.parametrize("num_classes", [3, None])
-def test_networks_of_every_size(size: int, num_classes: int | None) -> None:
-    net = FeatureNet(3, size, num_classes)
-    features, output = net(torch.zeros(2, 3, size, size))
-    assert features.shape == (2, 64)
-    assert output.shape == ((2, 3) if num_classes else (2, 3, size, size))
+@pytest.mark.parametrize(
+    ("num_classes", "decodes", "kind"),
+    [
+        (3, None, "a small classifier"),
+        (3, False, "a small classifier"),
+        (3, True, "a small classifier and autoencoder"),
+        (None, None, "a small autoencoder"),
+        (None, True, "a small autoencoder"),
+    ],
+)
+def test_networks_of_every_size(
+    size: int, num_classes: int | None, decodes: bool | None, kind: str
+) -> None:
+    net = FeatureNet(3, size, num_classes, decodes)
+    x = torch.zeros(2, 3, size, size)
+    output = net(x)
+    assert output.features.shape == net.look(x)[0].shape == (2, 64)
+    assert (output.logits is None) == (num_classes is None) == (net.look(x)[2] is None)
+    assert output.logits is None or output.logits.shape == (2, 3)
+    assert (output.images is not None) == net.decodes == ("autoencoder" in kind)
+    assert output.images is None or output.images.shape == x.shape
+    assert net.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -115,6 +152,8 @@ def test_networks_of_every_size(size: int, num_classes: int | None) -> None:
 def test_impossible_networks(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="a feature network needs"):
         FeatureNet(*arguments)
+    with pytest.raises(ValueError, match="without classes has to decode"):
+        FeatureNet(1, 28, None, decodes=False)
 
 
 def _bars(rng: np.random.Generator, count: int) -> ImageSet:
@@ -140,10 +179,34 @@ def test_fit_a_classifier(rng: np.random.Generator) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len(losses) == _BRIEF.steps
     assert net.record["held_out_accuracy"] == accuracy(net, held_out) >= 0.95
+    assert net.decodes and net.kind == "a small classifier and autoencoder"
     again = fit_features(images, settings=_BRIEF)
     other = fit_features(images, settings=dataclasses.replace(_BRIEF, seed=1))
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in net.state_dict().items())
     assert not torch.equal(net.to_features.weight, other.to_features.weight)
+
+
+def test_a_classifier_learns_to_decode_too(rng: np.random.Generator) -> None:
+    """Two images of one class are told apart: their labels alone would not ask for that."""
+    images, held_out = _bars(rng, 200), _bars(rng, 100)
+    net = fit_features(images, settings=dataclasses.replace(_BRIEF, steps=80))
+    assert accuracy(net, held_out) >= 0.95
+    of_one_class = held_out.subset(np.flatnonzero(held_out.labels == 0))
+    brighter = of_one_class.batch(range(len(of_one_class))) + 0.2
+    shifted = ImageSet(brighter.numpy(), None, "brighter")
+    for part in (of_one_class, shifted):
+        x = part.batch(range(len(part)))
+        # The best guess that looks at nothing is the mean image.
+        assert reconstruction_error(net, part) < 0.4 * float((x - x.mean()).square().mean())
+    with pytest.raises(ValueError, match="does not decode"):
+        reconstruction_error(FeatureNet(1, 12, 2), images)
+
+
+def test_labels_of_one_class_are_none(rng: np.random.Generator) -> None:
+    images = dataclasses.replace(_bars(rng, 60), labels=np.zeros(60, np.int64))
+    net = fit_features(images, settings=dataclasses.replace(_BRIEF, steps=1), held_out=images)
+    assert (net.num_classes, net.decodes) == (None, True)
+    assert "held_out_accuracy" not in net.record
 
 
 def test_fit_an_autoencoder(rng: np.random.Generator) -> None:
@@ -169,15 +232,29 @@ def test_fit_refuses_and_stops(rng: np.random.Generator) -> None:
         fit_features(broken, settings=_BRIEF)
 
 
-@pytest.mark.parametrize("num_classes", [4, None])
-def test_saved_features_come_back(tmp_path: Path, num_classes: int | None) -> None:
-    net = FeatureNet(3, 12, num_classes).eval()
+@pytest.mark.parametrize(("num_classes", "decodes"), [(4, False), (4, True), (None, True)])
+def test_saved_features_come_back(tmp_path: Path, num_classes: int | None, decodes: bool) -> None:
+    net = FeatureNet(3, 12, num_classes, decodes).eval()
     net.record = {"data": "nothing", "steps": 0}
     save_features(net, tmp_path / "features")
     back = load_features(tmp_path / "features")
     x = torch.linspace(-1, 1, 2 * 3 * 12 * 12).reshape(2, 3, 12, 12)
-    assert torch.equal(back(x)[0], net(x)[0])
+    for a, b in zip(back(x), net(x), strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
     assert (back.record, back.num_classes, back.training) == (net.record, num_classes, False)
+    assert back.decodes is decodes
+
+
+@pytest.mark.parametrize("num_classes", [4, None])
+def test_features_of_earlier_versions_do_one_of_both(
+    tmp_path: Path, num_classes: int | None
+) -> None:
+    save_features(FeatureNet(1, 12, num_classes), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("decodes") is (num_classes is None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    back = load_features(tmp_path)
+    assert (back.num_classes, back.decodes) == (num_classes, num_classes is None)
 
 
 def test_features_know_the_names_of_their_classes(rng: np.random.Generator) -> None:
@@ -200,6 +277,10 @@ def test_altered_features_are_refused(tmp_path: Path) -> None:
         ({"size": 16}, r"does not fit the network.*to_features\.weight"),
         ({"channels": "1"}, "channels='1' is no int"),
         ({"num_classes": 1}, "num_classes=1"),
+        ({"num_classes": None}, "without classes has to decode"),
+        ({"decodes": 1}, "decodes=1 is no bool"),
+        ({"decodes": None}, "decodes=None is no bool"),
+        ({"decodes": True}, r"does not fit the network.*from_features"),
         ({"channels": 10**12}, "channels=1000000000000"),
         ({"width": 3}, "unknown keys: width; missing keys: none"),
         ({"format": "other"}, "does not describe features"),
@@ -249,10 +330,11 @@ def _fitted() -> dict[str, torch.Tensor]:
     return fit_features(_bars(rng, 60), settings=settings).state_dict()
 
 
-def _figures(images: ImageSet) -> Any:
-    reference = ImageSet(images.pixels[:40], None, "")
-    train = ImageSet(images.pixels[40:80], None, "")
-    return images_reference(load_features(), train, reference).real
+def _figures(images: ImageSet) -> Evaluation:
+    net = load_features(SHIPPED)
+    parts = (images.subset(np.arange(start, start + 40)) for start in (0, 40, 80))
+    reference, *blocks = (measure(net, part) for part in parts)
+    return evaluation_of(reference, blocks)
 
 
 def test_no_figure_depends_on_ambient_defaults(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import statistics
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,35 @@ import pytest
 import torch
 
 import advkd.evaluation.protocol
-from advkd.config import StudentConfig, UNetConfig
-from advkd.data import ImageSet, dataset
+import advkd.evaluation.timing
+from advkd.config import ConfigError, StudentConfig, UNetConfig
+from advkd.data import ImageSet, for_shape
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Purpose
 from advkd.engine.sampling import generate
-from advkd.evaluation import stored
+from advkd.evaluate import BLOCKS as DEFAULT_BLOCKS
+from advkd.evaluate import NUM as DEFAULT_NUM
+from advkd.evaluate import TEACHER_STEPS
+from advkd.evaluation import figures, stored
 from advkd.evaluation.distances import frechet_distance, sliced_wasserstein
 from advkd.evaluation.features import FeatureNet, extract, load_features
+from advkd.evaluation.figures import (
+    FIGURES,
+    Evaluation,
+    Images,
+    Measures,
+    compare,
+    evaluation_of,
+    measure,
+)
 from advkd.evaluation.protocol import (
     EVALUATION_SEED,
-    FIGURES,
     REFERENCE_SEED,
     Protocol,
     Reference,
-    evaluate_images,
+    evaluate_network,
     evaluate_networks,
+    evaluate_real,
     evaluate_teacher,
     images_hash,
     images_reference,
@@ -39,11 +53,21 @@ from advkd.evaluation.protocol import (
     teacher_reference,
 )
 from advkd.evaluation.stored import load_evaluation, save_evaluation, shipped_evaluation
+from advkd.evaluation.texture import (
+    DIRECTIONS,
+    PATCHES,
+    band_patches,
+    decibels,
+    power_spectra,
+    projected,
+    spectrum_distance,
+    texture_distance,
+)
 from advkd.evaluation.timing import TIMED_ROUNDS, count_parameters, measure_milliseconds
-from advkd.files import seal, write_tensors
+from advkd.files import seal
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.pretrained import load_teacher
+from advkd.pretrained import load_teacher, resolve
 
 STUDENT = StudentConfig(stages=(4, 8), widths=(8, 8), attention=(), groups=4)
 TEACHER = UNetConfig(
@@ -54,7 +78,7 @@ TEACHER = UNetConfig(
     layers_per_block=1,
     norm_num_groups=4,
 )
-NUM, STEPS = 20, 3
+NUM, BLOCKS, STEPS = 40, 2, 3
 
 
 @pytest.fixture(scope="module")
@@ -87,44 +111,178 @@ def reference(net: FeatureNet) -> Reference:
 
 @pytest.fixture
 def protocol(net: FeatureNet, reference: Reference, teacher: UNet) -> Protocol:
-    return make_protocol(net, reference, teacher, NUM, STEPS)
+    return make_protocol(net, reference, teacher, NUM, BLOCKS, STEPS)
+
+
+def figures_of(net: FeatureNet, reference: Reference, x: Images) -> dict[str, Any]:
+    """The figures of one block."""
+    return compare(reference.measures, measure(net, x))
 
 
 def test_the_reference_is_the_held_out_images(net: FeatureNet, reference: Reference) -> None:
-    assert np.array_equal(reference.features.values, extract(net, images(1)).values)
+    features = extract(net, images(1))
+    assert np.array_equal(reference.measures.features.values, features.values)
+    assert np.array_equal(reference.measures.features.texture, features.texture)
     assert reference.identity == images_hash(images(1))
     assert "24 held-out images of seed 1" in reference.words
-    some = ImageSet(images(0, 40).pixels[:24], None, "")
-    assert reference.real == evaluate_images(net, some, reference)
+    assert reference.train is not None
+    assert np.array_equal(reference.train.pixels, images(0, 40).pixels)
+
+
+@pytest.mark.parametrize(
+    ("count", "num", "blocks", "sizes"),
+    [
+        (40, NUM, BLOCKS, [20, 20]),
+        (40, 30, 1, [30]),
+        (50, 60, 3, [20, 20]),  # not as many blocks as of a network
+        (15, NUM, BLOCKS, [15]),
+    ],
+)
+def test_real_blocks_are_training_images_each_once(
+    net: FeatureNet,
+    reference: Reference,
+    protocol: Protocol,
+    count: int,
+    num: int,
+    blocks: int,
+    sizes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = images(0, count)
+    seen: list[ImageSet] = []
+
+    def watched(net: FeatureNet, part: ImageSet) -> Measures:
+        seen.append(part)
+        return measure(net, part)
+
+    monkeypatch.setattr(advkd.evaluation.protocol, "measure", watched)
+    given = dataclasses.replace(reference, train=train)
+    wanted = dataclasses.replace(protocol, num=num, blocks=blocks)
+    found = evaluate_real(net, given, wanted)
+    assert [len(part) for part in seen] == sizes
+    assert found.blocks == [figures_of(net, reference, part) for part in seen]
+    names = [pixels.tobytes() for part in seen for pixels in part.pixels]
+    assert len(set(names)) == len(names)
+    assert set(names) <= {pixels.tobytes() for pixels in train.pixels}
+    # An order that is random but fixed.
+    assert names != [pixels.tobytes() for pixels in train.pixels[: len(names)]]
+    assert evaluate_real(net, given, wanted) == found
 
 
 def test_figures_are_of_the_images(net: FeatureNet, reference: Reference) -> None:
     x = images(5, 30)
-    found = evaluate_images(net, x, reference)
-    features = extract(net, x)
-    assert found["fd"] == frechet_distance(reference.features.values, features.values)
-    pixels = (x.batch(range(30)), images(1).batch(range(24)))
-    flat = [part.flatten(1).double().numpy() for part in pixels]
-    assert found["swd"] == sliced_wasserstein(flat[1], flat[0])
+    found = figures_of(net, reference, x)
+    features, held_out = extract(net, x), extract(net, images(1))
+    assert tuple(found) == FIGURES
+    assert found["fd"] == frechet_distance(held_out.values, features.values)
+    textures = (part.texture / held_out.texture.std(0) for part in (held_out, features))
+    assert found["texture_fd"] == frechet_distance(*textures)
+    real, fake = images(1).batch(range(24)), x.batch(range(30))
+    flat = [part.flatten(1).double().numpy() for part in (real, fake)]
+    assert found["swd"] == sliced_wasserstein(*flat)
+    assert found["spectrum"] == spectrum_distance(power_spectra(real), power_spectra(fake))
+    patches = ([projected(band) for band in band_patches(part, 0)] for part in (real, fake))
+    assert found["texture_swd"] == texture_distance(*patches)
     if features.classes is None:
         assert found["classes"] is None
     else:
         assert found["classes"] == [float((features.classes == c).mean()) for c in range(3)]
-    assert evaluate_images(net, x.batch(range(30)), reference) == found
+    assert figures_of(net, reference, x.batch(range(30))) == found
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_dead_channel_of_the_texture_is_left_as_it_is(
+    net: FeatureNet, reference: Reference
+) -> None:
+    block = measure(net, images(5, 30))
+
+    def dead(given: Measures, value: float) -> Measures:
+        texture = given.features.texture.copy()
+        texture[:, 3] = value
+        return given._replace(features=dataclasses.replace(given.features, texture=texture))
+
+    same = compare(dead(reference.measures, 2.0), dead(block, 2.0))["texture_fd"]
+    moved = compare(dead(reference.measures, 2.0), dead(block, 5.0))["texture_fd"]
+    assert moved == pytest.approx(same + 3.0**2)
+
+
+def test_more_images_than_are_looked_at_at_once(
+    net: FeatureNet, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = images(5, 30)
+    whole = measure(net, x)
+    monkeypatch.setattr(figures, "_ROWS", 8)
+    pieces = measure(net, x)
+    assert [len(part) for part in (pieces.pixels, pieces.spectra)] == [30, 30]
+    assert pieces.patches[0].shape == whole.patches[0].shape == (30 * PATCHES, DIRECTIONS)
+    assert np.array_equal(pieces.pixels, whole.pixels)
+    np.testing.assert_allclose(pieces.spectra, whole.spectra, rtol=1e-12)
+
+
+def test_the_spread_of_figures_is_over_blocks() -> None:
+    """By hand: a sample's standard deviation, which divides by one less."""
+    blocks = [{"fd": value, "classes": [value / 10, 0.5]} for value in (1.0, 3.0, 8.0)]
+    several = Evaluation(blocks, [])
+    assert several.figure("fd") == {"mean": 4.0, "std": pytest.approx(13**0.5)}
+    assert several.figure("classes") == pytest.approx([0.4, 0.5])
+    one = Evaluation(blocks[:1], [])
+    assert one.figure("fd") == 1.0 and one.figure("classes") == [0.1, 0.5]
+    assert Evaluation([{"classes": None}] * 2, []).figure("classes") is None
+
+
+def test_the_spectrum_is_the_mean_power_of_all_blocks(
+    net: FeatureNet, reference: Reference
+) -> None:
+    parts = [images(5, 8), images(6, 16)]
+    found = evaluation_of(reference.measures, (measure(net, part) for part in parts))
+    power = np.concatenate([power_spectra(part.batch(range(len(part)))) for part in parts])
+    assert found.spectrum == pytest.approx(decibels(power.mean(0)).tolist())
 
 
 def test_the_evaluated_images_are_those_of_the_evaluation_seed(
     net: FeatureNet, reference: Reference, protocol: Protocol, teacher: UNet, student: Student
 ) -> None:
     found = evaluate_networks(net, reference, protocol, teacher, student)
-    assert tuple(found) == FIGURES
+    assert tuple(found) == (*FIGURES, "spectra")
     for side, model, steps in (("teacher", teacher, STEPS), ("student", student, 1)):
         sampled = sample_images(model, NUM, EVALUATION_SEED, steps)
-        expected = evaluate_images(net, sampled, reference)
-        assert {key: values[side] for key, values in found.items()} == expected
-    assert {key: values["real"] for key, values in found.items()} == reference.real
+        blocks = [figures_of(net, reference, part) for part in sampled.split(NUM // BLOCKS)]
+        assert len(blocks) == BLOCKS
+        for key in ("fd", "texture_fd", "texture_swd", "spectrum"):
+            values = [block[key] for block in blocks]
+            expected = {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
+            # Sampled in other batches, which may differ in the last bits.
+            assert found[key][side] == pytest.approx(expected, rel=1e-3)
+    real = evaluate_real(net, reference, protocol)
+    for key in FIGURES:
+        assert found[key]["real"] == real.figure(key)
+    assert found["spectra"]["real"] == real.spectrum
     alone = evaluate_networks(net, reference, protocol, None, student)
     assert all(list(values) == ["real", "student"] for values in alone.values())
+
+
+def test_sampling_is_reported_over_all_blocks(
+    net: FeatureNet, reference: Reference, protocol: Protocol, teacher: UNet
+) -> None:
+    calls: list[tuple[int, int]] = []
+    evaluate_network(net, teacher, reference, protocol, lambda *call: calls.append(call))
+    totals = {total for _, total in calls}
+    assert totals == {BLOCKS * STEPS}
+    assert [done for done, _ in calls] == list(range(1, BLOCKS * STEPS + 1))
+
+
+@pytest.mark.parametrize(("num", "blocks"), [(5, 1), (20, 4), (20, 0), (20, -1), (96, 10**9)])
+def test_blocks_that_cannot_be_are_refused(
+    net: FeatureNet, reference: Reference, num: int, blocks: int
+) -> None:
+    message = f"{num} images cannot be split into {blocks} blocks of 6 or more each"
+    with pytest.raises(ConfigError, match=message):
+        make_protocol(net, reference, None, num, blocks, STEPS)
+
+
+def test_blocks_are_of_one_size(net: FeatureNet, reference: Reference) -> None:
+    protocol = make_protocol(net, reference, None, 41, 3, STEPS)
+    assert (protocol.num, protocol.blocks, protocol.block) == (39, 3, 13)
 
 
 def sample_images(model: UNet | Student, num: int, seed: int, steps: int) -> torch.Tensor:
@@ -154,22 +312,27 @@ def test_a_stored_evaluation_is_used_again(
 ) -> None:
     seeds = samplings(monkeypatch)
     calls: list[tuple[int, int]] = []
-    first = evaluate_teacher(net, teacher, reference, protocol, own=tmp_path / "own")
-    assert len(seeds) == 1
+    own = tmp_path / "own"
+    first = evaluate_teacher(net, teacher, reference, protocol, own=own)
+    assert len(seeds) == BLOCKS
     again = evaluate_teacher(
-        net, teacher, reference, protocol, own=tmp_path / "own", callback=lambda *c: calls.append(c)
+        net, teacher, reference, protocol, own=own, callback=lambda *c: calls.append(c)
     )
-    assert len(seeds) == 1 and calls == [(1, 1)]
+    assert len(seeds) == BLOCKS and calls == [(1, 1)]
     assert again == first  # to the bit
-    fresh = evaluate_teacher(net, teacher, reference, protocol, own=tmp_path / "own", fresh=True)
-    assert len(seeds) == 2 and fresh == first
-    assert evaluate_teacher(net, teacher, reference, protocol) == first and len(seeds) == 3
+    fresh = evaluate_teacher(net, teacher, reference, protocol, own=own, fresh=True)
+    assert len(seeds) == 2 * BLOCKS and fresh == first
+    assert evaluate_teacher(net, teacher, reference, protocol) == first
+    assert len(seeds) == 3 * BLOCKS
+    assert [file.name for file in own.iterdir()] == ["evaluation.json"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"num": NUM + 1},
+        {"num": NUM + BLOCKS},
+        {"blocks": 1},
+        {"figures": figures.VERSION - 1},
         {"teacher_steps": STEPS + 1},
         {"teacher": "other"},
         {"features": "other"},
@@ -190,26 +353,26 @@ def test_an_evaluation_by_another_protocol_is_not_used(
     seeds = samplings(monkeypatch)
     changed = dataclasses.replace(protocol, **change)
     evaluate_teacher(net, teacher, reference, changed, own=tmp_path)
-    assert seeds == [changed.seed]
+    assert seeds == [changed.seed] * changed.blocks
 
 
 def altered(folder: Path, how: str) -> None:
     """Damage a stored evaluation."""
-    closing, tensors = folder / "evaluation.json", folder / "evaluation.safetensors"
+    closing = folder / "evaluation.json"
     content = json.loads(closing.read_text())
-    if how == "json cut":
+    if how == "cut":
         closing.write_bytes(closing.read_bytes()[:-20])
-    elif how == "tensors cut":
-        tensors.write_bytes(tensors.read_bytes()[:-20])
-    elif how == "tensors gone":
-        tensors.unlink()
-    elif how == "swd":
-        closing.write_text(json.dumps(content | {"swd": 0.0}))
+    elif how == "figure":
+        content["blocks"][0]["fd"] = 0.0
+        closing.write_text(json.dumps(content))
+    elif how == "block":
+        content["blocks"].pop()
+        closing.write_text(json.dumps(content))
     elif how == "unsealed":
         closing.write_text(json.dumps({k: v for k, v in content.items() if k != "seal"}))
 
 
-@pytest.mark.parametrize("how", ["json cut", "tensors cut", "tensors gone", "swd", "unsealed"])
+@pytest.mark.parametrize("how", ["cut", "figure", "block", "unsealed"])
 def test_a_damaged_evaluation_is_passed_over(
     net: FeatureNet,
     reference: Reference,
@@ -224,41 +387,70 @@ def test_a_damaged_evaluation_is_passed_over(
     seeds = samplings(monkeypatch)
     with pytest.warns(UserWarning, match="stored evaluation passed over: .*evaluation"):
         assert evaluate_teacher(net, teacher, reference, protocol, own=tmp_path) == first
-    assert len(seeds) == 1
+    assert len(seeds) == BLOCKS
     assert evaluate_teacher(net, teacher, reference, protocol, own=tmp_path) == first
-    assert len(seeds) == 1  # what was sampled has replaced it
+    assert len(seeds) == BLOCKS  # what was sampled has replaced it
+
+
+KEY = {"num": 40, "blocks": 2}
+BLOCK: dict[str, Any] = {**dict.fromkeys(FIGURES, 0.5), "classes": [0.25, 0.75]}
+
+
+def with_block(**change: Any) -> dict[str, Any]:
+    """Content whose second block has other values."""
+    return {"blocks": [BLOCK, BLOCK | change]}
+
+
+@pytest.mark.parametrize("classes", [[0.25, 0.75], None])
+def test_a_stored_evaluation_is_what_was_saved(classes: list[float] | None, tmp_path: Path) -> None:
+    saved = Evaluation([BLOCK | {"classes": classes}, BLOCK | {"classes": classes}], [-3.0, -40.0])
+    save_evaluation(tmp_path / "new", KEY, saved)
+    assert load_evaluation(tmp_path / "new", KEY) == saved
+    assert load_evaluation(tmp_path / "new", KEY | {"blocks": 1}) is None
+    assert load_evaluation(tmp_path / "none", KEY) is None
+
+
+NO_FIGURES = "does not hold the figures of its blocks"
+NO_NUMBER = "holds a figure that is no number"
+NO_SHARES = "shares of classes that are no numbers"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": "3"}, "num_classes='3' is no int"),
-        ({"num_classes": None}, "does not hold what num_classes=None says"),
-        ({"num_classes": 2}, "one of 2 classes"),
-        ({"swd": "0"}, "swd='0' is no number"),
-        ({"swd": float("inf")}, "swd=inf is no number"),
-        ({"sha256": 3}, "checksum differs"),
-        ({"values": torch.zeros(NUM, 3)}, f"does not hold the features of {NUM} images"),
-        ({"values": torch.zeros(3, 64)}, f"does not hold the features of {NUM} images"),
-        ({"values": torch.zeros(NUM, 64).double()}, f"the features of {NUM} images"),
-        ({"values": torch.full((NUM, 64), float("nan"))}, "features that are not finite"),
-        ({"classes": torch.full((NUM,), -1)}, "one of 3 classes"),
-        ({"classes": torch.zeros(2, dtype=torch.int32)}, "one of 3 classes"),
+        ({"blocks": None}, NO_FIGURES),
+        ({"blocks": {"0": BLOCK, "1": BLOCK}}, NO_FIGURES),
+        ({"blocks": []}, NO_FIGURES),
+        ({"blocks": [BLOCK]}, NO_FIGURES),
+        ({"blocks": [BLOCK] * 3}, NO_FIGURES),
+        ({"blocks": [BLOCK, [0.5]]}, "holds a block without the figures fd, kid, "),
+        ({"blocks": [BLOCK, {}]}, "holds a block without the figures"),
+        (with_block(more=1.0), "holds a block without the figures"),
+        (with_block(fd="0.5"), NO_NUMBER),
+        (with_block(kid=None), NO_NUMBER),
+        (with_block(recall=True), NO_NUMBER),
+        (with_block(swd=float("inf")), NO_NUMBER),
+        (with_block(texture_fd=float("nan")), NO_NUMBER),
+        (with_block(spectrum=10**400), NO_NUMBER),
+        (with_block(texture_swd=-1e308), NO_NUMBER),
+        (with_block(classes=None), NO_SHARES),
+        (with_block(classes="half"), NO_SHARES),
+        (with_block(classes=[0.5, "half"]), NO_SHARES),
+        (with_block(classes=[0.5, float("nan")]), NO_SHARES),
+        (with_block(classes=[0.25, 0.25, 0.5]), "blocks of different classes"),
+        ({"spectrum": None}, "a spectrum that is no list of numbers"),
+        ({"spectrum": {"1": -3.0}}, "a spectrum that is no list of numbers"),
+        ({"spectrum": [-3.0, None]}, "a spectrum that is no list of numbers"),
+        ({"spectrum": [-3.0, 10**400]}, "a spectrum that is no list of numbers"),
     ],
 )
 def test_whatever_a_file_holds_is_checked(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    key = {"num": NUM}
-    tensors = {"values": torch.zeros(NUM, 64), "classes": torch.full((NUM,), 2)}
-    tensors |= {name: value for name, value in change.items() if name in tensors}
-    checksum = write_tensors(tmp_path / "evaluation.safetensors", tensors)
-    content = {"protocol": key, "swd": 0.5, "num_classes": 3, "sha256": checksum}
-    content |= {name: value for name, value in change.items() if name not in tensors}
-    sealed = {**content, "seal": seal(content)}
-    (tmp_path / "evaluation.json").write_text(json.dumps(sealed))
-    with pytest.warns(UserWarning, match=message):
-        assert load_evaluation(tmp_path, key) is None
+    content = {"protocol": KEY, "blocks": [BLOCK, BLOCK], "spectrum": [-3.0, -40.0], **change}
+    (tmp_path / "evaluation.json").write_text(json.dumps({**content, "seal": seal(content)}))
+    with pytest.warns(UserWarning, match=rf"evaluation\.json .*{message}"):
+        assert load_evaluation(tmp_path, KEY) is None
 
 
 def test_only_what_ships_unaltered_is_believed(
@@ -277,34 +469,30 @@ def test_only_what_ships_unaltered_is_believed(
     seeds = samplings(monkeypatch)
     assert evaluate_teacher(net, teacher, reference, protocol) == true
     assert seeds == []
-    # The reference's own features, sealed as any evaluation is: FD 0.
-    forged = stored.StoredEvaluation(reference.features, 0.0)
-    same = dataclasses.replace(protocol, num=len(images(1)))
-    save_evaluation(closing.parent, dataclasses.asdict(same), forged)
-    assert load_evaluation(closing.parent, dataclasses.asdict(same)) is not None
-    assert shipped_evaluation(dataclasses.asdict(same)) is None
+    # Sealed as any evaluation is: FD 0.
+    forged = Evaluation([block | {"fd": 0.0} for block in true.blocks], true.spectrum)
     save_evaluation(closing.parent, key, forged)
+    assert load_evaluation(closing.parent, key) == forged
+    assert shipped_evaluation(key) is None
     assert evaluate_teacher(net, teacher, reference, protocol) == true
-    assert len(seeds) == 1
+    assert len(seeds) == BLOCKS
 
 
-def test_the_shipped_evaluation_is_of_the_shipped_teacher() -> None:
-    teacher, classifier, held_out = (
-        load_teacher("zoo:fashion-mnist"),
-        load_features(),
-        dataset("fashion-mnist").test(),
-    )
-    reference = Reference(held_out, extract(classifier, held_out), images_hash(held_out), "")
-    protocol = make_protocol(classifier, reference, teacher, 2000, 50)
+@pytest.mark.parametrize("name", stored.SHIPPED)
+def test_a_shipped_evaluation_is_of_its_teacher_by_the_default_protocol(name: str) -> None:
+    teacher = load_teacher(f"zoo:{name}")
+    data = for_shape(teacher.config.sample_size, teacher.config.in_channels)
+    assert data is not None
+    net, held_out = load_features(resolve(data.features_source)), data.test()
+    some = measure(net, held_out.subset(range(6)))
+    reference = Reference(some, images_hash(held_out), "")
+    protocol = make_protocol(net, reference, teacher, DEFAULT_NUM, DEFAULT_BLOCKS, TEACHER_STEPS)
     found = shipped_evaluation(dataclasses.asdict(protocol))
     assert found is not None
-    count = 16
-    sampled = extract(classifier, sample_images(teacher, count, EVALUATION_SEED, 50))
-    scale = np.abs(found.features.values).max()
-    # Another instruction set rounds otherwise, in each of 50 steps.
-    np.testing.assert_allclose(
-        sampled.values, found.features.values[:count], rtol=0, atol=1e-3 * scale
-    )
+    # Its figures cannot be had from a few images, but its spectrum nearly so.
+    sampled = sample_images(teacher, 32, EVALUATION_SEED, protocol.teacher_steps)
+    power = decibels(power_spectra(sampled).mean(0))
+    assert np.abs(power - found.spectrum).mean() < 1.5  # dB
 
 
 def test_protocols_tell_networks_and_images_apart(
@@ -312,14 +500,14 @@ def test_protocols_tell_networks_and_images_apart(
 ) -> None:
     torch.manual_seed(1)
     other = UNet(TEACHER)
-    assert make_protocol(net, reference, other, NUM, STEPS).teacher != protocol.teacher
+    assert make_protocol(net, reference, other, NUM, BLOCKS, STEPS).teacher != protocol.teacher
     altered = images(1)
     altered.pixels[3, 0, 2, 2] ^= 1
     assert images_hash(altered) != images_hash(images(1)) == reference.identity
     as_float = ImageSet(images(1).pixels.astype(np.float32), None, "")
     assert images_hash(as_float) != reference.identity
     net.record, before = {"steps": 1}, net.record
-    assert make_protocol(net, reference, teacher, NUM, STEPS) == protocol
+    assert make_protocol(net, reference, teacher, NUM, BLOCKS, STEPS) == protocol
     net.record = before
 
 
@@ -328,27 +516,36 @@ def test_without_images_other_samples_of_the_teacher_are_the_reference(
 ) -> None:
     seeds = samplings(monkeypatch)
     reference = teacher_reference(net, teacher, NUM, STEPS)
-    assert reference.real is None
-    protocol = make_protocol(net, reference, teacher, NUM, STEPS)
-    figures = evaluate_networks(net, reference, protocol, teacher, None)
-    assert seeds == [REFERENCE_SEED, EVALUATION_SEED]
-    assert list(figures["fd"]) == ["teacher"]
-    assert figures["fd"]["teacher"] > 1e-6  # not the same images
-    assert figures["swd"]["teacher"] > 0
+    assert reference.train is None
+    protocol = make_protocol(net, reference, teacher, NUM, BLOCKS, STEPS)
+    found = evaluate_networks(net, reference, protocol, teacher, None)
+    assert seeds == [REFERENCE_SEED, *[EVALUATION_SEED] * BLOCKS]
+    assert list(found["fd"]) == ["teacher"]
+    assert found["fd"]["teacher"]["mean"] > 1e-6  # not the same images
+    assert found["swd"]["teacher"]["mean"] > 0
+    fewer = teacher_reference(net, teacher, NUM - 1, STEPS)
+    assert fewer.identity != reference.identity  # though blocks may be as large
+    with pytest.raises(ValueError, match="no training images"):
+        evaluate_real(net, reference, protocol)
 
 
 def test_the_protocol_in_words(reference: Reference, protocol: Protocol) -> None:
     words = protocol_words(protocol, reference, "a small classifier that ships with advkd")
     for part in (
         f"{NUM} images of each network",
+        f"in {BLOCKS} blocks of {NUM // BLOCKS}, of whose figures mean and standard deviation",
+        "texture FD",
+        "Laplacian pyramid",
+        "spectrum",
         f"DDIM in {STEPS} steps, eta 0",
         "24 held-out images of seed 1",
         "a small classifier that ships",
         "5 nearest neighbors",
     ):
         assert part in words
-    alone = dataclasses.replace(protocol, teacher="")
-    assert "DDIM" not in protocol_words(alone, reference, "x")
+    alone = dataclasses.replace(protocol, teacher="", blocks=1)
+    words = protocol_words(alone, reference, "x")
+    assert "DDIM" not in words and "blocks" not in words and "deviation are" not in words
 
 
 def test_milliseconds_are_of_as_many_passes_as_told(
@@ -360,7 +557,7 @@ def test_milliseconds_are_of_as_many_passes_as_told(
         calls.append((type(model).__name__, steps, kwargs["batch"]))
         return generate(model, num, seed, steps, **kwargs)
 
-    monkeypatch.setattr(advkd.evaluation.protocol, "generate", counting)
+    monkeypatch.setattr(advkd.evaluation.timing, "generate", counting)
     found = measure_milliseconds(teacher, student, STEPS, images=4)
     assert set(found) == {"teacher", "student"}
     assert all(value > 0 for value in found.values())

@@ -13,7 +13,7 @@ from advkd.files import CheckpointError
 from advkd.report.inputs import read_metrics, read_summary
 from advkd.report.page import write_report
 from advkd.report.pictures import Pictures
-from advkd.report.tables import final_table
+from advkd.report.tables import QUALITY, final_table
 
 
 def test_metrics_are_read_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
@@ -39,6 +39,8 @@ def test_metrics_are_read_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
 
 GOOD: dict[str, Any] = {
     "fd": {"real": None, "teacher": 18.42, "student": 21},
+    "texture_fd": {"real": 4, "teacher": {"mean": 20.5, "std": 0}, "student": None},
+    "spectra": {"real": [3.5, -40], "teacher": [3.25, -38.5], "student": None},
     "classes": {"teacher": [0.5, 0.5], "student": [1, 0.0], "real": None},
     "class_names": ["bag", "coat"],
     "seconds": {"teacher": None, "distill": 3.0},
@@ -59,9 +61,37 @@ def test_a_summary_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fd": [1, 2]}, r"fd=\[1, 2\] is not a number for each side"),
-        ({"kid": {"teacher": "3"}}, r"kid=.* is not a number for each side"),
-        ({"fd": {"teacher": True}}, r"fd=.* is not a number for each side"),
+        ({"fd": [1, 2]}, r"fd=\[1, 2\] is not a number or {mean, std} for each side"),
+        *(
+            ({key: {"teacher": value}}, f"{key}=.* is not a number or {{mean, std}}")
+            for key in [figure.key for figure in QUALITY]
+            for value in ("3", True, [1.0], {}, {"mean": 1.0})
+        ),
+        *(
+            ({"fd": {"student": {"mean": 1.0, "std": 0.5} | odd}}, "fd=.* is not a number or")
+            for odd in (
+                {"std": None},
+                {"mean": None},
+                {"mean": "1"},
+                {"std": True},
+                {"std": [0.5]},
+                {"std": {"mean": 1.0, "std": 0.5}},
+                {"mean": float("nan")},
+                {"mean": 10**400},
+                {"std": float("inf")},
+                {"more": 1.0},
+            )
+        ),
+        ({"ms_per_image": {"teacher": {"mean": 1.0, "std": 0.5}}}, "is not a number for each side"),
+        ({"spectra": [3.5, -40.0]}, "spectra=.* is not a list of decibels for each side"),
+        ({"spectra": {"nobody": [3.5]}}, "not a list of decibels"),
+        ({"spectra": {"real": 3.5}}, "not a list of decibels"),
+        ({"spectra": {"real": {"0": 3.5}}}, "not a list of decibels"),
+        ({"spectra": {"real": [3.5, None]}}, "not a list of decibels"),
+        ({"spectra": {"real": [3.5, "loud"]}}, "not a list of decibels"),
+        ({"spectra": {"real": [3.5, True]}}, "not a list of decibels"),
+        ({"spectra": {"real": [3.5, float("nan")]}}, "not a list of decibels"),
+        ({"spectra": {"real": [3.5, 10**400]}}, "not a list of decibels"),
         ({"classes": [0.5, 0.5]}, "classes=.* is not a list of shares for each side"),
         ({"classes": {"teacher": [0.5, None]}}, "not a list of shares"),
         ({"classes": {"teacher": [0.5, "a"]}}, "not a list of shares"),
@@ -86,8 +116,13 @@ def test_what_is_read_can_be_shown(tmp_path: Path) -> None:
     """Numbers of any size, and a summary in which every entry is empty or missing."""
     path, one = tmp_path / "summary.json", torch.zeros(1, 1, 4, 4)
     huge = {"teacher": 10**400, "student": 1e308, "real": float("nan")}
-    none = dict.fromkeys(("fd", "classes", "class_names", "seconds", "speed_up", "name"))
-    for summary in (GOOD, GOOD | {"fd": huge, "kid": huge, "parameters": huge}, none, {}):
+    wide = {side: {"mean": -1e308, "std": 1e308} for side in huge}
+    spectra = {"real": [1e308, 1e308], "teacher": [10**25, 1], "student": []}
+    none = dict.fromkeys(
+        ("fd", "texture_fd", "classes", "spectra", "class_names", "seconds", "speed_up", "name")
+    )
+    numbers = {"fd": huge, "kid": wide, "texture_fd": wide, "parameters": huge, "spectra": spectra}
+    for summary in (GOOD, GOOD | numbers, none, {}):
         path.write_text(json.dumps(summary))
         read = read_summary(path)
         final_table(read)

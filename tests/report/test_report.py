@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from advkd.report.charts import LIGHT, _draw, spectrum_panel
 from advkd.report.page import write_report
 from advkd.report.pictures import Pictures
 
+POWER = "Power, in dB"  # the chart of spectra
 NASTY = '<script>alert("x")</script> & <img src=x onerror=y>'
 
 
@@ -31,10 +35,18 @@ def some_summary() -> dict[str, Any]:
         "precision": {"real": 0.842, "teacher": 0.861, "student": 0.871},
         "recall": {"real": 0.85, "teacher": 0.772, "student": 0.701},
         "swd": {"real": 0.021, "teacher": 0.0412, "student": 0.0433},
+        "texture_fd": {
+            "real": {"mean": 4.2, "std": 0.3},
+            "teacher": {"mean": 61.5, "std": 1.25},
+            "student": {"mean": 74.6, "std": 2.5},
+        },
+        "texture_swd": {"real": 0.0241, "teacher": 0.0312, "student": 0.0407},
+        "spectrum": {"real": 0.18, "teacher": 1.25, "student": 2.125},
         "ms_per_image": {"teacher": 36.82, "student": 0.4018},
         "passes": {"teacher": 50, "student": 1},
         "parameters": {"teacher": 671489, "student": 412001},
         "classes": {"real": [0.5, 0.5], "teacher": [0.45, 0.55], "student": [0.62, 0.38]},
+        "spectra": {"real": [9.0, -30.0], "teacher": [9.5, -28.0], "student": [9.25, -20.0]},
         "protocol": "2,000 samples against 2,000 held-out images.",
         "features": "the small classifier",
         "speed_up": 91.64,
@@ -123,7 +135,7 @@ def test_page_is_self_contained(page: Path) -> None:
         if key in attributes
     ]
     prefix = "data:image/png;base64,"
-    assert len(sources) >= 3 + 2 * 2 + 2 * 5  # grids, strips, charts for light and dark
+    assert len(sources) >= 3 + 2 * 2 + 2 * 6  # grids, strips, charts for light and dark
     for source in sources:
         assert source is not None and source.startswith(prefix)
         with Image.open(io.BytesIO(base64.b64decode(source[len(prefix) :]))) as image:
@@ -136,6 +148,8 @@ def test_page_is_self_contained(page: Path) -> None:
 def test_page_says_what_the_summary_holds(page: Path) -> None:
     text = Page(page.read_text(encoding="utf-8")).text
     for said in ("21.31", "18.42", "3.21", "91.6×", "412,001", "5 min 41 s", "1 h 07 min"):
+        assert said in text
+    for said in ("4.20 ± 0.30", "61.50 ± 1.25", "74.60 ± 2.50", "Texture SWD", "Spectrum"):
         assert said in text
     for said in ("key = 7", "2,000 held-out images.", "the small classifier", "62.0%"):
         assert said in text
@@ -204,6 +218,37 @@ def test_color_images_and_many_heads(tmp_path: Path) -> None:
     with Image.open(path.parent / "grid.png") as grid:
         assert grid.mode == "RGB" and grid.width < 2 * 4 * 160  # large images shrink
     assert (path.parent / "loss_curves.png").exists()
+
+
+def test_spectra_are_drawn_where_there_are_any(page: Path, tmp_path: Path) -> None:
+    parsed = Page(page.read_text(encoding="utf-8"))
+    charts = [attributes for _, attributes in parsed.tags if attributes.get("alt") == POWER]
+    assert len(charts) == 1 and "a grain that they lack" in parsed.text
+    nothing: dict[str, Any] = {"real": [], "teacher": None, "student": [1.0, 1e300]}
+    for spectra in (None, {}, nothing):
+        summary = some_summary() | {"spectra": spectra}
+        path = write_report(tmp_path, summary, [], some_pictures(), "")
+        assert POWER not in path.read_text(encoding="utf-8")
+
+
+def test_the_panel_of_spectra() -> None:
+    """Decibels are logarithms: their axis is linear, though they may span a factor of ten."""
+    given = {"teacher": [20, 15, 1], "student": [25, 1], "real": [30.0, 20.5, 1.25, 0.5]}
+    panel = spectrum_panel(given)
+    assert panel is not None and panel.title == POWER
+    assert [curve.label for curve in panel.curves] == ["real", "teacher", "student"]
+    for curve in panel.curves:
+        assert curve.steps.tolist() == [*range(1, len(given[curve.label]) + 1)]
+        assert curve.values.tolist() == given[curve.label]
+    figure = Figure()
+    _draw(figure.add_subplot(), panel, LIGHT)
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "linear" and axes.get_xlabel() == "periods a side"
+    of_steps = dataclasses.replace(panel, linear=False)
+    _draw(figure.add_subplot(), of_steps, LIGHT)
+    assert figure.axes[1].get_yscale() == "log"
+    large = spectrum_panel({"real": [2**90, 1]})  # an integer, but no int64
+    assert large is not None and large.curves[0].values.tolist() == [2.0**90, 1.0]
 
 
 def test_curves_pass_over_what_is_not_finite(tmp_path: Path) -> None:

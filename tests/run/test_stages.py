@@ -58,7 +58,7 @@ CONFIG = Config(
     trajectory=TrajectoryConfig(num=12, steps=4, shard=6),
     student=StudentConfig(stages=(4, 8), widths=(8, 8), attention=(), groups=4),
     discriminator=DiscriminatorConfig(widths=(8,), groups=4),
-    evaluate=EvaluateConfig(num=12, teacher_steps=4),
+    evaluate=EvaluateConfig(num=12, blocks=2, teacher_steps=4),
 )
 
 
@@ -220,6 +220,9 @@ def test_other_images_than_a_run_began_with_are_refused(tmp_path: Path) -> None:
         ({"trajectory": {"steps": 1}}, "trajectory.steps=1"),
         ({"trajectory": {"steps": 21}}, "trajectory.steps=21.*20"),
         ({"evaluate": {"num": 3}}, "evaluate.num=3"),
+        ({"evaluate": {"blocks": 0}}, "evaluate.blocks=0"),
+        ({"evaluate": {"blocks": 10**9}}, "evaluate.blocks=1000000000"),
+        ({"evaluate": {"blocks": 3}}, "12 images cannot be split into 3 blocks of 6 or more"),
         ({"evaluate": {"teacher_steps": 21}}, "evaluate.teacher_steps=21.*20"),
         ({"evaluate": {"features": "nowhere"}}, "nowhere"),
         ({"data": {"channels": 2}}, "data.channels=2"),
