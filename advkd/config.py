@@ -32,6 +32,7 @@ MAX_TEXT = 1 << 20  # bytes of a preset
 MAX_SIDE = 4096  # pixels of an image's side
 MAX_WIDTH = 16384  # channels of a layer
 MAX_CLASSES = 100_000
+MAX_NAME = 255  # characters of a class's name; a folder's has no more
 MAX_COUNT = 1 << 40  # of images, steps and the like; fresh noise has image numbers from here on
 MIN_EVALUATED = 6  # images: 5 nearest neighbors need one more
 

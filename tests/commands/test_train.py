@@ -515,7 +515,9 @@ def test_classes_lead_through_the_whole_job(
     assert "2 classes: dark (24), light (16)" in said and ".txt files (1)" in said
     run = tmp_path / "runs" / "photos"
     student = load_student(run / "student")
-    assert student.num_classes == load_teacher(run / "teacher").num_classes == 2
+    teacher = load_teacher(run / "teacher")
+    assert student.num_classes == teacher.num_classes == 2
+    assert student.class_names == teacher.class_names == ("dark", "light")
     index = json.loads((run / "trajectories" / "index.json").read_text())
     assert index["num_classes"] == 2
     summary = json.loads((run / "report" / "summary.json").read_text())

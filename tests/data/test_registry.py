@@ -134,6 +134,8 @@ def test_folders_are_labelled_by_the_list_of_classes(tmp_path: Path) -> None:
         ('["ball", "cube"]', '["ball"]', "two names at least"),
         ('["ball", "cube"]', '["ball", "ball"]', "each once"),
         ('["ball", "cube"]', '["ball", 3]', "'classes' is of type str"),
+        ('["ball", "cube"]', '["ball", ""]', "not of 1 to 255 characters"),
+        ('["ball", "cube"]', f'["ball", "{"a" * 256}"]', "not of 1 to 255 characters"),
         ('train = "train.npz"', "", "lacks the key 'splits.train'"),
         ('train = "train.npz"', 'trian = "a"', "unknown key 'splits.trian'; the nearest is"),
         ("train.npz", "/etc", "splits.train='/etc' leaves the data set's folder"),
