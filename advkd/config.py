@@ -65,7 +65,7 @@ class RunConfig:
 class DataConfig:
     """Images to learn from, and how they are cut."""
 
-    path: str = ""  # folder, .npz/.npy or IDX file; empty = the data set that ships
+    path: str = ""  # folder, .npz/.npy, IDX file or data set; empty = that of a teacher that ships
     size: int = within(28, 1, MAX_SIDE)  # pixels of a side
     channels: int = within(1, 1, 3)  # 1 or 3
     crop: bool = True  # resize the shorter side and cut the center; else resize both sides
@@ -203,7 +203,7 @@ class EvaluateConfig:
 
     num: int = within(2000, MIN_EVALUATED, 1_000_000)  # images of each network
     teacher_steps: int = within(50, 1, 1_000_000)  # of DDIM
-    features: str = ""  # folder of a feature network; empty = the one that ships, if it fits
+    features: str = ""  # folder of a feature network; empty = the data set's, else one is fitted
 
 
 @dataclass(frozen=True)
