@@ -32,6 +32,7 @@ MAX_TEXT = 1 << 20  # bytes of a preset
 MAX_SIDE = 4096  # pixels of an image's side
 MAX_WIDTH = 16384  # channels of a layer
 MAX_CLASSES = 100_000
+MAX_NAME = 255  # characters of a class's name; a folder's has no more
 MAX_COUNT = 1 << 40  # of images, steps and the like; fresh noise has image numbers from here on
 MIN_EVALUATED = 6  # images of a block: 5 nearest neighbors need one more
 
@@ -64,7 +65,7 @@ class RunConfig:
 class DataConfig:
     """Images to learn from, and how they are cut."""
 
-    path: str = ""  # folder, .npz/.npy or IDX file; empty = the data set that ships
+    path: str = ""  # folder, .npz/.npy, IDX file or data set; empty = that of a teacher that ships
     size: int = within(28, 1, MAX_SIDE)  # pixels of a side
     channels: int = within(1, 1, 3)  # 1 or 3
     crop: bool = True  # resize the shorter side and cut the center; else resize both sides
@@ -210,7 +211,7 @@ class EvaluateConfig:
     num: int = within(2000, MIN_EVALUATED, 1_000_000)  # images of each network, in all
     blocks: int = within(5, 1, 1000)  # that they are split into, for the spread of the figures
     teacher_steps: int = within(50, 1, 1_000_000)  # of DDIM
-    features: str = ""  # folder of a feature network; empty = the one that ships, if it fits
+    features: str = ""  # folder of a feature network; empty = the data set's, else one is fitted
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 from advkd.cli import add_threads, guarded, use_threads
 from advkd.config import EvaluateConfig
 from advkd.console import StopSignals, progress_bar
-from advkd.data import find, for_shape, load_images
+from advkd.data import DataError, Dataset, find, for_shape, load_images
+from advkd.data.registry import DEFAULT, default_dataset
 from advkd.data.split import RealImages, hold_out, real_images
 from advkd.engine.interface import input_shape
 from advkd.evaluation.features import (
@@ -57,16 +58,16 @@ MODES = {
     ),
     "fit_features": ("out", "steps", "seed", "size", "channels", "no_crop", "no_flip"),
 }
-SHIPPED = "fashion-mnist"  # what --fit-features shipped means
 NUM, BLOCKS, TEACHER_STEPS = 10_000, EvaluateConfig.blocks, EvaluateConfig.teacher_steps
 EPILOG = """\
 One of three things at a time:
   --run runs/NAME                evaluates the run's teacher and student by the run's own protocol;
   --student and/or --teacher     evaluates networks on their own, against the held-out images of
-                                 --data (at most 2,000) or of the data set that ships;
+                                 --data (at most 2,000), or of the data set that ships in the shape
+                                 of their images, by the features that come with it;
   --fit-features DATA --out F    fits the network whose features images are compared by:
                                  an autoencoder, and a classifier too where the data have labels.
-                                 DATA is a path, the name of a data set, or `shipped`.
+                                 DATA is a path, the name of a data set, or `shipped` for {default}.
 Where an evaluation of the teacher by the very same protocol ships with advkd, or is stored in the
 run, its images are not sampled again unless you say --fresh.
 """
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="advkd evaluate",
         description="Evaluate networks beside real images, or fit the features for it.",
-        epilog=EPILOG,
+        epilog=EPILOG.format(default=DEFAULT),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--run", metavar="FOLDER", type=Path, help="a run of advkd train")
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--student", metavar="FOLDER", help="a student, or zoo:NAME")
     p.add_argument("--teacher", metavar="FOLDER", help="a DDPM, or zoo:NAME")
     p.add_argument("--scheduler", metavar="FOLDER", help="where scheduler_config.json is")
-    p.add_argument("--data", metavar="PATH", help="real images (default: those that ship)")
+    p.add_argument("--data", metavar="PATH", help="real images, or a data set (default: see below)")
     p.add_argument("--features", metavar="FOLDER", help="fitted by --fit-features")
     p.add_argument("--num", type=int, help=f"images of each network (default {NUM:,})")
     p.add_argument("--blocks", type=int, metavar="B", help=f"they are split into ({BLOCKS})")
@@ -153,8 +154,14 @@ def compare_networks(args: argparse.Namespace) -> None:
     student = None if args.student is None else load_student(args.student)
     teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
     channels, size = _shape(student, teacher)
-    images = real_images(args.data or "", size, channels, not args.no_crop)
-    net, features = _features(args.features, size, channels)
+    dataset = find(args.data) if args.data else for_shape(size, channels)
+    source = dataset or args.data
+    if not source:
+        raise DataError(
+            f"no data set ships with {size}x{size} pixels and {channels} channels: give --data"
+        )
+    net, features = _features(args.features, dataset, size, channels)
+    images = real_images(source, size, channels, not args.no_crop)
     steps = TEACHER_STEPS if args.teacher_steps is None else args.teacher_steps
     reference = images_reference(net, images.train, images.held_out)
     protocol = make_protocol(net, reference, teacher, num, blocks, steps)
@@ -178,29 +185,31 @@ def _shape(student: Student | None, teacher: UNet | None) -> tuple[int, int]:
     return shapes.pop()
 
 
-def _features(folder: str | None, size: int, channels: int) -> tuple[FeatureNet, str]:
-    """The feature network, and what it is in words."""
+def _features(
+    folder: str | None, dataset: Dataset | None, size: int, channels: int
+) -> tuple[FeatureNet, str]:
+    """The feature network, the data set's unless given by its folder, and what it is in words."""
     if folder is not None:
         net = load_features(resolve(folder))
         return net, f"{net.kind} ({folder})"
-    dataset = for_shape(size, channels)
-    if dataset is None or not dataset.features_source:
-        raise ValueError(
-            f"no features ship for {channels}x{size}x{size} images: fit some with --fit-features "
-            "DATA --out FOLDER, then give --features FOLDER"
-        )
-    net = load_features(resolve(dataset.features_source))
-    return net, f"{net.kind} that ships with advkd"
+    title = "these images" if dataset is None else dataset.title or dataset.name
+    if dataset is not None and dataset.features_source:
+        net = load_features(resolve(dataset.features_source))
+        if (net.size, net.channels) == (size, channels):
+            return net, f"{net.kind} that comes with {title}"
+    raise ValueError(
+        f"no features come with {title} of {channels}x{size}x{size}: fit some with --fit-features "
+        "DATA --out FOLDER, then give --features FOLDER"
+    )
 
 
-def _images_to_fit(args: argparse.Namespace) -> RealImages:
+def _images_to_fit(args: argparse.Namespace, dataset: Dataset | None) -> RealImages:
     """Images to fit features to, and others to try them on."""
-    name = SHIPPED if args.fit_features == "shipped" else args.fit_features
-    crop, found = not args.no_crop, find(name)
-    if found is not None:
-        size, channels = args.size or found.size, args.channels or found.channels
-        return real_images(name, size, channels, crop)
-    return hold_out(load_images(name, size=args.size, channels=args.channels, crop=crop))
+    path, crop = args.fit_features, not args.no_crop
+    if dataset is None:
+        return hold_out(load_images(path, size=args.size, channels=args.channels, crop=crop))
+    size, channels = args.size or dataset.size, args.channels or dataset.channels
+    return real_images(dataset, size, channels, crop)
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -209,11 +218,13 @@ def fit(args: argparse.Namespace) -> None:
         raise ValueError("--fit-features needs --out FOLDER")
     if (args.out / "config.json").exists():
         raise ValueError(f"{args.out} holds features already, and figures by them would not last")
-    images = _images_to_fit(args)
+    name = args.fit_features
+    dataset = default_dataset() if name == "shipped" else find(name)
+    images = _images_to_fit(args, dataset)
     settings = FitSettings(
         steps=FitSettings.steps if args.steps is None else args.steps,
         seed=args.seed or 0,
-        flip=not args.no_flip,
+        flip=not args.no_flip and (dataset is None or dataset.flip),
     )
     with StopSignals() as stop, progress_bar("features", settings.steps) as bar:
 

@@ -1,7 +1,7 @@
 """`python -m advkd.info`: versions, the instruction set, and which backend serves each op.
 
 With --plan FOLDER, the plan of a teacher or a student for the CPU engine: its operations, their
-sizes and FLOPs, and with --time what each takes here.
+sizes and FLOPs, with --time what each takes here, and the classes of a class-conditional network.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import argparse
 import importlib.util
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from advkd import ops
 from advkd.cli import guarded
+from advkd.data.source import MAX_NAMED, brief
 from advkd.engine.cpu import describe, lower
 from advkd.engine.interface import input_shape
 from advkd.files import read_json
@@ -64,6 +65,18 @@ def plan_report(source: str, batch: int, timed: bool) -> Iterator[str]:
     model = load_student(source) if is_student else load_teacher(source)
     size = input_shape(model)[1:]
     yield from describe(lower(model, size, batch=batch), batch, timed)
+    if model.num_classes is not None:
+        yield _classes(model.num_classes, model.class_names)
+
+
+def _classes(count: int, names: Sequence[str] | None) -> str:
+    """The classes that a network is conditional on, by number and name."""
+    words = f"{count:,} {'class' if count == 1 else 'classes'}"
+    if names is None:
+        return f"{words} without names"
+    named = [f"{label} {brief(name, 60)}" for label, name in enumerate(names[:MAX_NAMED])]
+    more = [f"and {count - MAX_NAMED:,} more"] if count > MAX_NAMED else []
+    return f"{words}: {', '.join([*named, *more])}"
 
 
 def main(argv: list[str] | None = None) -> int:

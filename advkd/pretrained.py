@@ -12,13 +12,14 @@ import importlib.resources
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from advkd.config import (
     MAX_CLASSES,
+    MAX_NAME,
     MAX_SIDE,
     TARGETS,
     ConfigError,
@@ -43,6 +44,9 @@ from advkd.models.student import Student
 from advkd.models.unet import UNet, config_from_diffusers, config_to_diffusers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# A key of a teacher's unet/config.json. Where a key begins with an underscore, diffusers passes
+# over it without a warning and writes it again with the rest: names outlive a fine-tuning there.
+CLASS_NAMES = "_class_names"
 
 # Attention names of uploads older than diffusers 0.15, and what they are called since.
 DEPRECATED_ATTENTION = {
@@ -131,10 +135,15 @@ def _names(stored: Sequence[str], rename: Callable[[str], str], file: Path) -> d
 
 
 def save_teacher(unet: UNet, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a diffusers pipeline folder: unet/, scheduler/ and, last, model_index.json."""
+    """Write a diffusers pipeline folder: unet/, scheduler/ and, last, model_index.json.
+
+    Raises ConfigError where `unet.class_names` are not names of its classes.
+    """
+    names = _class_names(unet.class_names, unet.num_classes)
     tensors = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
     write_tensors(folder / "unet" / WEIGHTS, tensors)
-    write_json(folder / "unet" / "config.json", config_to_diffusers(unet.config))
+    settings = config_to_diffusers(unet.config) | ({CLASS_NAMES: names} if names else {})
+    write_json(folder / "unet" / "config.json", settings)
     write_json(folder / "scheduler" / "scheduler_config.json", unet.schedule.to_diffusers())
     write_json(
         folder / "model_index.json",
@@ -162,10 +171,14 @@ def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNe
     with _naming(schedule_file):
         schedule = Schedule.from_diffusers(read_json(schedule_file))
     config_file = unet_folder / "config.json"
+    settings = read_json(config_file)
     with _naming(config_file):
-        config = config_from_diffusers(read_json(config_file))
+        config = config_from_diffusers(settings)
+        names = _class_names(settings.get(CLASS_NAMES), config.num_class_embeds)
     weights = _weights_file(unet_folder)
-    return load_network(lambda: UNet(config, schedule), config_file, weights, rename=_modern)
+    unet = load_network(lambda: UNet(config, schedule), config_file, weights, rename=_modern)
+    unet.class_names = names
+    return unet
 
 
 @contextlib.contextmanager
@@ -226,6 +239,21 @@ def _scheduler_file(folder: Path, scheduler: str | Path | None) -> Path:
     )
 
 
+def _class_names(names: Any, num_classes: int | None) -> tuple[str, ...] | None:
+    """Names of a network's classes, or None; ConfigError unless each class has one of its own."""
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError("class_names is not a list of texts")
+    if len(names) != num_classes:
+        raise ConfigError(f"class_names has {len(names)} names for {num_classes or 'no'} classes")
+    if not all(1 <= len(name) <= MAX_NAME for name in names):
+        raise ConfigError(f"class_names has a name that is not of 1 to {MAX_NAME} characters")
+    if len(set(names)) < len(names):
+        raise ConfigError("class_names has one name twice")
+    return tuple(names)
+
+
 @dataclasses.dataclass(frozen=True)
 class _StudentFile:
     """What a student's config.json says."""
@@ -234,11 +262,16 @@ class _StudentFile:
     channels: int = within(1, 1, 1024)
     target: str = one_of("denoised", TARGETS)
     num_classes: int | None = within(None, 1, MAX_CLASSES)
+    class_names: tuple[str, ...] | None = None
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
 
 
 def save_student(student: Student, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write model.safetensors and, last, config.json."""
+    """Write model.safetensors and, last, config.json.
+
+    Raises ConfigError where `student.class_names` are not names of its classes.
+    """
+    names = _class_names(student.class_names, student.num_classes)
     tensors = {name: tensor.to(dtype) for name, tensor in student.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors)
     write_json(
@@ -248,6 +281,7 @@ def save_student(student: Student, folder: Path, dtype: torch.dtype = torch.floa
             "channels": student.channels,
             "target": student.target,
             "num_classes": student.num_classes,
+            **({"class_names": names} if names else {}),
             "student": dataclasses.asdict(student.config),
         },
     )
@@ -266,10 +300,13 @@ def load_student(source: str | Path) -> Student:
         raise CheckpointError(f"{file} describes no student: it lacks {', '.join(missing)}")
     try:
         s = build(_StudentFile, settings, "")
+        names = _class_names(s.class_names, s.num_classes)
     except ConfigError as error:
         raise CheckpointError(f"{file} describes no student: {_brief(error)}") from None
-    return load_network(
+    student = load_network(
         lambda: Student(s.student, s.size, s.channels, s.target, s.num_classes),
         file,
         folder / "model.safetensors",
     )
+    student.class_names = names
+    return student

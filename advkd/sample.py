@@ -7,6 +7,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from advkd.cli import add_threads, guarded, use_threads
-from advkd.config import SAMPLERS
+from advkd.config import SAMPLERS, nearest
 from advkd.console import StopSignals, progress_bar
+from advkd.data.source import brief
 from advkd.engine.interface import input_shape
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
@@ -32,7 +34,8 @@ EPILOG = """\
 An image depends on --seed and its number alone: --first 10 --num 1 gives the eleventh of --num 64
 again. Without --student and --teacher, the student that ships is sampled. --out takes a grid of all
 images; --npz an archive of the arrays `images`, float32 (N, C, H, W) in [-1, 1], and `labels`,
-int64 (N,), for a class-conditional network.
+int64 (N,), for a class-conditional network. --class takes a class's name, in any case, or its
+number; `advkd info --plan FOLDER` lists both.
 """
 
 
@@ -52,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--first", type=int, default=0, metavar="n", help="number of the first image")
     p.add_argument("--out", metavar="FILE", type=Path, help="PNG (default: samples.png)")
     p.add_argument("--npz", metavar="FILE", type=Path, help="the numbers; without --out no PNG")
-    p.add_argument("--class", dest="label", type=int, metavar="c", help="only this class")
+    p.add_argument("--class", dest="label", metavar="c", help="only this class: a number or a name")
     p.add_argument("--exit-at", type=int, metavar="k", help="student: leave after submodule k")
     p.add_argument("--steps", type=int, help=f"teacher, ddim: default {TEACHER_STEPS}")
     p.add_argument("--eta", type=float, help="teacher, ddim: 0 (default) adds no noise, 1 most")
@@ -72,7 +75,8 @@ def sample(args: argparse.Namespace) -> None:
     png = args.out or (None if args.npz else Path("samples.png"))
     if png is not None and channels not in (1, 3):
         raise ValueError(f"a PNG has 1 or 3 channels, these images {channels}: use --npz alone")
-    y = _labels(args, model)
+    label = _label(args.label, model)
+    y = _labels(args, model, label)
     began = time.monotonic()
     images = _images(args, model, y)
     seconds = time.monotonic() - began
@@ -82,9 +86,10 @@ def sample(args: argparse.Namespace) -> None:
     if args.npz is not None:
         write_bytes(args.npz, _npz(images, y))
     shape = "x".join(str(side) for side in images.shape[1:])
+    files = ", ".join(str(path) for path in (png, args.npz) if path is not None)
     print(
-        f"{len(images)} images ({shape}) of {_words(args)}, seed {args.seed}, in {seconds:.2f} s: "
-        + ", ".join(str(path) for path in (png, args.npz) if path is not None)
+        f"{len(images)} images ({shape}) of {_words(args, model, label)}, seed {args.seed}, "
+        f"in {seconds:.2f} s: {files}"
     )
 
 
@@ -120,19 +125,50 @@ def _load(args: argparse.Namespace) -> Student | UNet:
     return load_student(args.student or SHIPPED)
 
 
-def _labels(args: argparse.Namespace, model: Student | UNet) -> Tensor | None:
-    """Labels y (N,) int64 of the images, or None for an unconditional network."""
-    classes = model.num_classes
-    if classes is None:
-        if args.label is not None:
-            raise ValueError("--class needs a class-conditional network, and this one is not")
+def _label(given: str | None, model: Student | UNet) -> int | None:
+    """The class that --class means: by its name, by its number, or by its name in another case."""
+    if given is None:
         return None
-    if args.label is None:
-        numbers = torch.arange(args.first, args.first + args.num)
-        return Noise(args.seed, Purpose.SAMPLING).labels(numbers, classes)
-    if not 0 <= args.label < classes:
-        raise ValueError(f"--class {args.label} is not between 0 and {classes - 1}")
-    return torch.full((args.num,), args.label)
+    if model.num_classes is None:
+        raise ValueError("--class needs a class-conditional network, and this one is not")
+    names = model.class_names or ()
+    if given in names:
+        return names.index(given)
+    try:
+        number = int(given)
+    except ValueError:
+        return _label_by_name(given, names, model.num_classes)
+    if not 0 <= number < model.num_classes:
+        raise ValueError(f"--class {number} is not between 0 and {model.num_classes - 1}")
+    return number
+
+
+def _label_by_name(given: str, names: Sequence[str], num_classes: int) -> int:
+    """The only class whose name is the given one but for the case of its letters."""
+    shown = brief(repr(given))
+    if not names:
+        raise ValueError(
+            f"--class {shown}: this network's classes have no names, only numbers from 0 to "
+            f"{num_classes - 1}"
+        )
+    found = [label for label, name in enumerate(names) if name.casefold() == given.casefold()]
+    if not found:
+        advice = brief(nearest(given, names))
+        raise ValueError(f"--class {shown} names no class of this network{advice}")
+    if len(found) > 1:
+        several = " and ".join(brief(repr(names[label])) for label in found[:2])
+        raise ValueError(f"--class {shown} could be {several}")
+    return found[0]
+
+
+def _labels(args: argparse.Namespace, model: Student | UNet, label: int | None) -> Tensor | None:
+    """Labels y (N,) int64 of the images, or None for an unconditional network."""
+    if model.num_classes is None:
+        return None
+    if label is not None:
+        return torch.full((args.num,), label)
+    numbers = torch.arange(args.first, args.first + args.num)
+    return Noise(args.seed, Purpose.SAMPLING).labels(numbers, model.num_classes)
 
 
 def _images(args: argparse.Namespace, model: Student | UNet, y: Tensor | None) -> Tensor:
@@ -170,16 +206,18 @@ def _npz(images: Tensor, y: Tensor | None) -> bytes:
     return buffer.getvalue()
 
 
-def _words(args: argparse.Namespace) -> str:
+def _words(args: argparse.Namespace, model: Student | UNet, label: int | None) -> str:
     """What was sampled, and how."""
-    label = "" if args.label is None else f", class {args.label}"
+    of = "" if label is None else f", class {label}"
+    if label is not None and model.class_names is not None:
+        of += f" ({brief(model.class_names[label], 60)})"
     if not args.teacher:
         early = "" if args.exit_at is None else f" up to submodule {args.exit_at}"
-        return f"{args.student or SHIPPED} in one network pass{early}{label}"
+        return f"{args.student or SHIPPED} in one network pass{early}{of}"
     if args.sampler == "ddpm":
-        return f"{args.teacher} by DDPM{label}"
+        return f"{args.teacher} by DDPM{of}"
     steps = TEACHER_STEPS if args.steps is None else args.steps
-    return f"{args.teacher} by DDIM in {steps} steps, eta {args.eta or 0:g}{label}"
+    return f"{args.teacher} by DDIM in {steps} steps, eta {args.eta or 0:g}{of}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from advkd.config import (
     presets,
     resolutions_for,
 )
-from advkd.data import dataset_names, probe
+from advkd.data import dataset_names, find, probe
 from advkd.engine.interface import input_shape
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets())}, or a .toml")
-    p.add_argument("--data", metavar="PATH", help="folder of images, .npz/.npy array or IDX file")
+    p.add_argument(
+        "--data", metavar="PATH", help="folder of images, .npz/.npy array, IDX file or data set"
+    )
     p.add_argument("--teacher", metavar="FOLDER", help="a DDPM saved by diffusers or advkd")
     p.add_argument("--name", help="name of the run (default: the preset's, or the folder's)")
     p.add_argument(
@@ -139,11 +141,13 @@ def _assignments(args: argparse.Namespace) -> list[str]:
     }
     if args.teacher is None and (args.data or args.stage == "teacher"):
         paths["teacher.source"] = ""  # train one, also where the preset would take the zoo's
+    dataset = find(args.data) if args.data else None
+    mirrored = not args.no_flip and (dataset is None or dataset.flip)
     plain: dict[str, object] = {
         "data.size": args.size,
         "data.channels": args.channels,
         "data.crop": "false" if args.no_crop else None,
-        "data.flip": "false" if args.no_flip else None,
+        "data.flip": None if mirrored else "false",
         "trajectory.num": args.trajectories,
         "run.seed": args.seed,
         "run.threads": args.threads or None,

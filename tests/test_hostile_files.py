@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -92,6 +93,7 @@ UNET = UNetConfig(
     norm_num_groups=4,
 )
 STUDENT = StudentConfig("unet", (4, 8), (16, 8), attention=(4,), groups=4)
+NAMES = ("bag", "coat", "shirt")
 
 
 # Mutations.
@@ -309,7 +311,9 @@ class Reader:
 
 def write_teacher(folder: Path) -> None:
     torch.manual_seed(0)
-    save_teacher(UNet(UNET, Schedule(num_train_timesteps=50)), folder)
+    unet = UNet(dataclasses.replace(UNET, num_class_embeds=3), Schedule(num_train_timesteps=50))
+    unet.class_names = NAMES
+    save_teacher(unet, folder)
 
 
 def read_teacher(folder: Path) -> None:
@@ -322,7 +326,9 @@ def read_teacher(folder: Path) -> None:
 
 def write_student(folder: Path) -> None:
     torch.manual_seed(0)
-    save_student(Student(STUDENT, 8, 1), folder)
+    student = Student(STUDENT, 8, 1, num_classes=3)
+    student.class_names = NAMES
+    save_student(student, folder)
 
 
 def write_features(folder: Path) -> None:

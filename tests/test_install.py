@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -82,6 +84,20 @@ def test_every_source_is_compiled_to_an_object_of_its_own(build: ModuleType) -> 
     sources = {source for source, *_ in build.compile_units("x86_64", "no CUDA")}
     left_out = {*(ROOT / "csrc").rglob("*.cpp")} - sources
     assert {source.name for source in left_out} == {"cuda_bindings.cpp"}
+
+
+def test_the_package_holds_the_data_sets(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(build, "setup", given.update)
+    monkeypatch.setenv("ADVKD_EXT", "0")
+    build.main()
+    patterns, package = given["package_data"]["advkd"], ROOT / "advkd"
+    packed = {name for p in patterns for name in glob(p, root_dir=package, recursive=True)}
+    files = [file for file in (package / "data" / "datasets").rglob("*") if file.is_file()]
+    assert len(files) >= 13
+    assert {str(file.relative_to(package)) for file in files} <= packed
 
 
 def test_the_names_of_exact_sources_are_those_of_files(build: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from advkd.files import LISTED, CheckpointError, read_tensors, write_tensors
 from advkd.models.student import Student
 from advkd.models.unet import UNet, config_from_diffusers
 from advkd.pretrained import (
+    CLASS_NAMES,
     WEIGHTS,
     load_network,
     load_student,
@@ -259,6 +261,82 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+NAMES = ("T-shirt/top", "\N{LATIN SMALL LETTER E WITH ACUTE}t\udcff \n", "2")
+
+
+def our_conditional_teacher() -> UNet:
+    config = dataclasses.replace(config_from_diffusers(SETTINGS), num_class_embeds=3)
+    return UNet(config, Schedule(num_train_timesteps=100)).eval()
+
+
+def test_names_of_classes_come_back(tmp_path: Path) -> None:
+    teacher, student = our_conditional_teacher(), our_student(num_classes=3)
+    for names in (None, NAMES):
+        teacher.class_names = student.class_names = names
+        save_teacher(teacher, tmp_path / "teacher")
+        save_student(student, tmp_path / "student")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert load_teacher(tmp_path / "teacher").class_names == names
+            assert load_student(tmp_path / "student").class_names == names
+        for file in ("teacher/unet/config.json", "student/config.json"):
+            assert ("class_names" in (tmp_path / file).read_text()) == (names is not None)
+
+
+def test_names_of_classes_travel_through_diffusers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = our_conditional_teacher()
+    ours.class_names = NAMES
+    save_teacher(ours, tmp_path / "ours")
+    pipe = DDIMPipeline.from_pretrained(tmp_path / "ours")
+    assert "class_names" not in caplog.text
+    pipe.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "theirs", tmp_path / "theirs" / "unet"):
+        assert load_teacher(folder, tmp_path / "theirs" / "scheduler").class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("abc", "list of texts|list of str"),
+        (["a", "b", 3], "list of texts|type str"),
+        (["a", "b", None], "list of texts|type str"),
+        (["a", "b"], "2 names for 3 classes"),
+        (["a"] * 100_000, "100000 names for 3 classes"),
+        (["a", "b", "a"], "one name twice"),
+        (["a", "b", ""], "1 to 255 characters"),
+        (["a", "b", "c" * 256], "1 to 255 characters"),
+    ],
+)
+def test_names_that_are_no_names_of_the_classes(tmp_path: Path, names: Any, words: str) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    save_teacher(our_conditional_teacher(), teacher)
+    edit(teacher / "unet" / "config.json", **{CLASS_NAMES: names})
+    with pytest.raises(ConfigError, match=rf"config\.json: .*({words})"):
+        load_teacher(teacher)
+    save_student(our_student(num_classes=3), student)
+    edit(student / "config.json", class_names=names)
+    with pytest.raises(CheckpointError, match=rf"config\.json describes no student.*({words})"):
+        load_student(student)
+
+
+def test_names_without_classes(tmp_path: Path) -> None:
+    """Neither read nor written: what is saved can be loaded."""
+    for model, save in ((our_teacher(), save_teacher), (our_student(), save_student)):
+        save(model, tmp_path)
+        model.class_names = NAMES
+        with pytest.raises(ConfigError, match="3 names for no classes"):
+            save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    edit(tmp_path / "unet" / "config.json", **{CLASS_NAMES: NAMES})
+    with pytest.raises(ConfigError, match="3 names for no classes"):
+        load_teacher(tmp_path)
+    edit(tmp_path / "config.json", class_names=NAMES)
+    with pytest.raises(CheckpointError, match="3 names for no classes"):
+        load_student(tmp_path)
+
+
 def test_half_precision_folders_load_in_float32(tmp_path: Path) -> None:
     ours = our_teacher()
     save_teacher(ours, tmp_path, torch.float16)
@@ -465,9 +543,10 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
         load_teacher(tmp_path)
 
 
-def our_student() -> Student:
+def our_student(num_classes: int | None = None) -> Student:
     torch.manual_seed(4)
-    return Student(StudentConfig("unet", (4, 8), (16, 8), attention=(4,), groups=4), 8, 1).eval()
+    config = StudentConfig("unet", (4, 8), (16, 8), attention=(4,), groups=4)
+    return Student(config, 8, 1, num_classes=num_classes).eval()
 
 
 @pytest.mark.parametrize(

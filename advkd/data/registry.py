@@ -28,12 +28,13 @@ from typing import Literal
 
 import numpy as np
 
-from advkd.config import MAX_SIDE, ConfigError, build, nearest, within
+from advkd.config import MAX_NAME, MAX_SIDE, ConfigError, build, nearest, within
 from advkd.data.readers import open_source
 from advkd.data.source import DataError, ImageSet, Source, brief
 
 DESCRIPTION = "dataset.toml"
 SEARCH_PATH = "ADVKD_DATASETS"
+DEFAULT = "fashion-mnist"  # of a run that names neither images nor a teacher
 _SHIPPED = Path(__file__).parent / "datasets"
 _MAX_BYTES = 1 << 20  # of a dataset.toml
 
@@ -66,6 +67,11 @@ class Dataset(Description):
 
     name: str = ""
     folder: Path = Path()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, channels) of its images."""
+        return self.size, self.channels
 
     def open(
         self,
@@ -158,14 +164,34 @@ def dataset_names() -> list[str]:
 def for_shape(size: int, channels: int) -> Dataset | None:
     """The first data set whose images have this shape, those that ship first; None without one."""
     described = (_read(folder) for folder in _registered())
-    return next((d for d in described if (d.size, d.channels) == (size, channels)), None)
+    return next((d for d in described if d.shape == (size, channels)), None)
+
+
+def for_teacher(source: str) -> Dataset | None:
+    """The data set that a teacher of the zoo was trained on, which its name tells: `zoo:NAME`, or
+    `zoo:NAME-...` where there are several, is of the data set NAME that ships. None for others."""
+    scheme, _, teacher = source.partition(":")
+    found = [f for f in _folders(_SHIPPED) if f"{teacher}-".startswith(f"{f.name}-")]
+    if scheme != "zoo" or not found:
+        return None
+    return _read(max(found, key=lambda folder: len(folder.name)))
+
+
+def default_dataset() -> Dataset:
+    """The data set of runs that name neither images nor a teacher."""
+    return _read(_SHIPPED / DEFAULT)
 
 
 def _registered() -> Iterator[Path]:
     """Folders of all registered data sets, by name within each folder that holds some."""
     places = [_SHIPPED, *map(Path, filter(None, os.environ.get(SEARCH_PATH, "").split(os.pathsep)))]
     for place in places:
-        yield from sorted(file.parent for file in place.glob(f"*/{DESCRIPTION}"))
+        yield from _folders(place)
+
+
+def _folders(place: Path) -> list[Path]:
+    """The folders of data sets in this one, by name."""
+    return sorted(file.parent for file in place.glob(f"*/{DESCRIPTION}"))
 
 
 def _read(folder: Path) -> Dataset:
@@ -194,6 +220,8 @@ def _check(described: Description) -> None:
         raise ConfigError("it lacks the key 'splits.train'")
     if len(described.classes) == 1 or len(set(described.classes)) < len(described.classes):
         raise ConfigError("'classes' lists two names at least, each once")
+    if not all(1 <= len(name) <= MAX_NAME for name in described.classes):
+        raise ConfigError(f"'classes' has a name that is not of 1 to {MAX_NAME} characters")
     inside = {"splits.train": described.splits.train, "splits.test": described.splits.test}
     if not described.features.startswith("zoo:"):
         inside["features"] = described.features

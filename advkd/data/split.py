@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from advkd.data.images import probe
-from advkd.data.registry import Dataset, find, for_shape
+from advkd.data.registry import Dataset, find
 from advkd.data.source import DataError, ImageSet
 
 MIN_IMAGES = 30  # a fifth is held out, and 5 nearest neighbors need 6 images
@@ -22,29 +22,20 @@ class RealImages:
     held_out: ImageSet
 
 
-def real_images(path: str, size: int, channels: int, crop: bool) -> RealImages:
-    """The images of a path or of a data set by name; "" is the data set that ships in this shape.
+def real_images(source: str | Dataset, size: int, channels: int, crop: bool) -> RealImages:
+    """The images of a path, or of a data set or its name.
 
     A data set's own test images are held out, else a part of the others. Raises DataError for what
-    cannot be read, and where nothing ships in this shape.
+    cannot be read.
     """
-    found = dataset_of(path, size, channels)
-    if found is None and not path:
-        raise DataError(
-            f"no data set ships with {size}x{size} pixels and {channels} channels: give --data"
-        )
+    found = source if isinstance(source, Dataset) else find(source)
     if found is None:
-        return hold_out(probe(path, size=size, channels=channels, crop=crop).load())
+        return hold_out(probe(str(source), size=size, channels=channels, crop=crop).load())
     train = found.open("train", size=size, channels=channels, crop=crop).load()
     if not found.splits.test:
         return hold_out(train)
     test = found.open("test", size=size, channels=channels, crop=crop).load()
     return RealImages(train, test)
-
-
-def dataset_of(path: str, size: int, channels: int) -> Dataset | None:
-    """The data set of `real_images`; None where the images are none."""
-    return find(path) if path else for_shape(size, channels)
 
 
 def hold_out(images: ImageSet) -> RealImages:

@@ -107,8 +107,9 @@ class Student(nn.Module):
     `size` (S, pixels) and `channels` (C) are those of its images, `config.stages` the resolutions r
     of its submodules, K in number. `exit_at=k` (1..K) returns the image of head k and skips what
     follows; `target="state"` means that the heads predict noisy states, and then exit_at must be K.
-    `num_classes` makes the student conditional on labels y (B,) int64. Images are float32 in about
-    [-1, 1]. Raises ValueError for settings that do not fit each other.
+    `num_classes` makes the student conditional on labels y (B,) int64; `class_names`, label 0
+    first, are None where the classes have no names. Images are float32 in about [-1, 1]. Raises
+    ValueError for settings that do not fit each other.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Student(nn.Module):
         _check(config, size, target)
         self.config, self.size, self.channels = config, size, channels
         self.target, self.num_classes = target, num_classes
+        self.class_names: tuple[str, ...] | None = None
         temb = (config.class_width or 4 * config.widths[0]) if num_classes else None
         self.class_embedding = nn.Embedding(num_classes, temb) if num_classes and temb else None
         resolutions = sorted(set(config.stages), reverse=True)

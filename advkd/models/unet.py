@@ -232,8 +232,8 @@ class UNet(nn.Module):
     """The teacher's network: `unet(x_t, t, y=None)`, (B, C, H, W) -> prediction (B, C_out, H, W).
 
     t is a scalar or (B,) timestep in [0, T); y (B,) int64 labels where num_class_embeds is set.
-    `schedule` is the noise schedule it was trained with. Raises ValueError for settings that do not
-    fit each other.
+    `schedule` is the noise schedule it was trained with; `class_names`, label 0 first, are None
+    where the classes have no names. Raises ValueError for settings that do not fit each other.
     """
 
     def __init__(self, config: UNetConfig, schedule: Schedule | None = None):
@@ -241,6 +241,7 @@ class UNet(nn.Module):
         check_unet(config)
         self.config = config
         self.schedule = Schedule() if schedule is None else schedule
+        self.class_names: tuple[str, ...] | None = None
         widths = config.block_out_channels
         hidden = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)

@@ -6,6 +6,7 @@ import torch
 
 from advkd import device
 from advkd.config import Config, ConfigError, as_tree, build
+from advkd.data import for_shape
 from advkd.diffusion import Schedule
 from advkd.engine.interface import input_shape
 from advkd.engine.sampling import table_of
@@ -63,7 +64,12 @@ def _check_images(run: Run, teacher: UNet) -> None:
     images = run.images()
     if images is None:
         if not run.config.teacher.source:
-            raise ConfigError("there is neither a teacher to take nor data to train one on")
+            fitting = for_shape(data.size, data.channels)
+            advice = f", such as {fitting.name}" if fitting else ""
+            raise ConfigError(
+                "there is neither a teacher to take nor data to train one on: give --teacher or "
+                f"--data{advice}"
+            )
     elif not (run.config.teacher.source or run.is_done("teacher")):
         check_data(run.config, images.train)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from advkd.data import ImageSet, for_shape
+from advkd.data import ImageSet
 from advkd.data.trajectories import Trajectories
 from advkd.evaluation.features import (
     FeatureNet,
@@ -33,16 +33,18 @@ FEATURE_STEPS = 400  # of features that are fitted within a run
 
 
 def features_of(run: Run) -> FeatureNet:
-    """The feature network: configured, shipped where it fits, else fitted on the run's data."""
+    """The feature network: configured, the data set's where it fits, else fitted in the run."""
     config, images = run.config, run.images()
     if config.evaluate.features:
         return load_features(resolve(config.evaluate.features))
     own = run.path / "features"
     if (own / "config.json").is_file():
         return load_features(own)
-    dataset = run.dataset or for_shape(config.data.size, config.data.channels)
+    dataset = run.dataset
     if dataset is not None and dataset.features_source:
-        return load_features(resolve(dataset.features_source))
+        net = load_features(resolve(dataset.features_source))
+        if (net.size, net.channels) == (config.data.size, config.data.channels):
+            return net
     train = _sampled_images(run) if images is None else images.train
     settings = FitSettings(steps=FEATURE_STEPS, flip=config.data.flip)
     save_features(fit_features(train, settings=settings), own)
@@ -93,8 +95,9 @@ def _features_words(run: Run, net: FeatureNet) -> str:
     kind = net.kind
     if run.config.evaluate.features:
         return f"{kind} ({run.config.evaluate.features})"
-    if not (run.path / "features" / "config.json").is_file():
-        return f"{kind} that ships with advkd"
+    dataset = run.dataset
+    if dataset is not None and not (run.path / "features" / "config.json").is_file():
+        return f"{kind} that comes with {dataset.title or dataset.name}"
     return f"{kind} fitted on the {'training images' if run.has_images else 'trajectories'}"
 
 

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from advkd.config import Config, ConfigError
-from advkd.data import Dataset
-from advkd.data.split import RealImages, dataset_of, real_images
+from advkd.data import Dataset, find
+from advkd.data.registry import default_dataset, for_teacher
+from advkd.data.split import RealImages, real_images
 from advkd.evaluation.protocol import images_hash
 from advkd.files import read_json, write_json
 from advkd.models.student import Student
@@ -25,9 +26,8 @@ class Run(RunFolder):
 
     @property
     def has_images(self) -> bool:
-        """Whether there are real images: the user's, or those of a teacher that ships."""
-        source = self.config.teacher.source
-        return bool(self.config.data.path) or not source or source.startswith("zoo:")
+        """Whether there are real images: the user's, or those of the run's data set."""
+        return bool(self.config.data.path) or self.dataset is not None
 
     def images(self) -> RealImages | None:
         """Real images, or None where a teacher is distilled without any.
@@ -36,7 +36,8 @@ class Run(RunFolder):
         """
         if self._images is None and self.has_images:
             d = self.config.data
-            self._images = real_images(d.path, d.size, d.channels, d.crop)
+            source = d.path or self.dataset or ""
+            self._images = real_images(source, d.size, d.channels, d.crop)
             self._check_same(self._images)
         return self._images
 
@@ -56,9 +57,17 @@ class Run(RunFolder):
 
     @property
     def dataset(self) -> Dataset | None:
-        """The data set that the run's images are of; without images, one of their shape."""
-        d = self.config.data
-        return dataset_of(d.path, d.size, d.channels)
+        """The data set that the run's images or its teacher are of, never one of their shape alone.
+
+        It is the one that `data.path` names, else that of a teacher that ships. A run that names
+        neither images nor a teacher is of the default one, if that has the run's shape.
+        """
+        d, source = self.config.data, self.config.teacher.source
+        named = find(d.path) if d.path else None
+        if named is not None or source:
+            return named or for_teacher(source)
+        default = default_dataset()
+        return default if not d.path and default.shape == (d.size, d.channels) else None
 
     def given_teacher(self) -> UNet:
         """The teacher that the configuration names, at the size of the run's images."""

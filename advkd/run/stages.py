@@ -105,8 +105,9 @@ def make_trajectories(run: Run) -> float:
 def make_student(run: Run) -> float:
     """Distill the student."""
     store = Trajectories(run.path / "trajectories", run.config.trajectory.num)
-    images = run.images()
-    return distill_student(run.config, store, run.path, None if images is None else images.train)
+    images, names = run.images(), run.teacher().class_names
+    train = None if images is None else images.train
+    return distill_student(run.config, store, run.path, train, names)
 
 
 def make_evaluation(run: Run) -> float:

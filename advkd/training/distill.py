@@ -293,19 +293,25 @@ class Distillation(Training):
 
 
 def distill_student(
-    config: Config, trajectories: Trajectories, run: Path, images: ImageSet | None = None
+    config: Config,
+    trajectories: Trajectories,
+    run: Path,
+    images: ImageSet | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> float:
     """Train a student from scratch, or on from its last checkpoint; save `run/student`.
 
-    `images` are the training images, where there are any, for a fresh adversary. Returns the
-    seconds of training, interrupted parts included. Raises TrainingError on a value that is not
-    finite and Interrupted after a signal, both with the state on disk.
+    `images` are the training images, where there are any, for a fresh adversary; `class_names` are
+    those of the teacher. Returns the seconds of training, interrupted parts included. Raises
+    TrainingError on a value that is not finite and Interrupted after a signal, both with the state
+    on disk.
     """
     training = Distillation(config, trajectories, images)
     s = config.distill
     seconds = run_training(
         training, run, s.steps, s.log_every, s.checkpoint_every, config.run.threads
     )
+    training.ema.model.class_names = class_names
     save_student(training.ema.model, run / "student")
     drop_checkpoints(run / "checkpoints", STAGE)
     return seconds

@@ -65,6 +65,9 @@ class TeacherTraining(Training):
         self.device = device.resolve(config.run.device)
         with global_seed(config.run.seed, self.device):
             unet = _initial_unet(config)
+        names = images.classes or ()
+        # A network for more classes than there are would have some without a name.
+        unet.class_names = names if len(names) == unet.num_classes else None
         unet = unet.to(self.device)
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.unet, self.settings.ema)

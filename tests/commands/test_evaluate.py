@@ -32,7 +32,13 @@ from advkd.evaluate import (
     parser,
 )
 from advkd.evaluation.distances import frechet_distance, precision_recall
-from advkd.evaluation.features import accuracy, extract, load_features
+from advkd.evaluation.features import (
+    FeatureNet,
+    accuracy,
+    extract,
+    load_features,
+    save_features,
+)
 from advkd.evaluation.figures import compare, evaluation_of, measure
 from advkd.evaluation.protocol import EVALUATION_SEED, images_reference, make_protocol
 from advkd.evaluation.stored import load_evaluation, save_evaluation
@@ -123,6 +129,17 @@ def test_features_of_a_data_set_by_name(tmp_path: Path, capsys: pytest.CaptureFi
         shipped = load_features(resolve(dataset("fashion-mnist").features_source))
         assert net.class_names == shipped.class_names
         assert net.class_names is not None and net.class_names[5] == "sandal"
+
+
+def test_features_mind_which_images_may_be_mirrored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "features"
+    assert main(["--fit-features", "avatars", "--out", str(out), "--steps", "1"]) == 0
+    assert "right on 2,100 held-out images" in capsys.readouterr().out
+    net = load_features(out)
+    assert (net.channels, net.size, net.record["flip"]) == (3, 32, False)
+    assert net.class_names == ("pixel-art", "open-peeps", "lorelei")
 
 
 def test_fitted_autoencoder(
@@ -333,17 +350,6 @@ def test_runs_that_cannot_be_evaluated(
 
 
 @pytest.mark.parametrize(
-    ("path", "source", "expected"),
-    [("", "", True), ("", "zoo:x", True), ("", "/a/teacher", False), ("x.npz", "/a/teacher", True)],
-)
-def test_which_runs_have_images(path: str, source: str, expected: bool) -> None:
-    config = Config(data=DataConfig(path=path))
-    teacher = dataclasses.replace(config.teacher, source=source)
-    run = Run(Path("absent"), dataclasses.replace(config, teacher=teacher))
-    assert run.has_images is expected
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give either --run, or --student and --teacher, or --fit-features"),
@@ -373,6 +379,39 @@ def test_networks_that_do_not_fit(
     save_student(Student(STUDENT, 8, 3), tmp_path / "rgb")
     assert main(["--student", str(tmp_path / "rgb"), "--teacher", str(given / "teacher")]) == 1
     assert "different sizes or channels" in capsys.readouterr().err
+
+
+def test_networks_on_their_own_are_compared_with_what_ships_in_their_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the protocol says which data set that is."""
+    config = StudentConfig(stages=(16, 32), widths=(8, 8), attention=(), groups=4)
+    save_student(Student(config, 32, 3), tmp_path / "student")
+    save_features(FeatureNet(3, 32), tmp_path / "features")
+    arguments = ["--student", str(tmp_path / "student"), "--num", "6"]
+    assert main(arguments) == 1
+    assert "no features come with Avatars of 3x32x32: fit some" in capsys.readouterr().err
+    assert main([*arguments, "--features", str(tmp_path / "features")]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "compared with 2,100 held-out images of Avatars (test)." in words
+
+
+def test_features_that_ship_are_for_the_images_that_they_come_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = StudentConfig(stages=(14, 28), widths=(8, 8), attention=(), groups=4)
+    save_student(Student(config, 28, 1), tmp_path / "student")
+    np.savez(tmp_path / "own.npz", images=np.zeros((40, 28, 28), np.uint8))
+    arguments = ["--student", str(tmp_path / "student"), "--num", "6"]
+    assert main([*arguments, "--data", str(tmp_path / "own.npz")]) == 1
+    assert "no features come with these images of 1x28x28: fit some" in capsys.readouterr().err
+    assert main([*arguments, "--data", "avatars"]) == 1
+    assert "no features come with Avatars of 1x28x28: fit some" in capsys.readouterr().err
+    for data in ([], ["--data", "fashion-mnist"]):
+        assert main([*arguments, *data]) == 0
+        words = " ".join(capsys.readouterr().out.split()).replace("Fashion- MNIST", "Fashion-MNIST")
+        assert "held-out images of Fashion-MNIST (test)." in words
+        assert "a small classifier that comes with Fashion-MNIST" in words
 
 
 def test_modes() -> None:

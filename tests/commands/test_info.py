@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from advkd import info, ops
+from advkd.config import StudentConfig
+from advkd.models.student import Student
 from advkd.ops import _backend
+from advkd.pretrained import save_student
 
 
 def test_the_report_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +46,30 @@ def test_a_plan_is_described(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert any(line.startswith("attention") for line in lines)
     assert any("GFLOP an image" in line for line in lines)
     assert any("GFLOP/s" in line for line in lines)
+
+
+@pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("cat", "dog"), "2 classes: 0 cat, 1 dog"),
+        (("cat\n", "d" * 100), f"2 classes: 0 cat\\n, 1 {'d' * 60}..."),
+        (None, "2 classes without names"),
+        (tuple(map(str, range(202))), "199 199, and 2 more"),
+    ],
+)
+def test_a_networks_classes_are_named(
+    names: tuple[str, ...] | None,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = StudentConfig(stages=(4, 8), widths=(8, 8), attention=(4,), groups=4)
+    student = Student(config, 8, 1, num_classes=len(names or "ab"))
+    student.class_names = names
+    save_student(student, tmp_path)
+    assert info.main(["--plan", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(words)
 
 
 def test_a_plan_of_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -59,9 +60,13 @@ def teacher(tmp_path: Path) -> str:
     return str(tmp_path / "teacher")
 
 
-def _student(folder: Path, channels: int = 1, **settings: Any) -> str:
+def _student(
+    folder: Path, channels: int = 1, names: tuple[str, ...] | None = None, **settings: Any
+) -> str:
     torch.manual_seed(0)
-    save_student(Student(STUDENT, 8, channels, **settings), folder)
+    student = Student(STUDENT, 8, channels, **settings)
+    student.class_names = names
+    save_student(student, folder)
     return str(folder)
 
 
@@ -132,6 +137,103 @@ def test_labels(conditional: str, tmp_path: Path) -> None:
     assert (difference[same] == 0).all() and (difference[~same] > 0).all()
 
 
+NAMES = ("ankle boot", "1", "Bag", "BAG", "Stra\u00dfe", "line\nbreak")
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> str:
+    return _student(tmp_path / "named", num_classes=6, names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("given", "label", "words"),
+    [
+        ("ankle boot", 0, "class 0 (ankle boot)"),
+        ("Ankle BOOT", 0, "class 0 (ankle boot)"),
+        ("0", 0, "class 0 (ankle boot)"),
+        ("1", 1, "class 1 (1)"),
+        ("Bag", 2, "class 2 (Bag)"),
+        ("BAG", 3, "class 3 (BAG)"),
+        ("3", 3, "class 3 (BAG)"),
+        ("STRASSE", 4, "class 4 (Stra\u00dfe)"),
+        ("5", 5, r"class 5 (line\nbreak)"),
+    ],
+)
+def test_a_class_by_number_or_name(
+    given: str,
+    label: int,
+    words: str,
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    npz = tmp_path / "images.npz"
+    arguments = ["--student", named, "--num", "2", "--npz", str(npz)]
+    assert main([*arguments, "--class", given]) == 0
+    assert np.array_equal(_arrays(npz)["labels"], [label, label])
+    said = capsys.readouterr().out
+    assert f"in one network pass, {words}, seed 0" in said and said.count("\n") == 1
+
+
+def test_a_name_that_is_a_number_comes_before_the_number(tmp_path: Path) -> None:
+    """Of the digits from 1 up, which folders are named after, 1 has the label 0."""
+    digits = _student(tmp_path / "digits", num_classes=3, names=("1", "2", "3"))
+    npz = tmp_path / "images.npz"
+    for given, label in (("1", 0), ("3", 2), ("0", 0)):
+        assert main(["--student", digits, "--num", "1", "--npz", str(npz), "--class", given]) == 0
+        assert _arrays(npz)["labels"].tolist() == [label]
+
+
+def test_a_class_of_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unet = UNet(dataclasses.replace(TEACHER, num_class_embeds=2), Schedule(num_train_timesteps=6))
+    unet.class_names = ("cat", "dog")
+    save_teacher(unet, tmp_path / "teacher")
+    npz = tmp_path / "images.npz"
+    arguments = ["--teacher", str(tmp_path / "teacher"), "--steps", "2", "--npz", str(npz)]
+    assert main([*arguments, "--num", "2", "--class", "dog"]) == 0
+    assert "by DDIM in 2 steps, eta 0, class 1 (dog), seed 0" in capsys.readouterr().out
+    expected = generate(unet.eval(), 2, 0, 2, y=torch.tensor([1, 1]))
+    assert np.allclose(_arrays(npz)["images"], expected.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "ankle boots",
+            "--class 'ankle boots' names no class of this network; the nearest is 'ankle",
+        ),
+        ("", "--class '' names no class of this network; the nearest is"),
+        ("bag", "--class 'bag' could be 'Bag' and 'BAG'"),
+        ("6", "--class 6 is not between 0 and 5"),
+        ("-1", "--class -1 is not between 0 and 5"),
+        ("9" * 5000, "9... names no class of this network"),
+        ("a\nb", r"--class 'a\nb' names no class of this network"),
+    ],
+)
+def test_names_of_no_class(
+    given: str,
+    message: str,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--student", named, "--class", given]
+    _refused(arguments, message, tmp_path, monkeypatch, capsys)
+
+
+def test_a_name_where_classes_have_none(
+    conditional: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = "--class 'bag': this network's classes have no names, only numbers from 0 to 2"
+    arguments = ["--student", conditional, "--class", "bag"]
+    _refused(arguments, message, tmp_path, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -197,6 +299,7 @@ def test_more_channels_than_a_png_has(
         (["--sampler", "ddim"], "--sampler needs --teacher"),
         (["--exit-at", "3"], "exit_at=3 is not between 1 and 2"),
         (["--class", "1"], "--class needs a class-conditional network"),
+        (["--class", "bag"], "--class needs a class-conditional network"),
     ],
 )
 def test_refused_for_a_student(

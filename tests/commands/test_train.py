@@ -391,6 +391,35 @@ def test_arguments_that_are_short_for_keys(given: Path) -> None:
     assert config.distill.lr == 2e-4
 
 
+def test_a_data_set_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configured("--data", "avatars")
+    assert (config.name, config.data.path, config.teacher.source) == ("avatars", "avatars", "")
+    assert (config.data.size, config.data.channels, config.data.flip) == (32, 3, False)
+    assert config.unet.num_class_embeds is None
+    again = configured("--preset", "cifar10-32", "--data", "avatars", "--set", "data.flip=true")
+    assert (again.data.path, again.data.flip) == ("avatars", True)
+    assert not configured("--preset", "cifar10-32", "--data", "avatars").data.flip
+    assert configured("--preset", "cifar10-32", "--data", "elsewhere").data.flip
+
+
+def test_a_teacher_of_avatars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--data",
+        "avatars",
+        "--stage",
+        "teacher",
+        *small_settings("unet", "teacher.steps"),
+    ]
+    settings = ("unet.block_out_channels=[8,8,8]", "unet.norm_num_groups=4", "teacher.steps=1")
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    assert main([*arguments, "--set", "unet.num_class_embeds=3"]) == 0
+    teacher = load_teacher(tmp_path / "runs" / "avatars" / "teacher")
+    assert teacher.class_names == ("pixel-art", "open-peeps", "lorelei")
+    assert (teacher.config.sample_size, teacher.config.in_channels) == (32, 3)
+
+
 # Killed.
 
 IMPORTS, WORK = "from advkd.train import main", "code = main(arguments)"
@@ -525,7 +554,9 @@ def test_classes_lead_through_the_whole_job(
     assert "2 classes: dark (24), light (16)" in said and ".txt files (1)" in said
     run = tmp_path / "runs" / "photos"
     student = load_student(run / "student")
-    assert student.num_classes == load_teacher(run / "teacher").num_classes == 2
+    teacher = load_teacher(run / "teacher")
+    assert student.num_classes == teacher.num_classes == 2
+    assert student.class_names == teacher.class_names == ("dark", "light")
     index = json.loads((run / "trajectories" / "index.json").read_text())
     assert index["num_classes"] == 2
     summary = json.loads((run / "report" / "summary.json").read_text())

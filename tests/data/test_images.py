@@ -29,10 +29,21 @@ def test_shipped_is_balanced(split: str, each: int) -> None:
     assert 60 < images.pixels.mean() < 85  # the full set's mean is 72.9
 
 
-def test_shipped_splits_share_no_image() -> None:
-    shipped = dataset("fashion-mnist")
+@pytest.mark.parametrize("name", ["avatars", "fashion-mnist"])
+def test_shipped_splits_share_no_image(name: str) -> None:
+    shipped = dataset(name)
     train = {image.tobytes() for image in shipped.train().pixels}
     assert not train & {image.tobytes() for image in shipped.test().pixels}
+
+
+@pytest.mark.parametrize(("split", "each"), [("train", 3500), ("test", 700)])
+def test_avatars_are_balanced_and_all_different(split: str, each: int) -> None:
+    images = dataset("avatars").open(split).load()  # type: ignore[arg-type]
+    assert images.pixels.shape == (3 * each, 3, 32, 32) and images.pixels.dtype == np.uint8
+    assert images.labels is not None
+    assert np.bincount(images.labels).tolist() == [each] * 3
+    assert np.bincount(images.labels[:300], minlength=3).min() > 70  # in mixed order
+    assert len({image.tobytes() for image in images.pixels}) == 3 * each
 
 
 def test_batch_scales_and_flips() -> None:
@@ -70,7 +81,8 @@ def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one\.png is one image: name the folder"):
         load_images(tmp_path / "one.png")
     for path in (tmp_path / "gone", tmp_path / ("x" * 5000), "fashion_mnist"):
-        with pytest.raises(DataError, match=r"does not exist.*the nearest is 'fashion-mnist'"):
+        nearest = "fashion-mnist" if path == "fashion_mnist" else ""
+        with pytest.raises(DataError, match=f"does not exist.*the nearest is '{nearest}"):
             load_images(path)
 
 

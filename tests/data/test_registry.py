@@ -19,6 +19,7 @@ from advkd.data import (
     load_images,
     probe,
 )
+from advkd.data.registry import default_dataset, for_teacher
 
 TOML = """\
 title = "Toys"
@@ -45,6 +46,53 @@ def make_toys(folder: Path, text: str = TOML, labels: tuple[int, ...] = (0, 1, 1
     return folder
 
 
+def test_the_data_sets_that_ship() -> None:
+    assert dataset_names() == ["avatars", "fashion-mnist"]
+    faces = dataset("avatars")
+    assert (faces.shape, faces.flip, faces.license) == ((32, 3), False, "CC0-1.0")
+    assert faces.classes == ("pixel-art", "open-peeps", "lorelei")
+    assert for_shape(32, 3) == faces and for_shape(32, 1) is None
+    assert (faces.folder / "LICENSE").is_file() and (faces.folder / "make.mjs").is_file()
+    assert describe(probe("avatars")) == [
+        "Avatars (train): 10,500 RGB images of 32x32 pixels",
+        "3 classes: pixel-art (3,500), open-peeps (3,500), lorelei (3,500)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("zoo:avatars", "avatars"),
+        ("zoo:avatars-large", "avatars"),
+        ("zoo:fashion-mnist", "fashion-mnist"),
+        ("zoo:fashion-mnist-2", "fashion-mnist"),
+        ("zoo:avatarsque", None),
+        ("zoo:fashion", None),
+        ("zoo:x", None),
+        ("zoo:", None),
+        ("avatars", None),
+        ("/runs/avatars", None),
+        ("", None),
+    ],
+)
+def test_a_teacher_that_ships_names_its_data_set(source: str, name: str | None) -> None:
+    found = for_teacher(source)
+    assert (found and found.name) == name
+
+
+def test_what_lies_in_the_working_folder_is_not_what_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fashion-mnist").mkdir()
+    make_toys(tmp_path / "more" / "avatars")
+    monkeypatch.setenv("ADVKD_DATASETS", str(tmp_path / "more"))
+    monkeypatch.chdir(tmp_path)
+    assert find("fashion-mnist") is None
+    assert default_dataset().title == "Fashion-MNIST"
+    faces = for_teacher("zoo:avatars")
+    assert faces is not None and faces.title == "Avatars"
+
+
 def test_the_shipped_data_set_is_described() -> None:
     shipped = dataset("fashion-mnist")
     assert (shipped.size, shipped.channels, shipped.flip, shipped.license) == (28, 1, False, "MIT")
@@ -65,7 +113,7 @@ def test_a_data_set_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     paths = os.pathsep.join(map(str, (tmp_path / "empty", tmp_path / "gone", tmp_path / "mine")))
     assert find("toys") is None
     monkeypatch.setenv("ADVKD_DATASETS", paths)
-    assert dataset_names() == ["fashion-mnist", "toys"]
+    assert dataset_names() == ["avatars", "fashion-mnist", "toys"]
     toys = dataset("toys")
     assert (toys.name, toys.title, toys.size, toys.flip) == ("toys", "Toys", 8, False)
     assert for_shape(8, 3) == toys
@@ -134,6 +182,8 @@ def test_folders_are_labelled_by_the_list_of_classes(tmp_path: Path) -> None:
         ('["ball", "cube"]', '["ball"]', "two names at least"),
         ('["ball", "cube"]', '["ball", "ball"]', "each once"),
         ('["ball", "cube"]', '["ball", 3]', "'classes' is of type str"),
+        ('["ball", "cube"]', '["ball", ""]', "not of 1 to 255 characters"),
+        ('["ball", "cube"]', f'["ball", "{"a" * 256}"]', "not of 1 to 255 characters"),
         ('train = "train.npz"', "", "lacks the key 'splits.train'"),
         ('train = "train.npz"', 'trian = "a"', "unknown key 'splits.trian'; the nearest is"),
         ("train.npz", "/etc", "splits.train='/etc' leaves the data set's folder"),

@@ -27,7 +27,7 @@ from advkd.config import (
     to_toml,
 )
 from advkd.console import Interrupted, StopSignals
-from advkd.data import DataError, ImageSet
+from advkd.data import DataError, ImageSet, dataset
 from advkd.data.split import MIN_IMAGES, hold_out, real_images
 from advkd.data.trajectories import Trajectories, sample_trajectories
 from advkd.diffusion import Schedule
@@ -112,14 +112,12 @@ def test_too_few_images_are_an_error() -> None:
 
 
 def test_the_images_that_ship() -> None:
-    for path in ("", "fashion-mnist"):
-        images = real_images(path, 28, 1, True)
+    for source in (dataset("fashion-mnist"), "fashion-mnist"):
+        images = real_images(source, 28, 1, True)
         assert (len(images.train), len(images.held_out)) == (10_000, 2000)
         assert images.train.classes is not None and images.train.classes[5] == "sandal"
-    with pytest.raises(DataError, match="with 8x8 pixels and 1 channels: give --data"):
-        real_images("", 8, 1, True)
-    with pytest.raises(DataError, match="28x28 pixels and 3 channels"):
-        real_images("", 28, 3, True)
+    images = real_images("avatars", 8, 1, True)
+    assert images.train.pixels.shape == (10_500, 1, 8, 8) and len(images.held_out) == 2100
 
 
 def test_a_data_set_without_test_images_has_a_part_held_out(tmp_path: Path) -> None:
@@ -130,18 +128,59 @@ def test_a_data_set_without_test_images_has_a_part_held_out(tmp_path: Path) -> N
     assert (len(images.train), len(images.held_out)) == (40, 10)
 
 
+GREY, RGB = (28, 1), (32, 3)  # the shapes of the data sets that ship
+
+
 @pytest.mark.parametrize(
-    ("source", "path", "has"),
+    ("source", "path", "shape", "name", "has"),
     [
-        ("", "", True),
-        ("zoo:fashion-mnist", "", True),
-        ("folder", "", False),
-        ("folder", "pictures", True),
+        # Neither images nor a teacher: the default data set, in no other shape and no other set.
+        ("", "", GREY, "fashion-mnist", True),
+        ("", "", RGB, None, False),
+        ("", "", (28, 3), None, False),
+        # Images that are named are of no data set but the one that they name.
+        ("", "pictures", GREY, None, True),
+        ("", "pictures", RGB, None, True),
+        ("", "avatars", RGB, "avatars", True),
+        ("", "avatars", (16, 3), "avatars", True),
+        # So is a teacher, whatever the shape of its images.
+        ("folder", "", GREY, None, False),
+        ("folder", "", RGB, None, False),
+        ("folder", "pictures", RGB, None, True),
+        ("folder", "avatars", RGB, "avatars", True),
+        ("zoo:fashion-mnist", "", GREY, "fashion-mnist", True),
+        ("zoo:fashion-mnist", "pictures", GREY, "fashion-mnist", True),
+        ("zoo:avatars", "", RGB, "avatars", True),
+        ("zoo:avatars", "fashion-mnist", RGB, "fashion-mnist", True),
+        ("zoo:x", "", GREY, None, False),
     ],
 )
-def test_a_given_teacher_alone_has_no_images(source: str, path: str, has: bool) -> None:
-    config = changed(teacher={"source": source}, data={"path": path})
-    assert Run(Path("nowhere"), config).has_images == has
+def test_which_data_set_a_run_is_of(
+    source: str, path: str, shape: tuple[int, int], name: str | None, has: bool
+) -> None:
+    size, channels = shape
+    data = {"path": path, "size": size, "channels": channels}
+    run = Run(Path("nowhere"), changed(teacher={"source": source}, data=data))
+    assert (run.dataset and run.dataset.name) == name
+    assert run.has_images == has
+
+
+def test_the_images_of_a_run() -> None:
+    for source, path, shape, title in (
+        ("", "", GREY, "Fashion-MNIST (train)"),
+        ("zoo:avatars", "", RGB, "Avatars (train)"),
+        ("", "avatars", RGB, "Avatars (train)"),
+    ):
+        data = {"path": path, "size": shape[0], "channels": shape[1]}
+        images = Run(Path("nowhere"), changed(teacher={"source": source}, data=data)).images()
+        assert images is not None and images.train.source == title
+
+
+def test_a_preset_for_images_of_its_own_takes_none_that_ship(tmp_path: Path) -> None:
+    run = Run(tmp_path / "cifar", load_preset("cifar10-32"))
+    assert run.images() is None and run.dataset is None
+    with pytest.raises(ConfigError, match="give --teacher or --data, such as avatars"):
+        check(run, STAGES)
 
 
 def test_markers(run: Run) -> None:
@@ -328,8 +367,31 @@ def test_the_features_to_evaluate_by(
     given = Run(tmp_path, changed(evaluate={"features": str(tmp_path / "mine")}))
     assert features_of(given).num_classes == 3
 
-    shipped = Run(tmp_path / "other", changed(data={"size": 28}))
+    data = {"size": 28, "path": "fashion-mnist"}
+    shipped = Run(tmp_path / "other", changed(data=data))
     assert (features_of(shipped).size, features_of(shipped).num_classes) == (28, 10)
+    data["path"], config = "", changed(data=data, teacher={"source": "zoo:fashion-mnist"})
+    assert features_of(Run(tmp_path / "other", config)).num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("size", "path"),
+    [
+        (28, "pictures.npz"),  # of the shape of Fashion-MNIST
+        (14, "fashion-mnist"),  # in another shape than that of its features
+    ],
+)
+def test_features_of_other_images_are_not_taken(
+    size: int, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advkd.run.evaluation, "FEATURE_STEPS", 1)
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "pictures.npz", images=pixels)
+    run = Run(tmp_path / "run", changed(data={"size": size, "path": path}))
+    net = features_of(run)
+    assert net.size == size and net.record["steps"] == 1
+    assert (run.path / "features" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("flip", [True, False])

@@ -432,6 +432,14 @@ def test_it_learns_to_reconstruct(store: Trajectories, tmp_path: Path) -> None:
     assert huber(error, 0.1) < 0.6 * first["rec_3"]
 
 
+def test_a_student_is_given_its_teachers_names(
+    store_with_classes: Trajectories, tmp_path: Path
+) -> None:
+    names = ("one", "two", "three")
+    distill_student(changed(steps=1), store_with_classes, tmp_path, class_names=names)
+    assert load_student(tmp_path / "student").class_names == names
+
+
 def test_the_log(store: Trajectories, tmp_path: Path) -> None:
     config = changed(steps=6, log_every=2)
     seconds = distill_student(config, store, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -319,6 +320,18 @@ def test_class_conditional(tmp_path: Path) -> None:
     )
     top = labels < 2
     assert torch.equal(corners[:2].any(dim=0), top) and torch.equal(corners[2:].any(dim=0), ~top)
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(4, True), (5, False), (None, False)])
+def test_a_teacher_knows_the_names_of_its_classes(
+    classes: int | None, kept: bool, tmp_path: Path
+) -> None:
+    """Where it has as many classes as the images: else some would have no name."""
+    corners = ("top left", "top right", "bottom left", "bottom right")
+    images = dataclasses.replace(squares(labels=True), classes=corners)
+    config = teacher_config(f"unet.num_class_embeds={classes or 'none'}", "teacher.steps=1")
+    train_teacher(config, images, tmp_path)
+    assert load_teacher(tmp_path / "teacher").class_names == (corners if kept else None)
 
 
 @pytest.mark.parametrize(
