@@ -162,10 +162,9 @@ class StudentConfig:
 class DiscriminatorConfig:
     """The adversary of the student in training; one network for every head."""
 
-    full: int = within(0, 0, MAX_WIDTH)  # channels at full resolution S; 0 = no view of it
-    widths: tuple[int, ...] = within((48, 96), 1, MAX_WIDTH)  # channels at S/2, S/4, ...
+    widths: tuple[int, ...] = within((24, 48, 96), 1, MAX_WIDTH)  # channels at S, S/2, S/4, ...
     attention: tuple[int, ...] = within((), 1, MAX_SIDE)  # resolutions with self-attention
-    groups: int = within(8, 1, MAX_WIDTH)
+    groups: int = within(8, 1, MAX_WIDTH)  # of the attention's normalization
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ def config_for(size: int, channels: int) -> Config:
         widths=tuple([96] * (n - 2) + [48, base]),
         attention=(lowest,),
     )
-    discriminator = DiscriminatorConfig(widths=tuple(min(48 << i, 96) for i in range(n - 1)))
+    discriminator = DiscriminatorConfig(widths=tuple(min(24 << i, 96) for i in range(n)))
     return Config(
         data=DataConfig(size=size, channels=channels),
         unet=unet,

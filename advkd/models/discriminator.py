@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkd.config import DiscriminatorConfig
-from advkd.models.layers import (
-    Attention,
-    Conv3x3,
-    GroupNormSiLU,
-    ResnetBlock,
-    area_resized,
-)
+from advkd.models.layers import Attention, Conv3x3, area_resized
+
+SLOPE = 0.2  # of the leaky ReLU below 0
+SHARPNESS = 4.0
 
 
 def resized_noise(x_T: Tensor, size: int) -> Tensor:
@@ -24,29 +21,31 @@ def resized_noise(x_T: Tensor, size: int) -> Tensor:
     return area_resized(x_T, size) * (x_T.shape[-1] // size)
 
 
-class Halving(nn.Module):
-    """Averages 2x2 pixels, then a 3x3 convolution: (B, C, H, W) -> (B, C_out, H/2, W/2)."""
+def with_detail(x: Tensor) -> Tensor:
+    """Images beside what each pixel differs by from the 3x3 around it, amplified: (B, 2C, H, W).
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = Conv3x3(in_channels, out_channels)
+    Nearly all of an image's power is in its shapes. Without this D would take long to see a fine
+    grain that makes every generated image out.
+    """
+    around = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return torch.cat([x, SHARPNESS * (x - around)], dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv(F.avg_pool2d(x, 2))
-        return h
+
+def leaky(x: Tensor) -> Tensor:
+    """Leaky ReLU."""
+    return F.leaky_relu(x, SLOPE)
 
 
 class Discriminator(nn.Module):
     """Logits that images are real: x (B, C, r, r), head k -> (B,).
 
-    The trunk works at resolutions S/2, S/4, ... with `config.widths` channels. An image of full
-    resolution enters through a residual block of `config.full` channels at its own resolution, or
-    where that is 0 through a convolution with stride 2; a smaller one at the level of its own
-    resolution. What halves the resolution averages first, so that no frequency is folded onto
-    another. With `sees_noise` x_T (B, C, S, S) is concatenated to the image: D then tells
-    whether x is the teacher's image of x_T. k and the label y act by projection (Miyato & Koyama
-    2018). Raises ValueError for a size that cannot be halved so often and for a resolution in
-    `stages` that is no level.
+    Level i works at resolution S / 2^i with `config.widths[i]` channels, and an image enters at the
+    level of its own resolution. 2x2 pixels are averaged before a level halves the resolution, so
+    that no frequency is folded onto another. Nothing normalizes: an image's contrast is one of the
+    things that tell it. With `sees_noise` x_T (B, C, S, S) is concatenated to the image: D then
+    tells whether x is the teacher's image of x_T. k and the label y act by projection (Miyato &
+    Koyama 2018). Raises ValueError for a size that cannot be halved so often and for a resolution
+    in `stages` that is no level.
     """
 
     def __init__(
@@ -60,26 +59,22 @@ class Discriminator(nn.Module):
     ):
         super().__init__()
         widths = config.widths
-        self.levels = [size >> (i + 1) for i in range(len(widths))]
         if not widths:
             raise ValueError("discriminator.widths is empty")
-        if size % (1 << len(widths)):
-            raise ValueError(f"{len(widths)} halvings do not fit images of size {size}")
+        halvings = len(widths) - 1
+        if size % (1 << halvings):
+            raise ValueError(f"{halvings} halvings do not fit images of size {size}")
+        self.levels = [size >> i for i in range(len(widths))]
         self.size, self.stages, self.sees_noise = size, tuple(stages), sees_noise
-        self.entrances = nn.ModuleDict()
-        for r in sorted(set(stages)):
-            level = self._level(r)
-            seen = channels * (1 + sees_noise)
-            if r == size and config.full:
-                self.entrances[str(r)] = nn.Sequential(
-                    nn.Conv2d(seen, config.full, 3, padding=1),
-                    ResnetBlock(config.full, config.full, None, min(config.groups, config.full)),
-                    Halving(config.full, widths[level]),
-                )
-            else:
-                stride = 2 if r == size else 1
-                self.entrances[str(r)] = nn.Conv2d(seen, widths[level], 3, stride, padding=1)
-        self.blocks = nn.ModuleList(ResnetBlock(w, w, None, config.groups) for w in widths)
+        seen = channels * (3 if sees_noise else 2)
+        self.entrances = nn.ModuleDict(
+            {
+                str(r): nn.Conv2d(seen, widths[self._level(r)], 3, padding=1)
+                for r in sorted(set(stages))
+            }
+        )
+        self.convs = nn.ModuleList(Conv3x3(w, w) for w in widths)
+        self.downs = nn.ModuleList(Conv3x3(a, b) for a, b in pairwise(widths))
         self.attentions = nn.ModuleDict(
             {
                 str(i): Attention(w, None, config.groups)
@@ -87,8 +82,6 @@ class Discriminator(nn.Module):
                 if r in config.attention
             }
         )
-        self.downs = nn.ModuleList(Halving(a, b) for a, b in itertools.pairwise(widths))
-        self.norm_out = GroupNormSiLU(config.groups, widths[-1])
         self.dense = nn.Linear(widths[-1] * self.levels[-1] ** 2, widths[-1])
         self.out = nn.Linear(widths[-1], 1)
         self.head_embedding = nn.Embedding(len(stages), widths[-1])
@@ -98,8 +91,6 @@ class Discriminator(nn.Module):
                 nn.init.normal_(embedding.weight, std=widths[-1] ** -0.5)
 
     def _level(self, resolution: int) -> int:
-        if resolution == self.size:
-            return 0
         if resolution not in self.levels:
             raise ValueError(f"the discriminator has no level for images of size {resolution}")
         return self.levels.index(resolution)
@@ -116,17 +107,18 @@ class Discriminator(nn.Module):
                 if self.sees_noise
                 else "this discriminator does not see the noise: pass x_T=None"
             )
+        x = with_detail(x)
         if x_T is not None:
             x = torch.cat([x, resized_noise(x_T, r)], dim=1)
-        h = self.entrances[str(r)](x)
+        h = leaky(self.entrances[str(r)](x))
         first = self._level(r)
-        for i in range(first, len(self.blocks)):
+        for i in range(first, len(self.levels)):
             if i > first:
-                h = self.downs[i - 1](h)
-            h = self.blocks[i](h)
+                h = leaky(self.downs[i - 1](F.avg_pool2d(h, 2)))
+            h = leaky(self.convs[i](h))
             if str(i) in self.attentions:
                 h = self.attentions[str(i)](h)
-        phi = F.silu(self.dense(self.norm_out(h).flatten(1)))
+        phi = leaky(self.dense(h.flatten(1)))
         projected = self.head_embedding.weight[k].expand_as(phi)
         if self.class_embedding is not None:
             if y is None:

@@ -110,7 +110,7 @@ class Batches:
                 for k, size in enumerate(self.stages)
             ],
             None if y is None else y.to(self.device),
-            self._fresh_noise(step) if fresh else None,
+            self._fresh_noise(step, images) if fresh else None,
             images,
             of_real,
             of_fake,
@@ -124,13 +124,18 @@ class Batches:
         drawn = draw(self.size, size, self.translate, self.cutout, generator)
         return drawn.to(self.device)
 
-    def _fresh_noise(self, step: int) -> Labeled:
-        """Noise that no other step sees, and no store holds."""
+    def _fresh_noise(self, step: int, images: Labeled | None) -> Labeled:
+        """Noise that no other step sees, and no store holds.
+
+        Its labels are those of the images that D takes for real, so that a pair is of one class.
+        """
         index = self.trajectories.index
         noise = index.noise  # the purpose is the same, and the image numbers are beyond any store's
         first = FIRST_FRESH + step * self.size
         numbers = torch.arange(first, first + self.size, device="cpu")
         y = noise.labels(numbers, index.num_classes)
+        if images is not None and images.y is not None:
+            y = images.y
         x_T = noise.x_T(numbers, index.shape)
         return Labeled(x_T.to(self.device), None if y is None else y.to(self.device))
 

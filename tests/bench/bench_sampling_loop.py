@@ -63,9 +63,9 @@ NOISE = Noise(0, Purpose.TRAINING)
 
 @functools.cache
 def teacher_of(name: str) -> UNet:
-    """The default teacher, or google/ddpm-cifar10-32's architecture with random weights."""
+    """The small teacher that ships, or google/ddpm-cifar10-32's network with random weights."""
     if name == "teacher":
-        return load_teacher("zoo:fashion-mnist")
+        return load_teacher("zoo:fashion-mnist-unlabelled")
     torch.manual_seed(0)
     config = dataclasses.replace(load_preset("cifar10-32").unet, dropout=0.0)
     return UNet(config).eval().requires_grad_(False)

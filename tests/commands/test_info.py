@@ -38,7 +38,7 @@ def test_a_missing_extension_is_explained(
 
 
 @pytest.mark.skipif(ops.extension is None, reason="the C++ extension is not installed")
-@pytest.mark.parametrize("name", ["zoo:fashion-mnist", "zoo:fashion-mnist-student"])
+@pytest.mark.parametrize("name", ["zoo:fashion-mnist-unlabelled", "zoo:fashion-mnist-student"])
 def test_a_plan_is_described(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(["--plan", name, "--batch", "2", "--time"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -64,7 +64,7 @@ widths = [16, 8]
 attention = [4]
 groups = 4
 [discriminator]
-widths = [8]
+widths = [8, 8]
 groups = 4
 [distill]
 steps = 20
@@ -85,7 +85,7 @@ SMALL = [
     *("teacher.steps=4", "teacher.batch=8", "teacher.warmup=1", "teacher.log_every=1"),
     *("schedule.num_train_timesteps=50", "trajectory.num=12", "trajectory.steps=4"),
     *("trajectory.shard=6", "student.widths=[16,8]", "student.groups=4"),
-    *("discriminator.widths=[8]", "discriminator.groups=4", "distill.steps=4"),
+    *("discriminator.widths=[8,8]", "discriminator.groups=4", "distill.steps=4"),
     *("distill.batch=8", "distill.log_every=1"),
     *("evaluate.num=20", "evaluate.blocks=2", "evaluate.teacher_steps=4"),
 ]
@@ -331,7 +331,7 @@ def test_a_folder_in_use_is_refused(
         (["--data", "nowhere"], "nowhere does not exist"),
         # What only a later stage needs is refused before the first one.
         (["--set", "student.stages=[2, 8]"], "must keep or double"),
-        (["--set", "discriminator.widths=[8, 8, 8, 8]"], "4 halvings"),
+        (["--set", "discriminator.widths=[8, 8, 8, 8, 8]"], "4 halvings"),
         (["--set", "distill.rho=l1"], "distill.rho='l1'"),
         (["--set", "distill.head_weights=[1.0]"], "1 entries, the student 2 heads"),
         (["--set", "trajectory.dtype=int8"], "trajectory.dtype='int8'"),

@@ -87,7 +87,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_teacher_samples_the_cpus_images(eta: float) -> None:
-    on_cpu, on_cuda = load_teacher("zoo:fashion-mnist"), load_teacher("zoo:fashion-mnist").cuda()
+    on_cpu, on_cuda = (load_teacher("zoo:fashion-mnist-unlabelled") for _ in range(2))
+    on_cuda = on_cuda.cuda()
     table, indices = ddim_table(on_cpu.schedule, 50, eta), torch.arange(8)
     engine = CudaEngine.make(on_cuda, (28, 28), 8)
     got = engine.sample(table, NOISE, indices, saved=[25, 50])

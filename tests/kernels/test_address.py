@@ -62,13 +62,14 @@ def networks() -> list[tuple[nn.Module, tuple[Tensor | float, ...]]]:
         attention_head_dim=8, norm_num_groups=4, num_class_embeds=3, **kinds,
     )  # fmt: skip
     student = StudentConfig(stages=(4, 8), widths=(16, 8), attention=(4,), groups=4)
+    discriminator = DiscriminatorConfig(widths=(8, 16), attention=(4,), groups=4)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     return [
         (UNet(teacher), (x, 7, labels)),
         (UNet(teacher), (x, 300.3, labels)),
         (UNet(teacher), (x, torch.tensor([7, 900]), labels)),
         (Student(student, 8, 1), (x,)),
-        (Discriminator(DiscriminatorConfig(widths=(8, 16), groups=4), 8, 1, [8]), (x, x, 0)),
+        (Discriminator(discriminator, 8, 1, [8]), (x, x, 0)),
     ]
 
 

@@ -238,7 +238,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 def test_the_r1_gradient_is_the_references() -> None:
     torch.manual_seed(0)
-    config = DiscriminatorConfig(widths=(8, 16), attention=(4,), groups=4)
+    config = DiscriminatorConfig(widths=(4, 8, 16), attention=(4,), groups=4)
     discriminator = Discriminator(config, 16, 1, [16]).double()
     x, noise = torch.randn(2, 2, 1, 16, 16, dtype=torch.float64)
     slopes = []

@@ -199,7 +199,7 @@ def test_fused_second_derivatives() -> None:
 
 def test_the_r1_gradient_is_the_references() -> None:
     torch.manual_seed(0)
-    discriminator = Discriminator(DiscriminatorConfig(widths=(16, 32), groups=4), 16, 1, [16])
+    discriminator = Discriminator(DiscriminatorConfig(widths=(16, 16, 32)), 16, 1, [16])
     discriminator.to(memory_format=torch.channels_last)
     x, noise = torch.randn(2, 4, 1, 16, 16)
     slopes = []

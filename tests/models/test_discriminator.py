@@ -13,7 +13,7 @@ from advkd.config import DiscriminatorConfig, load_preset, presets
 from advkd.models.discriminator import Discriminator, resized_noise
 
 STAGES = (2, 2, 4, 8)
-SMALL = DiscriminatorConfig(widths=(8, 16), attention=(4,), groups=4)
+SMALL = DiscriminatorConfig(widths=(4, 8, 16), attention=(4,), groups=4)
 
 
 def small(channels: int = 1, num_classes: int | None = None, **changes: Any) -> Discriminator:
@@ -159,8 +159,8 @@ def test_channels_last_changes_nothing() -> None:
     ("size", "stages", "changes", "words"),
     [
         (8, (1, 2, 4, 8), {}, "no level for images of size 1"),
-        (8, (8,), {"widths": (8,) * 4}, "4 halvings do not fit images of size 8"),
-        (28, (7, 14, 28), {"widths": (8,) * 3}, "3 halvings do not fit images of size 28"),
+        (8, (8,), {"widths": (8,) * 5}, "4 halvings do not fit images of size 8"),
+        (28, (7, 14, 28), {"widths": (8,) * 4}, "3 halvings do not fit images of size 28"),
         (8, (8,), {"widths": ()}, "widths is empty"),
         (8, (8,), {"groups": 3}, "num_groups=3 does not divide"),
     ],

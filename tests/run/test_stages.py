@@ -57,7 +57,7 @@ CONFIG = Config(
     teacher=TeacherConfig(source="given"),
     trajectory=TrajectoryConfig(num=12, steps=4, shard=6),
     student=StudentConfig(stages=(4, 8), widths=(8, 8), attention=(), groups=4),
-    discriminator=DiscriminatorConfig(widths=(8,), groups=4),
+    discriminator=DiscriminatorConfig(widths=(8, 8), groups=4),
     evaluate=EvaluateConfig(num=12, blocks=2, teacher_steps=4),
 )
 

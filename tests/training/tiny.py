@@ -61,7 +61,7 @@ CONFIG = Config(
     unet=UNET,
     trajectory=TrajectoryConfig(num=24, steps=6, dtype="float32", shard=12),
     student=StudentConfig(stages=(4, 4, 8), widths=(16, 16, 8), attention=(4,), groups=4),
-    discriminator=DiscriminatorConfig(widths=(8, 16), attention=(4,), groups=4),
+    discriminator=DiscriminatorConfig(widths=(4, 8, 16), attention=(4,), groups=4),
     distill=DistillConfig(
         steps=12, batch=6, warmup=2, r1_every=3, inner_every=2, log_every=1, checkpoint_every=4
     ),
