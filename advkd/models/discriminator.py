@@ -40,7 +40,8 @@ class Discriminator(nn.Module):
     """Logits that images are real: x (B, C, r, r), head k -> (B,).
 
     Level i works at resolution S / 2^i with `config.widths[i]` channels, and an image enters at the
-    level of its own resolution. 2x2 pixels are averaged before a level halves the resolution, so
+    level of its own resolution: by two convolutions at the highest, one at the others, so that D
+    is shallow and learns fast. 2x2 pixels are averaged before a level halves the resolution, so
     that no frequency is folded onto another. Nothing normalizes: an image's contrast is one of the
     things that tell it. With `sees_noise` x_T (B, C, S, S) is concatenated to the image: D then
     tells whether x is the teacher's image of x_T. k and the label y act by projection (Miyato &
@@ -73,7 +74,7 @@ class Discriminator(nn.Module):
                 for r in sorted(set(stages))
             }
         )
-        self.convs = nn.ModuleList(Conv3x3(w, w) for w in widths)
+        self.conv = Conv3x3(widths[0], widths[0])
         self.downs = nn.ModuleList(Conv3x3(a, b) for a, b in pairwise(widths))
         self.attentions = nn.ModuleDict(
             {
@@ -115,7 +116,8 @@ class Discriminator(nn.Module):
         for i in range(first, len(self.levels)):
             if i > first:
                 h = leaky(self.downs[i - 1](F.avg_pool2d(h, 2)))
-            h = leaky(self.convs[i](h))
+            elif i == 0:
+                h = leaky(self.conv(h))
             if str(i) in self.attentions:
                 h = self.attentions[str(i)](h)
         phi = leaky(self.dense(h.flatten(1)))
