@@ -388,7 +388,7 @@ def test_networks_on_their_own_are_compared_with_what_ships_in_their_shape(
     config = StudentConfig(stages=(16, 32), widths=(8, 8), attention=(), groups=4)
     save_student(Student(config, 32, 3), tmp_path / "student")
     save_features(FeatureNet(3, 32), tmp_path / "features")
-    arguments = ["--student", str(tmp_path / "student"), "--num", "6"]
+    arguments = ["--student", str(tmp_path / "student"), "--num", "6", "--blocks", "1"]
     assert main(arguments) == 1
     assert "no features come with Avatars of 3x32x32: fit some" in capsys.readouterr().err
     assert main([*arguments, "--features", str(tmp_path / "features")]) == 0
@@ -402,7 +402,7 @@ def test_features_that_ship_are_for_the_images_that_they_come_with(
     config = StudentConfig(stages=(14, 28), widths=(8, 8), attention=(), groups=4)
     save_student(Student(config, 28, 1), tmp_path / "student")
     np.savez(tmp_path / "own.npz", images=np.zeros((40, 28, 28), np.uint8))
-    arguments = ["--student", str(tmp_path / "student"), "--num", "6"]
+    arguments = ["--student", str(tmp_path / "student"), "--num", "6", "--blocks", "1"]
     assert main([*arguments, "--data", str(tmp_path / "own.npz")]) == 1
     assert "no features come with these images of 1x28x28: fit some" in capsys.readouterr().err
     assert main([*arguments, "--data", "avatars"]) == 1
