@@ -58,7 +58,7 @@ MODES = {
     ),
     "fit_features": ("out", "steps", "seed", "size", "channels", "no_crop", "no_flip"),
 }
-NUM, BLOCKS, TEACHER_STEPS = 10_000, EvaluateConfig.blocks, EvaluateConfig.teacher_steps
+NUM, BLOCKS, TEACHER_STEPS = 4000, 2, EvaluateConfig.teacher_steps
 EPILOG = """\
 One of three things at a time:
   --run runs/NAME                evaluates the run's teacher and student by the run's own protocol;
