@@ -98,7 +98,14 @@ class RunFolder:
 
     def _remove(self, stage: str) -> None:
         self.marker(stage).unlink(missing_ok=True)  # first: what is half removed is no result
-        shutil.rmtree(self.path / _FOLDERS[stage], ignore_errors=True)
+        folder = self.path / _FOLDERS[stage]
+        if stage == "report":  # in the folder of the evaluation, whose result may stand
+            kept = {"summary.json", self.marker("evaluate").name}
+            for file in folder.glob("*"):
+                if file.name not in kept:
+                    file.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         drop_checkpoints(self.path / "checkpoints", stage)
         if stage == "teacher":
             (self.path / "data.json").unlink(missing_ok=True)

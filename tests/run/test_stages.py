@@ -430,3 +430,21 @@ def test_more_heads_than_steps_still_give_pictures(tmp_path: Path, run: Run) -> 
     student = StudentConfig(stages=stages, widths=widths, attention=(), groups=4)
     save_student(Student(student, 8, 1), tmp_path / "student")
     assert len(pictures_of(run, 2).heads) == 6
+
+
+def test_a_report_is_made_anew_from_the_evaluation_that_stands(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", Config())
+    report = run.path / "report"
+    with run.opened():
+        for stage in STAGES:
+            run.finish(stage, 1.0)
+        for name in ("summary.json", "report.html", "grid.png"):
+            (report / name).write_text("{}")
+    with run.opened("report"):
+        assert run.is_done("evaluate") and not run.is_done("report")
+        assert sorted(file.name for file in report.iterdir()) == [
+            "evaluate.done.json",
+            "summary.json",
+        ]
+    with run.opened("evaluate"):
+        assert not report.exists()
