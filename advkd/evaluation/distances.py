@@ -93,10 +93,15 @@ def sliced_wasserstein(
     distance of 1 in pixel space along a direction. (Rabin et al. 2011)
     """
     a, b = _checked(a, b, least=1)
+    return wasserstein(projected(a, projections, seed), projected(b, projections, seed))
+
+
+def projected(a: np.ndarray, projections: int, seed: int = 0) -> np.ndarray:
+    """a (N, D) along random unit directions, each column sorted: (N, projections) of a's dtype."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    directions = rng.standard_normal((a.shape[1], projections))
+    directions = rng.standard_normal((a.shape[1], projections)).astype(a.dtype)
     directions /= np.linalg.norm(directions, axis=0)
-    return wasserstein(np.sort(a @ directions, axis=0), np.sort(b @ directions, axis=0))
+    return np.sort(a @ directions, axis=0)
 
 
 def wasserstein(a: np.ndarray, b: np.ndarray) -> float:

@@ -129,16 +129,15 @@ class FeatureNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Output:
         """x: float32 (B, C, H, W) in [-1, 1]."""
-        features = self._features(self.encoder(self._checked(x)))
-        logits = None if self.num_classes is None else self.classify(F.relu(features))
+        features, logits = self._heads(self.encoder(self._checked(x)))
         images = None
         if self.decodes:
             images = self.decoder(self.from_features(features).unflatten(1, self.code))
         return Output(features, logits, images)
 
-    def _features(self, code: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.to_features(F.relu(code).flatten(1))
-        return features
+    def _heads(self, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        features = self.to_features(F.relu(code).flatten(1))
+        return features, None if self.num_classes is None else self.classify(F.relu(features))
 
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         expected = (self.channels, self.size, self.size)
@@ -160,8 +159,7 @@ class FeatureNet(nn.Module):
             h = layer(h)
             maps.append(h)
         pooled = [part for h in maps[:-1] for part in (h.mean((2, 3)), h.std((2, 3)))]
-        features = self._features(h)
-        logits = None if self.num_classes is None else self.classify(F.relu(features))
+        features, logits = self._heads(h)
         return features, torch.cat(pooled, 1), logits
 
 

@@ -15,14 +15,15 @@ from advkd.evaluation.distances import (
     frechet_distance,
     kernel_distance,
     precision_recall,
+    projected,
     sliced_wasserstein,
 )
 from advkd.evaluation.features import FeatureNet, Features, class_shares, extract, rows_of
 from advkd.evaluation.texture import (
+    DIRECTIONS,
     band_patches,
     decibels,
     power_spectra,
-    projected,
     spectrum_distance,
     texture_distance,
 )
@@ -83,7 +84,7 @@ def measure(net: FeatureNet, images: Images) -> Measures:
     return Measures(
         extract(net, images),
         np.concatenate(pixels),
-        [projected(band) for band in bands],
+        [projected(band, DIRECTIONS) for band in bands],
         np.concatenate(spectra),
     )
 

@@ -63,14 +63,6 @@ def band_patches(x: Tensor, seed: int) -> list[np.ndarray]:
     return found
 
 
-def projected(patches: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Patches (N, D) along random unit directions, each sorted: float32 (N, DIRECTIONS)."""
-    rng = np.random.default_rng(seed)
-    directions = rng.standard_normal((patches.shape[1], DIRECTIONS)).astype(np.float32)
-    directions /= np.linalg.norm(directions, axis=0)
-    return np.sort(patches @ directions, axis=0)
-
-
 def texture_distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     """Sliced Wasserstein-1 distance of `projected` patches, averaged over the bands; 0 is best.
 

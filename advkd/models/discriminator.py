@@ -13,7 +13,7 @@ from advkd.config import DiscriminatorConfig
 from advkd.models.layers import Attention, Conv3x3, area_resized
 
 SLOPE = 0.2  # of the leaky ReLU below 0
-SHARPNESS = 4.0
+SHARPNESS = 4.0  # times which an image's detail stands beside it
 
 
 def resized_noise(x_T: Tensor, size: int) -> Tensor:

@@ -67,6 +67,10 @@ class Batch:
             return self.images
         return Labeled(self.targets[k], self.y)
 
+    def fake(self, image: Tensor) -> Labeled:
+        """Images of the student, with the labels of the noise that they grow from."""
+        return Labeled(image, self.fresh.y if self.fresh else self.y)
+
 
 class Batches:
     """Makes the batch of any step of a distillation, always the same one."""

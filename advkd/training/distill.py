@@ -13,7 +13,7 @@ place of the teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ class Distillation(Training):
     def logits(self, batch: Batch, k: int, fake: Tensor) -> tuple[Tensor, Tensor]:
         """D's logits (B,) of the real images of head k, and of the student's, in one call."""
         real, y_real = batch.real(k)
-        y_fake = batch.fresh.y if batch.fresh else batch.y
+        fake, y_fake = batch.fake(fake)
         real, fake = self._as_seen(batch.of_real, real, k), self._as_seen(batch.of_fake, fake, k)
         y = None if y_real is None or y_fake is None else torch.cat([y_real, y_fake])
         x_T = torch.cat([batch.x_T, batch.x_T]) if self.paired else None
@@ -178,34 +178,39 @@ class Distillation(Training):
         return Adversary(total, fakes, ratios), logged
 
     def penalty(
-        self, batch: Batch, heads: Iterable[int], fakes: list[Tensor]
+        self, batch: Batch, heads: Sequence[int], fakes: list[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """sum_k w_k gamma/2 E|grad_x D|^2 over `heads`, and each expectation to log.
 
         R1 is over D's real images (Mescheder et al. 2018), R2 over the student's, `fakes`.
         """
         s = self.settings
+        real = [batch.real(k) for k in heads]
+        fake = [batch.fake(fakes[k]) for k in heads] if s.r2_gamma else []
         total = batch.x_T.new_zeros(())
         logged: dict[str, Tensor] = {}
-        for name, gamma in (("r1", s.r1_gamma), ("r2", s.r2_gamma)):
-            if not gamma:
-                continue
-            weighted = total.new_zeros(())
-            for k in heads:
-                x, y = batch.real(k)
-                augmentation = batch.of_real
-                if name == "r2":
-                    x, augmentation = fakes[k], batch.of_fake
-                    y = batch.fresh.y if batch.fresh else batch.y
-                x = x.detach().requires_grad_()
-                seen = self._as_seen(augmentation, x, k)
-                logits = self.discriminator(seen, batch.x_T if self.paired else None, k, y)
-                (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-                squared = gradient.square().sum(dim=(1, 2, 3)).mean()
-                weighted = weighted + self.weights[k] * squared
-            logged[name] = weighted.detach()
-            total = total + gamma / 2 * weighted
+        for name, gamma, images, augmentation in (
+            ("r1", s.r1_gamma, real, batch.of_real),
+            ("r2", s.r2_gamma, fake, batch.of_fake),
+        ):
+            if gamma:
+                weighted = batch.x_T.new_zeros(())
+                for k, (x, y) in zip(heads, images, strict=True):
+                    slope = self.squared_slope(batch, x, y, k, augmentation)
+                    weighted = weighted + self.weights[k] * slope
+                logged[name] = weighted.detach()
+                total = total + gamma / 2 * weighted
         return total, logged
+
+    def squared_slope(
+        self, batch: Batch, x: Tensor, y: Tensor | None, k: int, augmentation: Augmentation | None
+    ) -> Tensor:
+        """E|grad_x D(x)|^2 at images x of head k, which D sees moved and covered."""
+        x = x.detach().requires_grad_()
+        seen = self._as_seen(augmentation, x, k)
+        logits = self.discriminator(seen, batch.x_T if self.paired else None, k, y)
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return gradient.square().sum(dim=(1, 2, 3)).mean()
 
     def gradients(self, batch: Batch, plan: StepPlan) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Gradients of L_G in the student's and of L_D in D's parameters, and values to log.
@@ -214,15 +219,15 @@ class Distillation(Training):
         """
         of_g = list(self.student.parameters())
         logged: dict[str, Tensor] = {}
-        rec = batch.x_T.new_zeros(())
+        outputs: list[Tensor] = []  # what the student is differentiated through
         images: list[Tensor] = []
         if plan.reconstruct or batch.fresh is None:
             images = self.student.states(batch.x_T, batch.y, depth=plan.heads)
         if plan.reconstruct:
             rec, logged = self.reconstruction(batch, images)
-            rec = rec * plan.reconstruct
+            outputs = [rec * plan.reconstruct]
         if not plan.seen:
-            return list(torch.autograd.grad(rec, of_g, **_UNUSED_IS_ZERO)), logged
+            return list(torch.autograd.grad(outputs, of_g, **_UNUSED_IS_ZERO)), logged
         if batch.fresh is not None:
             images = self.student.states(batch.fresh.x, batch.fresh.y, depth=plan.heads)
         (loss_d, fakes, ratios), logged_d = self.adversary(batch, images, plan.seen)
@@ -234,13 +239,11 @@ class Distillation(Training):
         found = torch.autograd.grad(
             loss_d, [*fakes, *self.discriminator.parameters()], **_UNUSED_IS_ZERO
         )
-        cotangents = [
+        given = [torch.ones_like(output) for output in outputs] + [
             self.settings.lambda_adv * generator_gradient(gradient, ratio)
             for gradient, ratio in zip(found[: len(fakes)], ratios, strict=True)
         ]
-        outputs, given = [images[k] for k in plan.seen], cotangents
-        if plan.reconstruct:
-            outputs, given = [rec, *outputs], [torch.ones_like(rec), *cotangents]
+        outputs += [images[k] for k in plan.seen]
         found_g = torch.autograd.grad(outputs, of_g, grad_outputs=given, **_UNUSED_IS_ZERO)
         return [*found_g, *found[len(fakes) :]], logged
 
@@ -251,7 +254,7 @@ class Distillation(Training):
         if step < self.adversary_start:
             return StepPlan(heads, 1, {}, ())
         seen = adversary_heads(self.weights, heads, step, s.adversary_heads, s.inner_every)
-        penalized: Iterable[int] = ()
+        penalized: Sequence[int] = ()
         if (s.r1_gamma or s.r2_gamma) and step % s.r1_every == 0:
             penalized = range(heads) if s.adversary_heads == "all" else [heads - 1]
         reconstruct = s.rec_every if s.lambda_rec and step % s.rec_every == 0 else 0

@@ -25,7 +25,7 @@ from advkd.evaluate import BLOCKS as DEFAULT_BLOCKS
 from advkd.evaluate import NUM as DEFAULT_NUM
 from advkd.evaluate import TEACHER_STEPS
 from advkd.evaluation import figures, stored
-from advkd.evaluation.distances import frechet_distance, sliced_wasserstein
+from advkd.evaluation.distances import frechet_distance, projected, sliced_wasserstein
 from advkd.evaluation.features import FeatureNet, extract, load_features
 from advkd.evaluation.figures import (
     FIGURES,
@@ -59,7 +59,6 @@ from advkd.evaluation.texture import (
     band_patches,
     decibels,
     power_spectra,
-    projected,
     spectrum_distance,
     texture_distance,
 )
@@ -181,7 +180,9 @@ def test_figures_are_of_the_images(net: FeatureNet, reference: Reference) -> Non
     flat = [part.flatten(1).double().numpy() for part in (real, fake)]
     assert found["swd"] == sliced_wasserstein(*flat)
     assert found["spectrum"] == spectrum_distance(power_spectra(real), power_spectra(fake))
-    patches = ([projected(band) for band in band_patches(part, 0)] for part in (real, fake))
+    patches = (
+        [projected(band, DIRECTIONS) for band in band_patches(part, 0)] for part in (real, fake)
+    )
     assert found["texture_swd"] == texture_distance(*patches)
     if features.classes is None:
         assert found["classes"] is None

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from advkd.data import ImageSet, dataset, dataset_names
 from advkd.evaluation import figures
+from advkd.evaluation.distances import projected
 from advkd.evaluation.features import load_features
 from advkd.evaluation.figures import compare, measure
 from advkd.evaluation.texture import (
@@ -27,7 +28,6 @@ from advkd.evaluation.texture import (
     decibels,
     laplacian_bands,
     power_spectra,
-    projected,
     spectrum_distance,
     texture_distance,
 )
@@ -166,7 +166,7 @@ def test_white_noise_has_its_variance_at_every_frequency() -> None:
 
 
 def patches_of(x: torch.Tensor, seed: int = 0) -> list[np.ndarray]:
-    return [projected(band) for band in band_patches(x, seed)]
+    return [projected(band, DIRECTIONS) for band in band_patches(x, seed)]
 
 
 def test_distances_of_the_same_images_are_zero() -> None:
@@ -188,14 +188,14 @@ def test_distances_of_the_same_images_are_zero() -> None:
 
 def test_projections_are_along_unit_directions() -> None:
     values = np.full((10, 9), 2.0, np.float32)
-    found = projected(values)
+    found = projected(values, DIRECTIONS)
     assert found.shape == (10, DIRECTIONS) and found.dtype == np.float32
     rng = np.random.default_rng(0)
-    one = projected(rng.standard_normal((4000, 9)).astype(np.float32))
+    one = projected(rng.standard_normal((4000, 9)).astype(np.float32), DIRECTIONS)
     assert one.std(0) == pytest.approx(1, abs=0.06)
     assert (np.diff(one, axis=0) >= 0).all()
-    assert np.array_equal(projected(values), found)
-    assert not np.array_equal(projected(values, seed=1), found)
+    assert np.array_equal(projected(values, DIRECTIONS), found)
+    assert not np.array_equal(projected(values, DIRECTIONS, seed=1), found)
 
 
 def test_an_image_has_the_same_spectrum_and_bands_in_every_batch() -> None:
