@@ -284,6 +284,7 @@ class NinjaBuildExt(build_ext):
     """build_ext that hands the whole extension to ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build the extension by ninja; SystemExit with the compiler's message where it fails."""
         compiler = find_compiler(os.environ)
         if compiler is None:
             raise SystemExit("advkd: no C++ compiler was found")
@@ -313,6 +314,7 @@ def run_ninja(build_dir: Path) -> None:
 
 
 def main() -> None:
+    """Install the package, with its extension unless `skip_reason` has one against it."""
     reason = skip_reason(os.environ)
     if reason is not None:
         print(f"advkd: installing without the C++ extension, because {reason}", file=sys.stderr)

@@ -432,6 +432,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def check_lengths(key: str, names: Sequence[str]) -> None:
+    """ConfigError unless every name of classes has 1 to MAX_NAME characters."""
+    if not all(1 <= len(name) <= MAX_NAME for name in names):
+        raise ConfigError(f"{key} has a name that is not of 1 to {MAX_NAME} characters")
+
+
 def nearest(key: str, names: Sequence[str]) -> str:
     """Advice that names the nearest of the names, as a clause."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.0)

@@ -19,12 +19,12 @@ from torch import nn
 
 from advkd.config import (
     MAX_CLASSES,
-    MAX_NAME,
     MAX_SIDE,
     TARGETS,
     ConfigError,
     StudentConfig,
     build,
+    check_lengths,
     one_of,
     within,
 )
@@ -247,8 +247,7 @@ def _class_names(names: Any, num_classes: int | None) -> tuple[str, ...] | None:
         raise ConfigError("class_names is not a list of texts")
     if len(names) != num_classes:
         raise ConfigError(f"class_names has {len(names)} names for {num_classes or 'no'} classes")
-    if not all(1 <= len(name) <= MAX_NAME for name in names):
-        raise ConfigError(f"class_names has a name that is not of 1 to {MAX_NAME} characters")
+    check_lengths("class_names", names)
     if len(set(names)) < len(names):
         raise ConfigError("class_names has one name twice")
     return tuple(names)

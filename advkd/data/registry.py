@@ -28,7 +28,7 @@ from typing import Literal
 
 import numpy as np
 
-from advkd.config import MAX_NAME, MAX_SIDE, ConfigError, build, nearest, within
+from advkd.config import MAX_SIDE, ConfigError, build, check_lengths, nearest, within
 from advkd.data.readers import open_source
 from advkd.data.source import DataError, ImageSet, Source, brief
 
@@ -220,8 +220,7 @@ def _check(described: Description) -> None:
         raise ConfigError("it lacks the key 'splits.train'")
     if len(described.classes) == 1 or len(set(described.classes)) < len(described.classes):
         raise ConfigError("'classes' lists two names at least, each once")
-    if not all(1 <= len(name) <= MAX_NAME for name in described.classes):
-        raise ConfigError(f"'classes' has a name that is not of 1 to {MAX_NAME} characters")
+    check_lengths("'classes'", described.classes)
     inside = {"splits.train": described.splits.train, "splits.test": described.splits.test}
     if not described.features.startswith("zoo:"):
         inside["features"] = described.features

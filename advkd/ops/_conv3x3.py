@@ -184,6 +184,7 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias where they are needed, themselves differentiable."""
         (grad,) = grads
         x, weight = ctx.saved_tensors
         transposed, fused = ctx.options

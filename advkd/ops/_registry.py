@@ -219,6 +219,7 @@ class _ReferenceGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the op's tensors where they are needed; None for all other arguments."""
         op, arguments = ctx.op, list(ctx.others)
         for place, saved in zip(op.tensors, ctx.saved_tensors, strict=True):
             arguments[place] = saved

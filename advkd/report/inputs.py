@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from advkd.evaluation.figures import FIGURES
 from advkd.files import CheckpointError, read_json, read_text
 from advkd.report.numbers import is_finite
 
 MAX_METRICS = 256 << 20  # bytes of a metrics.jsonl
 SIDES = ("real", "teacher", "student")
-_FIGURES = ("fd", "kid", "precision", "recall", "swd", "texture_fd", "texture_swd", "spectrum")
 _NUMBERS_BY_SIDE = ("passes", "ms_per_image", "parameters")
 
 
@@ -96,7 +96,7 @@ def _are_lists(value: Any) -> bool:
 
 
 _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **{key: ("a number or {mean, std} for each side", _are_figures) for key in _FIGURES},
+    **{key: ("a number or {mean, std} for each side", _are_figures) for key in FIGURES},
     **{key: ("a number for each side", _are_numbers) for key in _NUMBERS_BY_SIDE},
     "classes": ("a list of shares for each side", _are_lists),
     "spectra": ("a list of decibels for each side", _are_lists),
