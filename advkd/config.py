@@ -32,6 +32,8 @@ MAX_TEXT = 1 << 20  # bytes of a preset
 MAX_SIDE = 4096  # pixels of an image's side
 MAX_WIDTH = 16384  # channels of a layer
 MAX_CLASSES = 100_000
+MAX_CLUSTERS = 1024
+CLASS_WIDTH = 16  # of a class's embedding in the students that `config_for` designs
 MAX_NAME = 255  # characters of a class's name; a folder's has no more
 MAX_COUNT = 1 << 40  # of images, steps and the like; fresh noise has image numbers from here on
 MIN_EVALUATED = 6  # images of a block: 5 nearest neighbors need one more
@@ -70,6 +72,7 @@ class DataConfig:
     channels: int = within(1, 1, 3)  # 1 or 3
     crop: bool = True  # resize the shorter side and cut the center; else resize both sides
     flip: bool = True  # mirror half of the training images
+    clusters: int = within(0, 0, MAX_CLUSTERS)  # of images, a power of 2, in the place of classes
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,7 @@ class DistillConfig:
     translate: int = within(0, 0, MAX_SIDE)  # fresh: pixels by which D's images are moved at most
     cutout: int = within(0, 0, MAX_SIDE)  # fresh: pixels of the square that is covered in them
     schedule: str = one_of("joint", ("joint", "progressive"))
+    grow_until: float = within(0.5, 0, 1)  # progressive: share of the steps before the last head
     adversary: str = one_of("paired", ("paired", "fresh"))  # D sees x_T; or images of new noise
     adversary_after: float = within(0.0, 0, 1)  # share of the steps before D enters
     real_images: bool = True  # fresh: the last head is compared with training images, if any
@@ -289,8 +293,9 @@ def _halves(size: int) -> bool:
     return size <= 8
 
 
-def config_for(size: int, channels: int) -> Config:
-    """A configuration for images that no preset is for: networks by resolution, small for a CPU.
+def config_for(size: int, channels: int, num_classes: int | None = None) -> Config:
+    """A configuration for images that no preset is for: networks by resolution, small for a CPU,
+    and conditional on `num_classes` where these are given.
 
     ConfigError for a size that cannot be halved down to 8 or less.
     """
@@ -304,12 +309,14 @@ def config_for(size: int, channels: int) -> Config:
         block_out_channels=tuple(min(base << i, 128) for i in range(n)),
         down_block_types=("DownBlock2D",) * (n - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (n - 1),
+        num_class_embeds=num_classes,
     )
     lowest = resolutions[-1]
     student = StudentConfig(
         stages=tuple(resolutions[::-1]),
         widths=tuple([96] * (n - 2) + [48, base]),
         attention=(lowest,),
+        class_width=CLASS_WIDTH if num_classes else 0,
     )
     discriminator = DiscriminatorConfig(widths=tuple(min(24 << i, 96) for i in range(n)))
     return Config(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from advkd.data.clusters import clustered, fit_clusters
 from advkd.data.images import probe
 from advkd.data.registry import Dataset, find
 from advkd.data.source import DataError, ImageSet
@@ -50,3 +51,12 @@ def hold_out(images: ImageSet) -> RealImages:
     count = min(MAX_HELD_OUT, len(images) // 5)
     order = np.random.default_rng(0).permutation(len(images))
     return RealImages(images.subset(order[count:]), images.subset(order[:count]))
+
+
+def with_clusters(images: RealImages, num: int) -> RealImages:
+    """The images with `num` clusters, found among those to train on, in the place of classes.
+
+    Raises DataError for a number that cannot be.
+    """
+    clusters = fit_clusters(images.train, num)
+    return RealImages(clustered(images.train, clusters), clustered(images.held_out, clusters))

@@ -61,6 +61,12 @@ def _check_images(run: Run, teacher: UNet) -> None:
         side = teacher.config.sample_size
         raise ConfigError(f"the teacher makes images of {side}x{side}, but data.size={data.size}")
     input_shape(teacher, (data.size, data.size))
+    if data.clusters and teacher.num_classes != data.clusters:
+        raise ConfigError(
+            f"data.clusters={data.clusters} take the place of classes, and the teacher has "
+            f"{teacher.num_classes or 'none'}: one trained with unet.num_class_embeds="
+            f"{data.clusters} is needed"
+        )
     images = run.images()
     if images is None:
         if not run.config.teacher.source:

@@ -8,7 +8,7 @@ from pathlib import Path
 from advkd.config import Config, ConfigError
 from advkd.data import Dataset, find
 from advkd.data.registry import default_dataset, for_teacher
-from advkd.data.split import RealImages, real_images
+from advkd.data.split import RealImages, real_images, with_clusters
 from advkd.evaluation.protocol import images_hash
 from advkd.files import read_json, write_json
 from advkd.models.student import Student
@@ -37,8 +37,9 @@ class Run(RunFolder):
         if self._images is None and self.has_images:
             d = self.config.data
             source = d.path or self.dataset or ""
-            self._images = real_images(source, d.size, d.channels, d.crop)
-            self._check_same(self._images)
+            found = real_images(source, d.size, d.channels, d.crop)
+            self._check_same(found)
+            self._images = with_clusters(found, d.clusters) if d.clusters else found
         return self._images
 
     def _check_same(self, images: RealImages) -> None:

@@ -59,6 +59,8 @@ def _announce(run: Run) -> None:
     images, d = run.images(), run.config.data
     if images is not None:
         lines = describe(probe(d.path, size=d.size, channels=d.channels, crop=d.crop))
+        if d.clusters:
+            lines.append(images.train.notes[-1])
         lines.append(f"held out to evaluate by: {len(images.held_out):,} images")
         print("\n".join(f"advkd: {line}" for line in lines), file=sys.stderr)
 

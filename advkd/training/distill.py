@@ -250,7 +250,7 @@ class Distillation(Training):
     def plan(self, step: int) -> StepPlan:
         """What `step` computes."""
         s = self.settings
-        heads = active_heads(s.schedule, len(self.stages), step, s.steps)
+        heads = active_heads(s.schedule, len(self.stages), step, s.steps, s.grow_until)
         if step < self.adversary_start:
             return StepPlan(heads, 1, {}, ())
         seen = adversary_heads(self.weights, heads, step, s.adversary_heads, s.inner_every)

@@ -15,10 +15,13 @@ def learning_rate(step: int, base: float, warmup: int, steps: int, final: float)
     return base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def active_heads(schedule: str, K: int, step: int, steps: int) -> int:
-    """The number of heads that train at `step`: all of K ("joint"), or one more in each K-th of the
-    training ("progressive")."""
-    return K if schedule == "joint" else min(K, 1 + step * K // steps)
+def active_heads(schedule: str, K: int, step: int, steps: int, grow_until: float) -> int:
+    """The number of heads that train at `step`: all of K ("joint"), or one more at a time, the last
+    of them from `grow_until` of the steps on ("progressive")."""
+    last_joins = round(grow_until * steps)
+    if schedule == "joint" or step >= last_joins:
+        return K
+    return 1 + step * (K - 1) // last_joins
 
 
 def head_weights(given: tuple[float, ...], K: int) -> tuple[float, ...]:

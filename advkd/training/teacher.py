@@ -152,22 +152,29 @@ def check_data(config: Config, images: ImageSet) -> None:
 
 
 def _initial_unet(config: Config) -> UNet:
-    schedule = Schedule(**vars(config.schedule))
-    unet = UNet(config.unet, schedule)
+    """The network that a training starts with: a new one, or `teacher.init`.
+
+    An unconditional one may become conditional; to begin with, its classes are then alike.
+    """
+    unet = UNet(config.unet, Schedule(**vars(config.schedule)))
     if config.teacher.init:
         given = load_teacher(config.teacher.init)
+        of_classes = unet.class_embedding if given.class_embedding is None else None
+        free = _NOT_LEARNED | {"num_class_embeds"} if of_classes else _NOT_LEARNED
         differing = [
             name
-            for ours, theirs in ((unet.config, given.config), (schedule, given.schedule))
+            for ours, theirs in ((unet.config, given.config), (unet.schedule, given.schedule))
             for name, value in vars(theirs).items()
-            if name not in _NOT_LEARNED and getattr(ours, name, value) != value
+            if name not in free and getattr(ours, name, value) != value
         ]
         if differing:
             raise ConfigError(
                 f"{config.teacher.init} was trained with another {', '.join(differing)} than this "
                 "configuration asks for"
             )
-        unet.load_state_dict(given.state_dict())
+        unet.load_state_dict(given.state_dict(), strict=of_classes is None)
+        if of_classes is not None:
+            torch.nn.init.zeros_(of_classes.weight)
     return unet
 
 

@@ -183,6 +183,25 @@ def test_a_preset_for_images_of_its_own_takes_none_that_ship(tmp_path: Path) -> 
         check(run, STAGES)
 
 
+def test_clusters_take_the_place_of_the_classes_of_a_run() -> None:
+    config = changed(
+        data={"path": "fashion-mnist", "size": 28, "clusters": 4},
+        unet={"sample_size": 28, "num_class_embeds": 4},
+        teacher={"source": ""},
+        student={"stages": (14, 28)},
+        evaluate={"num": 200},
+    )
+    run = Run(Path("nowhere"), config)
+    images = run.images()
+    assert images is not None and images.train.num_classes == 4 and images.train.classes is None
+    check(run, STAGES)
+    for num in (None, 10):
+        unet = dataclasses.replace(config.unet, num_class_embeds=num)
+        other = Run(Path("nowhere"), dataclasses.replace(config, unet=unet))
+        with pytest.raises(ConfigError, match=rf"teacher has {num or 'none'}: .*embeds=4 is"):
+            check(other, ("teacher",))
+
+
 def test_markers(run: Run) -> None:
     assert [stage for stage in STAGES if run.is_done(stage)] == ["teacher"]
     assert len({run.marker(stage) for stage in STAGES}) == len(STAGES)

@@ -35,10 +35,14 @@ def test_head_weights() -> None:
 
 
 def test_active_heads() -> None:
-    assert [active_heads("joint", 3, step, 10) for step in range(10)] == [3] * 10
-    found = [active_heads("progressive", 3, step, 10) for step in range(10)]
-    assert found == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert active_heads("progressive", 11, 199_999, 200_000) == 11
+    def heads(schedule: str, grow_until: float) -> list[int]:
+        return [active_heads(schedule, 3, step, 10, grow_until) for step in range(10)]
+
+    assert heads("joint", 0.6) == [3] * 10
+    assert heads("progressive", 0.6) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert heads("progressive", 0.0) == [3] * 10
+    assert heads("progressive", 1.0) == [1] * 5 + [2] * 5
+    assert active_heads("progressive", 1, 0, 10, 0.6) == 1
 
 
 def test_the_heads_that_D_sees_weigh_the_same_over_the_steps() -> None:

@@ -386,6 +386,20 @@ def test_init_starts_from_a_folder(tmp_path: Path) -> None:
     )
 
 
+def test_init_from_an_unconditional_teacher_gains_classes(tmp_path: Path) -> None:
+    """To begin with the classes are alike: the network is what it was."""
+    first = UNet(teacher_config().unet)
+    save_teacher(first, tmp_path)
+    config = teacher_config(f"teacher.init={tmp_path}", "unet.num_class_embeds=4")
+    unet = TeacherTraining(config, squares(labels=True)).unet
+    x, t = torch.randn(4, 1, 8, 8), torch.arange(4)
+    torch.testing.assert_close(unet(x, t, torch.arange(4)), first(x, t))
+    save_teacher(unet, tmp_path / "conditional")
+    back = teacher_config(f"teacher.init={tmp_path / 'conditional'}")
+    with pytest.raises(ConfigError, match="num_class_embeds"):
+        TeacherTraining(back, squares())
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
