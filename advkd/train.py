@@ -27,6 +27,7 @@ from advkd.run.run import Run
 from advkd.run.stages import run_stages
 
 DEFAULT_PRESET = "fashion-mnist"
+IMAGES_OF_A_CLASS = 100  # on average, or classes are not worth telling apart
 EPILOG = """\
 Without options: take the teacher that ships, sample its trajectories, distill a student and
 evaluate both, into runs/fashion-mnist/. With --data PATH all of it on your own images, teacher
@@ -96,10 +97,13 @@ def _name_of(data: str | None, teacher: str | None) -> str | None:
 
 
 def _for_images(args: argparse.Namespace) -> Config:
-    """A configuration for given images: networks by their resolution."""
+    """A configuration for given images: networks by their resolution, and conditional on classes of
+    100 images or more on average."""
     source = probe(args.data, size=args.size, channels=args.channels, crop=not args.no_crop)
+    num_classes = source.num_classes or 1
+    serve = 2 <= num_classes <= len(source) // IMAGES_OF_A_CLASS
     try:
-        return config_for(source.size, source.channels)
+        return config_for(source.size, source.channels, num_classes if serve else None)
     except ConfigError as error:
         notes = "".join(f"; {note}" for note in source.notes)
         raise ConfigError(f"{args.data}: {error} by --size{notes}") from None

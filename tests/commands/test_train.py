@@ -396,11 +396,30 @@ def test_a_data_set_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = configured("--data", "avatars")
     assert (config.name, config.data.path, config.teacher.source) == ("avatars", "avatars", "")
     assert (config.data.size, config.data.channels, config.data.flip) == (32, 3, False)
-    assert config.unet.num_class_embeds is None
+    assert config.unet.num_class_embeds == 3
+    assert config.student.class_width
     again = configured("--preset", "cifar10-32", "--data", "avatars", "--set", "data.flip=true")
     assert (again.data.path, again.data.flip) == ("avatars", True)
     assert not configured("--preset", "cifar10-32", "--data", "avatars").data.flip
     assert configured("--preset", "cifar10-32", "--data", "elsewhere").data.flip
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "expected"),
+    [(200, 2, 2), (199, 2, None), (300, 3, 3), (300, 1, None), (300, None, None)],
+)
+def test_classes_are_taken_where_they_serve(
+    tmp_path: Path, count: int, classes: int | None, expected: int | None
+) -> None:
+    arrays = {"images": np.zeros((count, 8, 8), np.uint8)}
+    if classes:
+        arrays["labels"] = np.arange(count) % classes
+    np.savez(tmp_path / "some.npz", **arrays)
+    config = configured("--data", str(tmp_path / "some.npz"))
+    assert config.unet.num_class_embeds == expected
+    plain = ("--set", "unet.num_class_embeds=none")
+    config = configured("--data", str(tmp_path / "some.npz"), *plain)
+    assert config.unet.num_class_embeds is None
 
 
 def test_a_teacher_of_avatars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
