@@ -20,6 +20,7 @@ from advkd.files import CheckpointError, read_json, seal, write_json
 ZOO = Path(__file__).parents[1] / "zoo"
 # SHA-256 of every evaluation.json that ships.
 SHIPPED: dict[str, str] = {
+    "avatars": "399b409c46312ea3bcd1554ae7f711b7afdd6f34a5e8db3930a2e1869c44a90c",
     "fashion-mnist": "71b9cb60f44ac7f3869290117b26ce650b34ca9467dee032e7c4a0b939bc49b0",
 }
 FILE = "evaluation.json"
