@@ -389,11 +389,11 @@ def test_networks_on_their_own_are_compared_with_what_ships_in_their_shape(
     save_student(Student(config, 32, 3), tmp_path / "student")
     save_features(FeatureNet(3, 32), tmp_path / "features")
     arguments = ["--student", str(tmp_path / "student"), "--num", "6", "--blocks", "1"]
-    assert main(arguments) == 1
-    assert "no features come with Avatars of 3x32x32: fit some" in capsys.readouterr().err
-    assert main([*arguments, "--features", str(tmp_path / "features")]) == 0
-    words = " ".join(capsys.readouterr().out.split())
-    assert "compared with 2,100 held-out images of Avatars (test)." in words
+    for given in ([], ["--features", str(tmp_path / "features")]):
+        assert main([*arguments, *given]) == 0
+        words = " ".join(capsys.readouterr().out.split())
+        assert "compared with 2,100 held-out images of Avatars (test)." in words
+        assert ("autoencoder that comes with Avatars" in words) is not bool(given)
 
 
 def test_features_that_ship_are_for_the_images_that_they_come_with(
