@@ -248,7 +248,7 @@ def weights_of(training: Distillation) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["unet", "pyramid"])
 def test_progressive_leaves_later_submodules_untouched(family: str, store: Trajectories) -> None:
-    config = changed(schedule="progressive", steps=6, warmup=1)
+    config = changed(schedule="progressive", grow_until=2 / 3, steps=6, warmup=1)
     student = dataclasses.replace(config.student, family=family)
     training = Distillation(dataclasses.replace(config, student=student), store)
     before = weights_of(training)
