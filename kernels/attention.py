@@ -16,10 +16,10 @@ import torch
 import triton
 from advkd.kernels.attention_device import (
     PADDED,
-    delta_kernel,
-    dkdv_kernel,
-    dq_kernel,
-    forward_kernel,
+    attention_delta_kernel,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    attention_forward_kernel,
 )
 from advkd.kernels.compilation import Build
 from torch import Tensor
@@ -69,10 +69,10 @@ class Variant:
 
 
 KERNELS = {
-    "forward": forward_kernel,
-    "delta": delta_kernel,
-    "dkdv": dkdv_kernel,
-    "dq": dq_kernel,
+    "forward": attention_forward_kernel,
+    "delta": attention_delta_kernel,
+    "dkdv": attention_dkdv_kernel,
+    "dq": attention_dq_kernel,
 }
 
 # The first whose output holds the head dimension is taken, the last also for larger ones.

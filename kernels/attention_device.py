@@ -126,7 +126,7 @@ FORWARD_INTEGERS = (
 
 
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
-def forward_kernel(  # type: ignore[no-untyped-def]
+def attention_forward_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m,
     heads, queries, keys, eighths, scale,
     EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, CHUNKED: tl.constexpr,
@@ -191,7 +191,7 @@ DELTA_INTEGERS = (
 
 
 @triton.jit(do_not_specialize=DELTA_INTEGERS)
-def delta_kernel(  # type: ignore[no-untyped-def]
+def attention_delta_kernel(  # type: ignore[no-untyped-def]
     out_ptr, grad_ptr, lse_ptr, statistics_ptr, out_b, out_h, out_n, grad_b, grad_h, grad_n,
     heads, queries, eighths,
     EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -228,7 +228,7 @@ BACKWARD_INTEGERS = (
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
-def dkdv_kernel(  # type: ignore[no-untyped-def]
+def attention_dkdv_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, grad_b, grad_h, grad_n,
     heads, queries, keys, eighths, scale,
@@ -298,7 +298,7 @@ def dkdv_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
-def dq_kernel(  # type: ignore[no-untyped-def]
+def attention_dq_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, dq_ptr,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, grad_b, grad_h, grad_n,
     heads, queries, keys, eighths, scale,

@@ -21,14 +21,14 @@ from advkd.kernels.compilation import Build
 from advkd.kernels.group_norm_silu_device import (
     COLUMNS,
     GROUPS_IN_TILE,
-    apply_kernel,
-    dx_kernel,
-    forward_kernel,
-    merge_kernel,
-    moments_kernel,
-    parameters_kernel,
-    reduce_kernel,
-    sums_kernel,
+    group_norm_silu_apply_kernel,
+    group_norm_silu_dx_kernel,
+    group_norm_silu_forward_kernel,
+    group_norm_silu_merge_kernel,
+    group_norm_silu_moments_kernel,
+    group_norm_silu_parameters_kernel,
+    group_norm_silu_reduce_kernel,
+    group_norm_silu_sums_kernel,
 )
 from torch import Tensor
 
@@ -36,14 +36,14 @@ from torch import Tensor
 Affine = Sequence[Tensor | None]
 
 KERNELS = {
-    "forward": forward_kernel,
-    "moments": moments_kernel,
-    "merge": merge_kernel,
-    "apply": apply_kernel,
-    "sums": sums_kernel,
-    "reduce": reduce_kernel,
-    "dx": dx_kernel,
-    "parameters": parameters_kernel,
+    "forward": group_norm_silu_forward_kernel,
+    "moments": group_norm_silu_moments_kernel,
+    "merge": group_norm_silu_merge_kernel,
+    "apply": group_norm_silu_apply_kernel,
+    "sums": group_norm_silu_sums_kernel,
+    "reduce": group_norm_silu_reduce_kernel,
+    "dx": group_norm_silu_dx_kernel,
+    "parameters": group_norm_silu_parameters_kernel,
 }
 
 
@@ -368,7 +368,7 @@ def _channel_grid(problem: Problem, variant: Variant, pixel_programs: int) -> in
 
 
 def _sums_and_means(read: list[Any], problem: Problem, silu: bool) -> tuple[Tensor, Tensor]:
-    """What `reduce_kernel` makes, given what `sums_kernel` reads."""
+    """What the kernel "reduce" makes, given what "sums" reads."""
     _, x, weight, _, scale, *_ = read
     batch, channels, groups = problem.batch, problem.channels, problem.groups
     variant = pick("sums", problem, _capability(x.device))

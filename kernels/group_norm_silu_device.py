@@ -133,7 +133,7 @@ FORWARD_INTEGERS = ("blocks", "width", "pixels", "group_channels")
 
 
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
-def forward_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
     blocks, width, pixels, group_channels, eps,
     SILU: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
@@ -174,7 +174,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=(*FORWARD_INTEGERS, "chunks"))
-def moments_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_moments_kernel(  # type: ignore[no-untyped-def]
     x_ptr, partial_ptr, blocks, width, pixels, group_channels, chunks,
     VEC: tl.constexpr, LAST: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
@@ -209,7 +209,7 @@ def moments_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=("tiles",))
-def merge_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_merge_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, origin_ptr, rest_ptr, mean_ptr, rstd_ptr, tiles, eps
 ):
     """The statistics of one group of its tiles', in a fixed order."""
@@ -308,7 +308,7 @@ APPLY_INTEGERS = ("channels", "pixels", "group_channels")
 
 
 @triton.jit(do_not_specialize=APPLY_INTEGERS)
-def apply_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_apply_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, origin_ptr, rest_ptr, rstd_ptr, y_ptr,
     channels, pixels, group_channels,
     SILU: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
@@ -337,7 +337,7 @@ def apply_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=(*APPLY_INTEGERS, "chunks", "chunk_tiles"))
-def sums_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_sums_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, partial_ptr,
     channels, pixels, group_channels, chunks, chunk_tiles,
     SILU: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
@@ -381,7 +381,7 @@ def sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=("groups", "pixels", "group_channels", "chunks"))
-def reduce_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_reduce_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, weight_ptr, scale_ptr, sums_ptr, means_ptr,
     groups, pixels, group_channels, chunks,
 ):  # fmt: skip
@@ -419,7 +419,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=(*APPLY_INTEGERS, "batch"))
-def dx_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_dx_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, means_ptr,
     dx_ptr, channels, pixels, group_channels, batch,
     SILU: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
@@ -459,7 +459,7 @@ def _store_to(ptr, value, index, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=("batch", "channels"))
-def parameters_kernel(  # type: ignore[no-untyped-def]
+def group_norm_silu_parameters_kernel(  # type: ignore[no-untyped-def]
     sums_ptr, weight_ptr, bias_ptr, scale_ptr,
     dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr, batch, channels,
 ):  # fmt: skip

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 import native
 
 SAMPLE_SECONDS = 0.004  # a sample repeats a call until it takes about this long
-CONTEST_SECONDS = 1.5  # spent on the samples of one contest
+HEAD_START = 1_000_000  # cycles that a GPU spins, about half a millisecond
 ROUNDS = (3, 40)  # samples of a contender, at least and at most
 
 
@@ -66,6 +66,8 @@ class Outcome:
 class Clock(Protocol):
     name: str
     threads: int
+    contest_seconds: float  # spent on the samples of one contest
+    overhead: float  # seconds that timing a call takes beside the call
 
     def seconds(self, run: Callable[[Any], object], prepared: list[Any]) -> float:
         """The mean time of run(p) over what was prepared."""
@@ -73,6 +75,8 @@ class Clock(Protocol):
 
 class CpuClock:
     """CPU time at one thread, which neighbours on the machine do not lengthen; else wall time."""
+
+    contest_seconds, overhead = 1.5, 0.0
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
@@ -87,9 +91,14 @@ class CpuClock:
 
 
 class CudaClock:
-    """The device's time between events; the L2 cache is written over before each call."""
+    """The device's time between events; the L2 cache is written over before each call.
+
+    The device spins before the first event until the host has launched all of a call: else a short
+    kernel's time would be that of its launch.
+    """
 
     name = "CUDA events, cold L2"
+    contest_seconds, overhead = 0.5, 7e-4
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
@@ -101,6 +110,7 @@ class CudaClock:
         for item in prepared:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
+            torch.cuda._sleep(HEAD_START)
             start.record()
             run(item)
             end.record()
@@ -182,9 +192,12 @@ def _measure(contenders: dict[str, Contender], timer: Clock) -> dict[str, list[f
     gc.disable()
     try:
         expected = {name: _trial(contender, timer) for name, contender in contenders.items()}
-        repeats = {name: max(1, round(SAMPLE_SECONDS / s)) for name, s in expected.items()}
-        round_seconds = sum(repeats[name] * seconds for name, seconds in expected.items())
-        rounds = min(max(round(CONTEST_SECONDS / round_seconds), ROUNDS[0]), ROUNDS[1])
+        repeats = {
+            name: max(1, round(SAMPLE_SECONDS / (s + timer.overhead)))
+            for name, s in expected.items()
+        }
+        round_seconds = sum(repeats[name] * (s + timer.overhead) for name, s in expected.items())
+        rounds = min(max(round(timer.contest_seconds / round_seconds), ROUNDS[0]), ROUNDS[1])
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         order = list(contenders)
         for _ in range(rounds):

@@ -10,8 +10,10 @@ says so. Exit status: 0 if all that ran passed, 1 if not, 2 without a CUDA devic
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 
 from advkd import info, ops
 
+from ..bench import report
 from . import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +36,10 @@ def run(*command: str) -> tuple[int, str]:
 
 
 def pytest(*arguments: str) -> tuple[int, str]:
-    """The tests marked `gpu`."""
+    """The tests marked `gpu`; several at a time with pytest-xdist, since Triton's compiler is what
+    they wait for."""
+    if importlib.util.find_spec("xdist"):
+        arguments = ("-n", "8", *arguments)
     return run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", *arguments, TESTS)
 
 
@@ -63,6 +69,28 @@ def sections(skip: list[str], failed: list[str]) -> Iterator[str]:
     yield from bench.images_per_second()
     yield ""
     yield from bench.launch_overhead()
+    yield ""
+    yield from bench.host_time()
+    yield ""
+    yield from bench.device_time()
+    yield "\n## Kernels\n"
+    yield from kernels(failed)
+
+
+def kernels(failed: list[str]) -> Iterator[str]:
+    """The tables of the kernels' own benchmarks."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        status, text = run(
+            sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--benchmark-only",
+            f"--benchmark-json={out}", "tests/bench/bench_group_norm_silu.py",
+            "tests/bench/bench_attention.py",
+        )  # fmt: skip
+        failed += ["benchmarks of the kernels"] * (status != 0)
+        if status:
+            yield fenced(text)
+        if out.exists() and out.stat().st_size:
+            yield fenced(report.text(report.records_of(out)))
 
 
 def without_device(missing: str, failed: list[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Images a second of ddpm-cifar10-32's architecture on a GPU, ours against other loops, and what a
-step costs beside its network. `python -m tests.gpu` calls it; random weights take as long as
-trained ones.
+"""Images a second of ddpm-cifar10-32's architecture on a GPU, ours against other loops, where the
+device's time goes, and what a step and a call of an op cost the host. `python -m tests.gpu` calls
+it; random weights take as long as trained ones.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from advkd import ops
@@ -22,9 +23,8 @@ from advkd.engine.noise import Noise, Purpose
 from advkd.models.unet import UNet, config_to_diffusers
 from advkd.ops import use_backend
 
-STEPS, ROUNDS = 50, 5
-BATCHES = (1, 64, 256)
-TYPES = (torch.float32, torch.bfloat16)
+STEPS, ROUNDS = 50, 3
+CASES = ((torch.float32, 64), (torch.bfloat16, 1), (torch.bfloat16, 256))
 
 NOISE = Noise(0, Purpose.SAMPLING)
 
@@ -58,7 +58,7 @@ def loops(unet: UNet, batch: int) -> Iterator[tuple[str, Loop]]:
             return python_loop(unet, indices)
 
     yield "torch eager", eager
-    yield "torch eager, our ops", lambda indices: python_loop(unet, indices)
+    torch._dynamo.reset()
     compiled = torch.compile(unet, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def by_compile(indices: Tensor) -> Tensor:
@@ -70,13 +70,23 @@ def loops(unet: UNet, batch: int) -> Iterator[tuple[str, Loop]]:
 
 
 def diffusers_loop(unet: UNet, batch: int) -> Loop:
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    """What DDIMPipeline does, which cannot be called with bfloat16."""
+    from diffusers import DDIMScheduler, UNet2DModel, logging
 
-    model = UNet2DModel(**config_to_diffusers(unet.config)).cuda().to(unet.conv_in.weight.dtype)
+    logging.set_verbosity_error()
+    dtype = unet.conv_in.weight.dtype
+    model = UNet2DModel(**config_to_diffusers(unet.config)).eval().cuda().to(dtype)
     model = model.to(memory_format=torch.channels_last)
-    pipeline = DDIMPipeline(model, DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return lambda indices: pipeline(batch, num_inference_steps=STEPS, output_type="np")
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+
+    def loop(indices: Tensor) -> Tensor:
+        x_t = torch.randn(batch, 3, 32, 32, device="cuda", dtype=dtype)
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(model(x_t, t).sample, t, x_t).prev_sample
+        return x_t
+
+    return loop
 
 
 def seconds(loop: Loop, indices: Tensor) -> float:
@@ -96,21 +106,20 @@ def images_per_second() -> Iterator[str]:
     """Lines of a table."""
     yield "| images a second | dtype | batch | images/s | ms a step | of ours |"
     yield "|---|---|---|---|---|---|"
-    for dtype in TYPES:
-        unet = teacher(dtype)
-        for batch in BATCHES:
-            indices, ours = torch.arange(batch), None
-            for name, loop in loops(unet, batch):
-                try:
-                    took = seconds(loop, indices)
-                except Exception as error:
-                    yield f"| {name} | {dtype} | {batch} | failed: {str(error)[:80]} | | |"
-                    continue
-                ours = took if ours is None else ours
-                yield (
-                    f"| {name} | {str(dtype)[6:]} | {batch} | {batch / took:.1f} | "
-                    f"{took / STEPS * 1e3:.3f} | {ours / took:.2f} |"
-                )
+    for dtype, batch in CASES:
+        indices, ours = torch.arange(batch), None
+        for name, loop in loops(teacher(dtype), batch):
+            try:
+                took = seconds(loop, indices)
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+                yield f"| {name} | {str(dtype)[6:]} | {batch} | failed: {reason} | | |"
+                continue
+            ours = took if ours is None else ours
+            yield (
+                f"| {name} | {str(dtype)[6:]} | {batch} | {batch / took:.1f} | "
+                f"{took / STEPS * 1e3:.3f} | {ours / took:.2f} |"
+            )
 
 
 @torch.inference_mode()
@@ -131,3 +140,78 @@ def launch_overhead() -> Iterator[str]:
     yield "| launch overhead of a step, 1 image of 3x32x32 | microseconds |"
     yield "|---|---|"
     yield f"| the loop | {seconds(run, torch.arange(1)) * 1e3:.2f} |"
+
+
+# Words in the names of kernels, in the order in which they are looked for.
+KINDS = (
+    ("attention", ("attention", "flash", "softmax")),
+    ("GroupNorm-SiLU", ("group_norm", "rowwisemoments")),
+    ("convolution", ("conv", "fprop", "implicit", "cudnn", "winograd", "nchw", "nhwc")),
+    ("matrix product", ("gemm", "cutlass", "nvjet", "splitk")),
+)
+
+
+@torch.inference_mode()
+def device_time() -> Iterator[str]:
+    """The device's time of a pass, kind by kind, and its longest kernels: lines of two tables."""
+    kinds = [name for name, _ in KINDS]
+    yield f"| ms of a pass on the device | {' | '.join(kinds)} | the rest | all | launches |"
+    yield "|---" * (len(kinds) + 4) + "|"
+    longest = []
+    for dtype, batch in CASES:
+        unet = teacher(dtype)
+        x = torch.randn(batch, 3, 32, 32, device="cuda", dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        kernels = kernels_of(lambda unet=unet, x=x: unet(x, 300))
+        spent = dict.fromkeys([*kinds, "the rest"], 0.0)
+        for name, (microseconds, _) in kernels.items():
+            spent[kind_of(name)] += microseconds / 1e3
+        cells = [*spent.values(), sum(spent.values())]
+        launches = sum(count for _, count in kernels.values())
+        case = f"{str(dtype)[6:]}, {batch}"
+        yield f"| {case} | {' | '.join(f'{ms:.3f}' for ms in cells)} | {launches} |"
+        longest += [
+            f"| {case} | {name[:70].replace('|', '/')} | {count} | {microseconds:.1f} |"
+            for name, (microseconds, count) in list(kernels.items())[:6]
+        ]
+    yield ""
+    yield "| longest kernels of a pass | name | launches | microseconds |"
+    yield "|---|---|---|---|"
+    yield from longest
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of operation that a kernel's name tells."""
+    lower = kernel.lower()
+    return next((kind for kind, words in KINDS if any(w in lower for w in words)), "the rest")
+
+
+def kernels_of(run: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """Microseconds on the device and launches of each kernel, the longest first."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    found = {e.key: (e.self_device_time_total, e.count) for e in profile.key_averages()}
+    found = {name: of for name, of in found.items() if of[0] > 0}
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+@torch.no_grad()
+def host_time() -> Iterator[str]:
+    """What calls of the fused ops cost the host, on tensors so small that the device waits."""
+    x = torch.randn(2, 32, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+    weight, q = torch.ones(32, device="cuda"), torch.randn(2, 1, 64, 32, device="cuda")
+    calls: dict[str, Callable[[], object]] = {
+        "group_norm_silu": lambda: ops.group_norm_silu(x, weight, weight, 8, 1e-5),
+        "torch's group_norm and silu": lambda: F.silu(F.group_norm(x, 8, weight, weight, 1e-5)),
+        "attention": lambda: ops.attention(q, q, q),
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, q, q),
+    }
+    yield "| a call on the host | microseconds |"
+    yield "|---|---|"
+    for name, call in calls.items():
+        took = seconds(lambda indices, call=call: [call() for _ in range(200)], torch.empty(0))
+        yield f"| {name} | {took / 200 * 1e6:.1f} |"

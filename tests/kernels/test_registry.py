@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from advkd import ops
 from advkd.ops import Kernel, _registry, address, register, registered
@@ -119,3 +120,21 @@ def test_every_op_is_described_once() -> None:
     for op in registered():
         assert (op.name in names) == (not op.derived)
         assert (f"{op.name} on CUDA" in names) == (op.cuda is not None and not op.derived)
+
+
+class OnCuda(torch.nn.Module):
+    """The ops that have a Triton kernel."""
+
+    def forward(self, x: Tensor, weight: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.group_norm_silu(x, weight, weight, 2, 1e-5), ops.attention(q, q, q)
+
+
+def test_the_compiler_follows_calls_on_a_gpu() -> None:
+    """Traced with tensors that only say that they are on a GPU; `strict` traces the bytecode."""
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        shapes = ((2, 8, 9, 9), (8,), (2, 1, 16, 32))
+        tensors = tuple(torch.empty(shape, device="cuda") for shape in shapes)
+        program = torch.export.export(OnCuda(), tensors, strict=True)
+    traced = str(program.graph)
+    assert "advkd.group_norm_silu" in traced and "advkd.attention" in traced
