@@ -37,7 +37,7 @@ from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, resolve
 from advkd.report.tables import quality_table
-from advkd.run.evaluation import figures_of_run
+from advkd.run.evaluation import features_of_dataset, figures_of_run
 from advkd.run.folder import stored_config
 from advkd.run.run import Run
 
@@ -193,10 +193,9 @@ def _features(
         net = load_features(resolve(folder))
         return net, f"{net.kind} ({folder})"
     title = "these images" if dataset is None else dataset.title or dataset.name
-    if dataset is not None and dataset.features_source:
-        net = load_features(resolve(dataset.features_source))
-        if (net.size, net.channels) == (size, channels):
-            return net, f"{net.kind} that comes with {title}"
+    found = features_of_dataset(dataset, size, channels)
+    if found is not None:
+        return found, f"{found.kind} that comes with {title}"
     raise ValueError(
         f"no features come with {title} of {channels}x{size}x{size}: fit some with --fit-features "
         "DATA --out FOLDER, then give --features FOLDER"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from advkd.data import ImageSet
+from advkd.data import Dataset, ImageSet
 from advkd.data.trajectories import Trajectories
 from advkd.evaluation.features import (
     FeatureNet,
@@ -32,6 +32,14 @@ from advkd.run.run import Run
 FEATURE_STEPS = 400  # of features that are fitted within a run
 
 
+def features_of_dataset(dataset: Dataset | None, size: int, channels: int) -> FeatureNet | None:
+    """The feature network that comes with a data set, where it takes images of this shape."""
+    if dataset is None or not dataset.features_source:
+        return None
+    net = load_features(resolve(dataset.features_source))
+    return net if (net.size, net.channels) == (size, channels) else None
+
+
 def features_of(run: Run) -> FeatureNet:
     """The feature network: configured, the data set's where it fits, else fitted in the run."""
     config, images = run.config, run.images()
@@ -40,11 +48,9 @@ def features_of(run: Run) -> FeatureNet:
     own = run.path / "features"
     if (own / "config.json").is_file():
         return load_features(own)
-    dataset = run.dataset
-    if dataset is not None and dataset.features_source:
-        net = load_features(resolve(dataset.features_source))
-        if (net.size, net.channels) == (config.data.size, config.data.channels):
-            return net
+    net = features_of_dataset(run.dataset, config.data.size, config.data.channels)
+    if net is not None:
+        return net
     train = _sampled_images(run) if images is None else images.train
     settings = FitSettings(steps=FEATURE_STEPS, flip=config.data.flip)
     save_features(fit_features(train, settings=settings), own)
