@@ -188,6 +188,8 @@ class DistillConfig:
     adversarial_loss: str = "logistic"  # by its name there too: logistic | relativistic
     huber_delta: float = within(0.1, 0, 1e9, above=True)
     head_weights: tuple[float, ...] = within((), 0, 1e9)  # w_k; empty = 1 for the last, else 0.25
+    lambda_div: float = within(0.0, 0, 1e9)  # fresh: holds two images of a label apart
+    div_every: int = within(2, 1, MAX_COUNT)  # images are held apart every so many steps
     rec_every: int = within(1, 1, MAX_COUNT)  # once D is in, reconstruct every so many steps
     adversary_heads: str = one_of("all", ("last", "all"))  # that D sees, of the active ones
     inner_every: int = within(4, 1, MAX_COUNT)  # D sees the heads before the last every so often

@@ -20,8 +20,9 @@ from advkd import ops
 PURPOSE_BITS = 24  # of the step word, below the purpose
 MAX_STEPS = 1 << 23  # of a sampler; x_T and labels have the words that end in 0xFFFFFF and 0xFFFFFE
 
-# Trajectories have image numbers below this one, fresh noise of a training from it on.
-FIRST_FRESH = 1 << 40
+# Trajectories have image numbers below the first, fresh noise of a training from it on; and from
+# the second on the other noise, where two images of a label are compared.
+FIRST_FRESH, FIRST_OTHER = 1 << 40, 1 << 62
 
 
 class Purpose(enum.IntEnum):

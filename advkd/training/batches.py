@@ -11,7 +11,7 @@ from torch import Tensor
 from advkd.config import Config, ConfigError
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
-from advkd.engine.noise import FIRST_FRESH
+from advkd.engine.noise import FIRST_FRESH, FIRST_OTHER
 from advkd.models.layers import area_resized
 from advkd.training.augment import Augmentation, draw
 from advkd.training.streams import generator_at
@@ -36,8 +36,9 @@ class Batch:
 
     x_T (B, C, S, S) with labels y (B,) or None, and the targets x^(k), each at its head's
     resolution. For a fresh adversary also the noise that the images shown to D grow from, and the
-    training images that replace the last target as D's real ones, or None; and how real and
-    generated images of the last head are moved and covered before D sees them, or None.
+    training images that replace the last target as D's real ones, or None; how real and generated
+    images of the last head are moved and covered before D sees them, or None; and other noise with
+    the labels of the fresh one, where images of a label are held apart, or None.
     """
 
     x_T: Tensor
@@ -47,6 +48,7 @@ class Batch:
     images: Labeled | None = None
     of_real: Augmentation | None = None
     of_fake: Augmentation | None = None
+    other: Labeled | None = None
 
     def share(self, part: slice) -> Batch:
         """The part of the batch that one worker takes."""
@@ -59,6 +61,7 @@ class Batch:
             self.images.share(part) if self.images else None,
             self.of_real.share(part) if self.of_real else None,
             self.of_fake.share(part) if self.of_fake else None,
+            self.other.share(part) if self.other else None,
         )
 
     def real(self, k: int) -> Labeled:
@@ -93,8 +96,9 @@ class Batches:
         self.stages, self.flip = config.student.stages, config.data.flip
         self.translate, self.cutout = config.distill.translate, config.distill.cutout
 
-    def at(self, step: int, fresh: bool) -> Batch:
-        """The batch of `step`; `fresh` asks for new noise, and for images where there are any."""
+    def at(self, step: int, fresh: bool, other: bool = False) -> Batch:
+        """The batch of `step`; `fresh` asks for new noise, and for images where there are any;
+        `other` for a second noise beside it."""
         generator = generator_at(self.seed, step, STREAM)
         store = self.trajectories
         indices = torch.randint(store.num, (self.size,), generator=generator)
@@ -114,10 +118,11 @@ class Batches:
                 for k, size in enumerate(self.stages)
             ],
             None if y is None else y.to(self.device),
-            self._fresh_noise(step, images) if fresh else None,
+            self._fresh_noise(step, images, FIRST_FRESH) if fresh else None,
             images,
             of_real,
             of_fake,
+            self._fresh_noise(step, images, FIRST_OTHER) if other else None,
         )
 
     def _augmentation(self, generator: torch.Generator) -> Augmentation | None:
@@ -128,14 +133,14 @@ class Batches:
         drawn = draw(self.size, size, self.translate, self.cutout, generator)
         return drawn.to(self.device)
 
-    def _fresh_noise(self, step: int, images: Labeled | None) -> Labeled:
-        """Noise that no other step sees, and no store holds.
+    def _fresh_noise(self, step: int, images: Labeled | None, first: int) -> Labeled:
+        """Noise of image numbers from `first` on that no other step sees, and no store holds.
 
         Its labels are those of the images that D takes for real, so that a pair is of one class.
         """
         index = self.trajectories.index
         noise = index.noise  # the purpose is the same, and the image numbers are beyond any store's
-        first = FIRST_FRESH + step * self.size
+        first += step * self.size
         numbers = torch.arange(first, first + self.size, device="cpu")
         y = noise.labels(numbers, index.num_classes)
         if images is not None and images.y is not None:

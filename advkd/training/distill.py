@@ -3,12 +3,14 @@
 L_D = sum_k w_k [ softplus(-D(x^(k))) + softplus(D(xhat^(k)))
                   + gamma_1/2 |grad_x D(x^(k))|^2 + gamma_2/2 |grad_x D(xhat^(k))|^2 ]
 L_G = sum_k w_k [ lambda_adv softplus(-D(xhat^(k))) + lambda_rec rho(xhat^(k) - x^(k)) ]
+      + lambda_div max(0, d_y - |xhat^(K) - xhat'^(K)|)
 
 with x^(k) the teacher's k-th target and xhat^(k) the image of the student's k-th head. The two
 softplus terms are the logistic loss; `losses` has them, rho and their alternatives by name. A
 "paired" adversary sees x_T beside either image. A "fresh" one does not see it, and its xhat^(k)
 grow from noise that is used once and never reconstructed; its x^(K) may be training images in
-place of the teacher's.
+place of the teacher's, and its xhat^(K) may be held apart from xhat'^(K), the image of another
+noise of the same label y (`diversity`).
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from advkd.training import losses
 from advkd.training.augment import Augmentation
 from advkd.training.batches import Batch, Batches
 from advkd.training.checkpoint import drop_checkpoints
+from advkd.training.diversity import mean_distance, missing_distance, typical_of_data
 from advkd.training.ema import Ema
 from advkd.training.loop import Training, run_training
 from advkd.training.losses import find_loss, generator_gradient
 from advkd.training.schedule import active_heads, adversary_heads, head_weights, learning_rate
-from advkd.training.streams import global_seed
+from advkd.training.streams import generator_at, global_seed
 
 STAGE = "distill"
 
@@ -53,6 +56,11 @@ def check_settings(settings: DistillConfig, K: int) -> None:
         raise ConfigError(
             "distill.translate and cutout move images away from their noise, which a paired "
             "adversary sees beside them: set distill.adversary=fresh, or both to 0"
+        )
+    if settings.adversary == "paired" and settings.lambda_div:
+        raise ConfigError(
+            "distill.lambda_div holds images of fresh noise apart: set distill.adversary=fresh, or "
+            "lambda_div=0"
         )
     if settings.lambda_rec > 0:
         return
@@ -81,6 +89,7 @@ class StepPlan(NamedTuple):
     reconstruct: float
     seen: dict[int, float]
     penalize: tuple[int, ...]
+    apart: int = 0  # by which weight images of a label are held apart (0: not)
 
 
 class Distillation(Training):
@@ -111,6 +120,9 @@ class Distillation(Training):
             D = Discriminator(
                 config.discriminator, size, C, self.stages, index.num_classes, self.paired
             )
+        if self.settings.lambda_div:
+            generator = generator_at(config.run.seed, 0, "diversity")
+            self.typical = typical_of_data(real, trajectories, generator).to(self.device)
         self.student = student.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = D.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.student, self.settings.ema)
@@ -128,7 +140,8 @@ class Distillation(Training):
 
     def batch(self, step: int) -> Batch:
         """The batch that belongs to `step`."""
-        return self.batches.at(step, not self.paired and step >= self.adversary_start)
+        fresh = not self.paired and step >= self.adversary_start
+        return self.batches.at(step, fresh, self.plan(step).apart > 0)
 
     def logits(self, batch: Batch, k: int, fake: Tensor) -> tuple[Tensor, Tensor]:
         """D's logits (B,) of the real images of head k, and of the student's, in one call."""
@@ -212,6 +225,16 @@ class Distillation(Training):
         (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         return gradient.square().sum(dim=(1, 2, 3)).mean()
 
+    def diversity(self, batch: Batch, images: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """lambda_div max(0, d_y - |xhat^(K) - xhat'^(K)|), and |.| over d_y to log."""
+        assert batch.other is not None
+        other = self.student.states(batch.other.x, batch.other.y)[-1]
+        y = batch.other.y
+        typical = self.typical if y is None else self.typical[y]
+        missing = missing_distance(images[-1], other, typical).mean()
+        apart = (mean_distance(images[-1], other) / typical).detach().mean()
+        return self.settings.lambda_div * missing, {"apart": apart}
+
     def gradients(self, batch: Batch, plan: StepPlan) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Gradients of L_G in the student's and of L_D in D's parameters, and values to log.
 
@@ -239,6 +262,10 @@ class Distillation(Training):
         found = torch.autograd.grad(
             loss_d, [*fakes, *self.discriminator.parameters()], **_UNUSED_IS_ZERO
         )
+        if plan.apart:
+            diversity, logged_a = self.diversity(batch, images)
+            logged |= logged_a
+            outputs.append(diversity * plan.apart)
         given = [torch.ones_like(output) for output in outputs] + [
             self.settings.lambda_adv * generator_gradient(gradient, ratio)
             for gradient, ratio in zip(found[: len(fakes)], ratios, strict=True)
@@ -258,7 +285,9 @@ class Distillation(Training):
         if (s.r1_gamma or s.r2_gamma) and step % s.r1_every == 0:
             penalized = range(heads) if s.adversary_heads == "all" else [heads - 1]
         reconstruct = s.rec_every if s.lambda_rec and step % s.rec_every == 0 else 0
-        return StepPlan(heads, reconstruct, seen, tuple(penalized))
+        last = heads == len(self.stages)
+        apart = s.div_every if s.lambda_div and last and step % s.div_every == 0 else 0
+        return StepPlan(heads, reconstruct, seen, tuple(penalized), apart)
 
     def step(self, step: int, workers: Workers) -> dict[str, float]:
         """One step of both networks, or of the student alone; returns values to log."""

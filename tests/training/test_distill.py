@@ -42,7 +42,7 @@ def in_float64(
 
     targets = [x.double() for x in batch.targets]
     extra = doubled(batch.fresh), doubled(batch.images)
-    moved = batch.of_real, batch.of_fake
+    moved = batch.of_real, batch.of_fake, doubled(batch.other)
     return training, Batch(batch.x_T.double(), targets, batch.y, *extra, *moved)
 
 
@@ -104,6 +104,13 @@ def stated_losses(training: Distillation, batch: Batch, plan: StepPlan) -> tuple
                 (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
                 norm = (gradient**2).flatten(1).sum(dim=1).mean()
                 loss_d = loss_d + training.weights[k] * gamma / 2 * s.r1_every * norm
+    if plan.apart:
+        assert batch.other is not None
+        others = training.student.states(*batch.other)[-1]
+        for i, (fake, other) in enumerate(zip(fakes[-1], others, strict=True)):
+            wanted = training.typical[0 if batch.other.y is None else int(batch.other.y[i])]
+            short = torch.relu(wanted - (fake - other).abs().mean())
+            loss_g = loss_g + plan.apart * s.lambda_div * short / len(others)
     return loss_g, loss_d
 
 
@@ -125,6 +132,8 @@ def stated_losses(training: Distillation, batch: Batch, plan: StepPlan) -> tuple
         ({"lambda_rec": 0.0, "head_weights": (2.0, 0.5, 1.0)}, 2, {0: 2.0, 1: 0.5}),
         ({"adversary": "fresh", "adversarial_loss": "relativistic"}, 3, {0: 0.5, 1: 0.5, 2: 1.0}),
         ({"adversarial_loss": "relativistic"}, 3, {2: 1.0}),
+        ({"adversary": "fresh", "lambda_div": 7.0, "lambda_rec": 0.0}, 3, {2: 1.0}),
+        ({"adversary": "fresh", "lambda_div": 7.0, "real_images": False}, 3, {2: 1.0}),
     ],
 )
 def test_gradients_are_those_of_the_losses(
@@ -144,6 +153,8 @@ def test_gradients_are_those_of_the_losses(
     with torch.no_grad():  # a head whose images D is sure of: logits away from 0
         training.discriminator.out.bias.add_(2.0)
     plan = StepPlan(heads, training.settings.rec_every, seen, penalize)
+    if training.settings.lambda_div:
+        plan = plan._replace(apart=training.settings.div_every)
     if max(penalize, default=0) >= heads:
         plan = plan._replace(penalize=())
     found, _ = training.gradients(batch, plan)
@@ -317,6 +328,8 @@ def test_what_a_step_computes(store: Trajectories) -> None:
     # Without D every step reconstructs; with it, every third three times as heavily.
     assert [p.reconstruct for p in plans(**late, rec_every=3)] == [1, 1, 0, 3, 0, 0]
     assert [p.reconstruct for p in plans(lambda_rec=0.0)] == [0] * 6
+    assert [p.apart for p in plans(**late)] == [0] * 6
+    assert [p.apart for p in plans(**late, lambda_div=1.0, div_every=3)] == [0, 0, 0, 3, 0, 0]
     assert plans(r1_gamma=0.0)[0].penalize == ()
     assert plans(r1_gamma=0.0, r2_gamma=1.0)[0].penalize == (0, 1, 2)
 
