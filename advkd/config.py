@@ -324,10 +324,18 @@ def config_for(size: int, channels: int, num_classes: int | None = None) -> Conf
     return Config(
         data=DataConfig(size=size, channels=channels),
         unet=unet,
+        schedule=ScheduleConfig(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
         student=student,
         discriminator=discriminator,
         distill=DistillConfig(
-            lr_d=1e-3, lambda_rec=3.0, r1_gamma=0.1, adversary="fresh", adversary_after=0.35
+            lr=2e-3,
+            lr_d=1e-3,
+            lambda_rec=7.0,
+            r1_gamma=1.0,
+            r1_every=8,
+            adversary="fresh",
+            adversary_heads="last",
+            adversary_after=0.1,
         ),
     )
 
