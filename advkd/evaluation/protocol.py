@@ -258,12 +258,16 @@ def _sampled(
 @contextlib.contextmanager
 def sampling_bar(samplings: int) -> Iterator[Callback]:
     """A progress bar over so many samplings of a network; Ctrl-C ends one at its next pass."""
-    with StopSignals() as stop, progress_bar("evaluate", 100 * samplings, unit="%") as bar:
+    with StopSignals() as stop, progress_bar("evaluate", 100, unit="%") as bar:
+        finished, latest = 0, 0.0  # samplings, and how far the one at work is
 
         def report(done: int, total: int) -> None:
+            nonlocal finished, latest
             if stop.requested:
                 raise KeyboardInterrupt
-            bar.update(100 * done // total - bar.n % 100)
+            finished += done / total < latest
+            latest = done / total
+            bar.update(int(100 * (finished + latest) / samplings) - bar.n)
 
         yield report
         if stop.requested:

@@ -17,6 +17,7 @@ import torch
 import advkd.evaluation.protocol
 import advkd.evaluation.timing
 from advkd.config import ConfigError, StudentConfig, UNetConfig
+from advkd.console import progress_bar
 from advkd.data import ImageSet, for_shape
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Purpose
@@ -583,3 +584,21 @@ def test_a_signal_while_sampling_stops_it(when: str) -> None:
                 signal.raise_signal(signal.SIGINT)
     assert passes == (2 if when == "in a pass" else 4)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_progress_of_several_samplings_ends_at_a_hundred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bars: list[Any] = []
+
+    def bar(*args: Any, **kwargs: Any) -> Any:
+        bars.append(progress_bar(*args, **kwargs))
+        return bars[-1]
+
+    monkeypatch.setattr(advkd.evaluation.protocol, "progress_bar", bar)
+    seen = []
+    with sampling_bar(2) as report:
+        for done, total in ((1, 4), (4, 4), (1, 2), (2, 2)):
+            report(done, total)
+            seen.append(bars[0].n)
+    assert seen == [12, 50, 75, 100] and bars[0].total == 100
