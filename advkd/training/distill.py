@@ -34,7 +34,7 @@ from advkd.training import losses
 from advkd.training.augment import Augmentation
 from advkd.training.batches import Batch, Batches
 from advkd.training.checkpoint import drop_checkpoints
-from advkd.training.diversity import mean_distance, missing_distance, typical_of_data
+from advkd.training.diversity import missing_distance, typical_of_data
 from advkd.training.ema import Ema
 from advkd.training.loop import Training, run_training
 from advkd.training.losses import find_loss, generator_gradient
@@ -226,14 +226,13 @@ class Distillation(Training):
         return gradient.square().sum(dim=(1, 2, 3)).mean()
 
     def diversity(self, batch: Batch, images: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """lambda_div max(0, d_y - |xhat^(K) - xhat'^(K)|), and |.| over d_y to log."""
+        """lambda_div max(0, d_y - |xhat^(K) - xhat'^(K)|), and the maximum to log."""
         assert batch.other is not None
         other = self.student.states(batch.other.x, batch.other.y)[-1]
         y = batch.other.y
         typical = self.typical if y is None else self.typical[y]
         missing = missing_distance(images[-1], other, typical).mean()
-        apart = (mean_distance(images[-1], other) / typical).detach().mean()
-        return self.settings.lambda_div * missing, {"apart": apart}
+        return self.settings.lambda_div * missing, {"div": missing.detach()}
 
     def gradients(self, batch: Batch, plan: StepPlan) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Gradients of L_G in the student's and of L_D in D's parameters, and values to log.
@@ -263,8 +262,8 @@ class Distillation(Training):
             loss_d, [*fakes, *self.discriminator.parameters()], **_UNUSED_IS_ZERO
         )
         if plan.apart:
-            diversity, logged_a = self.diversity(batch, images)
-            logged |= logged_a
+            diversity, logged_div = self.diversity(batch, images)
+            logged |= logged_div
             outputs.append(diversity * plan.apart)
         given = [torch.ones_like(output) for output in outputs] + [
             self.settings.lambda_adv * generator_gradient(gradient, ratio)

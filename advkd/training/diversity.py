@@ -55,4 +55,4 @@ def typical_of_data(
     y = None
     if num_classes is not None and images.labels is not None:
         y = torch.as_tensor(images.labels[rows.numpy()])
-    return typical_distances(images.batch(rows.numpy()), y, None if y is None else num_classes)
+    return typical_distances(images.batch(rows.numpy()), y, num_classes)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -612,3 +613,11 @@ def test_class_conditional_distillation(store_with_classes: Trajectories, tmp_pa
     assert student.num_classes == 3
     x_T = store_with_classes.x_T(torch.arange(2))
     assert student(x_T, torch.tensor([0, 2])).shape == (2, 1, 8, 8)
+
+
+def test_images_that_are_all_alike_are_no_reason_to_stop(store: Trajectories) -> None:
+    """No distance is typical of them, and none is missing."""
+    gray = ImageSet(np.zeros((40, 1, 8, 8), np.float32), None, "gray")
+    training = Distillation(changed(adversary="fresh", lambda_div=7.0), store, gray)
+    with Workers(1, CPU) as workers:
+        assert training.step(0, workers)["div"] == 0
