@@ -192,11 +192,8 @@ def _measure(contenders: dict[str, Contender], timer: Clock) -> dict[str, list[f
     gc.disable()
     try:
         expected = {name: _trial(contender, timer) for name, contender in contenders.items()}
-        repeats = {
-            name: max(1, round(SAMPLE_SECONDS / (s + timer.overhead)))
-            for name, s in expected.items()
-        }
-        round_seconds = sum(repeats[name] * (s + timer.overhead) for name, s in expected.items())
+        repeats = {name: max(1, round(SAMPLE_SECONDS / s)) for name, s in expected.items()}
+        round_seconds = sum(repeats[name] * seconds for name, seconds in expected.items())
         rounds = min(max(round(timer.contest_seconds / round_seconds), ROUNDS[0]), ROUNDS[1])
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         order = list(contenders)
@@ -211,9 +208,9 @@ def _measure(contenders: dict[str, Contender], timer: Clock) -> dict[str, list[f
 
 
 def _trial(contender: Contender, timer: Clock) -> float:
-    """About the seconds of a warm call."""
+    """About the seconds that a warm call takes to time."""
     calls = [timer.seconds(contender.run, [contender.prepare()]) for _ in range(2)]
-    return max(calls[1], 1e-6)
+    return max(calls[1], 1e-6) + timer.overhead
 
 
 def assert_right(got: Tensor, truth: Tensor, terms: int, what: str = "the result") -> None:

@@ -130,8 +130,8 @@ def report(works: list[Work]) -> list[str]:
     launches = len(works)
     lines = [
         f"A pass is {gflop:.1f} GFLOP an image, in about {launches} launches. Without a graph the",
-        f"host makes these {launches} launches a step, and one for the update. The",
-        "captured loop launches one graph a step.",
+        f"host makes these {launches} launches a step, and one for the update.",
+        "The captured loop launches one graph a step.",
         "",
         "| predicted, ms a step | dtype | batch | convolution | GroupNorm-SiLU | attention | "
         "linear | sums, joins, the rest | sampling step | all | images/s in 50 steps |",

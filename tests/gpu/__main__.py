@@ -21,7 +21,7 @@ import torch
 
 from advkd import info, ops
 
-from ..bench import report
+from ..bench import report as tables
 from . import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def kernels(failed: list[str]) -> Iterator[str]:
         if status:
             yield fenced(text)
         if out.exists() and out.stat().st_size:
-            yield fenced(report.text(report.records_of(out)))
+            yield fenced(tables.text(tables.records_of(out)))
 
 
 def without_device(missing: str, failed: list[str]) -> Iterator[str]:

@@ -58,7 +58,7 @@ def loops(unet: UNet, batch: int) -> Iterator[tuple[str, Loop]]:
             return python_loop(unet, indices)
 
     yield "torch eager", eager
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # it gives up on a function that it has compiled for too many networks
     compiled = torch.compile(unet, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def by_compile(indices: Tensor) -> Tensor:
