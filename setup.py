@@ -33,6 +33,8 @@ CSRC = ROOT / "csrc"
 # torch, so there each operation is rounded on its own. Elsewhere in csrc/cpu and csrc/cuda a
 # multiplication and an addition may be contracted, which only saves a rounding.
 UNCONTRACTED_SOURCES = ("cpu/philox.cpp", "cpu/sampling_step.cpp", "cuda/sampling_step.cu")
+# Of builds without threads and of browsers (csrc/CMakeLists.txt, tests/wasm).
+ELSEWHERE = ("single_thread.cpp", "wasm.cpp")
 X86_ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [
@@ -163,6 +165,8 @@ def cuda_archs(nvcc: str, environ: Mapping[str, str]) -> tuple[str, ...]:
 
 def isa_flags(machine: str) -> dict[str, list[str]]:
     """Compiler flags of each instruction set built for a processor family."""
+    if machine in ("aarch64", "arm64"):
+        return {"neon": []}  # every such processor has it
     return {"portable": []} | (X86_ISA_FLAGS if machine in ("x86_64", "AMD64") else {})
 
 
@@ -179,6 +183,8 @@ def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, l
     else:
         have += [f'-DADVKD_CUDA_LEFT_OUT="{cuda}"']
     for source in sorted(CSRC.rglob("*.cpp")):
+        if source.name in ELSEWHERE:
+            continue
         if source.name == "cuda_bindings.cpp" and not isinstance(cuda, Cuda):
             continue
         room = source.parent.name
@@ -235,7 +241,7 @@ def ninja_text(
     import pybind11
 
     paths = sysconfig.get_paths()
-    includes = [str(CSRC), pybind11.get_include(), paths["include"], paths["platinclude"]]
+    includes = [str(CSRC), str(CSRC / "include"), pybind11.get_include(), paths["include"], paths["platinclude"]]
     flags = [*CXX_FLAGS, *(f"-I{path}" for path in dict.fromkeys(includes))]
     flags.append(f'-DADVKD_VERSION="{version}"')
     sanitized = SANITIZER_FLAGS if os.environ.get("ADVKD_SANITIZE") == "1" else []
@@ -325,7 +331,7 @@ def main() -> None:
         package_data={
             "advkd": [
                 *("presets/*.toml", "zoo/**/*", "data/datasets/**/*"),
-                *("report/*.j2", "report/*.css"),
+                *("report/*.j2", "report/*.css", "deploy/web/*"),
             ]
         },
         ext_modules=[] if reason else [Extension("advkd._C", sources=[])],

@@ -14,7 +14,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     10: ("train", "sample", "evaluate", "export", "info", "__main__"),
     9: ("api", "run", "cli"),
     8: ("report",),
-    7: ("evaluation",),
+    7: ("evaluation", "deploy"),
     6: ("training",),
     5: ("data",),
     4: ("engine",),

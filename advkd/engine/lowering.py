@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -114,6 +113,7 @@ class Lowering:
 
         reads = {"x": x}
         numbers = {}
+        tensors = {"packed": weight}
         if norm is not None:
             reads |= {"x_scale": norm[0], "x_shift": norm[1]}
         if isinstance(bias, Part):
@@ -121,7 +121,7 @@ class Lowering:
         elif isinstance(bias, int):
             numbers["bias_conditioning"] = bias
         elif bias is not None:
-            numbers["bias"] = self.plan.vector(bias)
+            tensors["bias"] = bias
         if residual is not None:
             reads["residual"] = residual
         self.plan.add(
@@ -129,7 +129,7 @@ class Lowering:
             flops=2 * weight.numel() * H * W, weights=size,
             height=x.height, width=x.width, in_channels=C_in, out_channels=C_out, kernel=kernel,
             stride=stride, pad_before=pad[0], pad_after=pad[1], upsample=upsample, silu=silu,
-            algorithm=algorithm, packed=self.plan.weights(size, pack), **numbers,
+            algorithm=algorithm, packed=self.plan.weights(size, pack), tensors=tensors, **numbers,
         )  # fmt: skip
         return y
 
@@ -183,8 +183,8 @@ class Lowering:
         self.plan.add(
             "norm", self.names[norm], {"x": x}, {"scale": scale, "shift": shift}, norm.eps,
             channels=x.channels, pixels=x.pixels, groups=norm.num_groups,
-            weight=self.plan.vector(norm.weight), bias=self.plan.vector(norm.bias),
-            weights=2 * x.channels, flops=3 * x.pixels * x.channels,
+            tensors={"weight": norm.weight, "bias": norm.bias}, weights=2 * x.channels,
+            flops=3 * x.pixels * x.channels,
         )  # fmt: skip
         return (scale, shift), norm.activation == "silu"
 
@@ -251,7 +251,7 @@ class Lowering:
         temb = self.plan.new(hidden)
         self.plan.add(
             "embed", name, {}, {"y": temb}, channels=hidden,
-            table=self.plan.vector(embedding.weight), weights=embedding.weight.numel(),
+            tensors={"table": embedding.weight}, weights=embedding.weight.numel(),
             **({} if conditioning is None else {"conditioning": conditioning}),
         )  # fmt: skip
         self.image_projections = self.project(temb)
@@ -273,10 +273,10 @@ class Lowering:
         parts = []
         for value in (scale, shift):
             part = self.plan.new(x.channels)
-            values = self.plan.weights(x.channels, partial(Tensor.fill_, value=value))
+            values = torch.full((x.channels,), value, dtype=torch.float32, device="cpu")
             self.plan.add(
                 "constant", "center_input_sample", {}, {"y": part}, channels=x.channels,
-                values=values, weights=x.channels,
+                tensors={"values": values}, weights=x.channels,
             )  # fmt: skip
             parts.append(part)
         return parts[0], parts[1]

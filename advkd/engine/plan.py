@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,7 @@ class Builder:
     ops: list[Op] = field(default_factory=list)
     packing: list[tuple[int, int, Callable[[Tensor], object]]] = field(default_factory=list)
     floats: int = 0  # of weights so far
+    tensors: list[dict[str, Tensor]] = field(default_factory=list)  # of each operation, unpacked
 
     def new(self, channels: int, height: int = 1, width: int = 1) -> Part:
         """Add a buffer."""
@@ -120,10 +122,6 @@ class Builder:
         self.floats = aligned(offset + size)
         return offset
 
-    def vector(self, values: Tensor) -> int:
-        """Add `values` to the weights and return their offset."""
-        return self.weights(values.numel(), lambda out: out.copy_(values.detach().reshape(-1)))
-
     def add(
         self,
         kind: str,
@@ -133,9 +131,20 @@ class Builder:
         factor: float = 1.0,
         flops: int = 0,
         weights: int = 0,
+        tensors: Mapping[str, Tensor] | None = None,
         **numbers: int,
     ) -> None:
-        """Append an operation: the parts that it reads and writes, by name, and its numbers."""
+        """Append an operation: the parts that it reads and writes, by name, its weights and its
+        numbers.
+
+        A number that has the name of a tensor is the offset of a packed form of it; the other
+        tensors become weights as they are.
+        """
+        tensors = {name: tensor.detach() for name, tensor in (tensors or {}).items()}
+        self.tensors.append(tensors)
+        for name, tensor in tensors.items():
+            if name not in numbers:
+                numbers[name] = self.weights(tensor.numel(), partial(_copy, tensor))
         for name, part in (reads | writes).items():
             numbers[name] = part.buffer
             numbers[f"{name}_channel"] = part.channel
@@ -165,6 +174,10 @@ class Builder:
             self.buffers, self.ops, arena, self.conditioning, self.classes, self.batch,
             self.threads, weights,
         )  # fmt: skip
+
+
+def _copy(values: Tensor, to: Tensor) -> None:
+    to.copy_(values.reshape(-1))
 
 
 def aligned(floats: int) -> int:

@@ -2,7 +2,7 @@
 
 Everything here takes plain data (numbers, images, text) and writes files; nothing is trained,
 sampled or evaluated. `page.html.j2` is the page's template, with every value escaped; its style is
-`style.css`.
+that of `advkd.deploy.page` and `style.css`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from advkd.deploy.page import POLICY, Section, base_style, environment, section
 from advkd.files import write_bytes, write_json
 from advkd.report.charts import DARK, LIGHT, SHEET, Panel, chart, panels_of, spectrum_panel
 from advkd.report.inputs import SIDES
@@ -45,6 +45,7 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]],
     pictures: Pictures,
     settings: str,
+    model_file: bytes | str = "no model file was given",
 ) -> Path:
     """Write `report/` into a run's folder and return the path of its report.html.
 
@@ -56,6 +57,8 @@ def write_report(
     summary.json.
     metrics: the entries of metrics.jsonl; a curve is drawn where its key exists.
     settings: the resolved configuration, shown as it is.
+    model_file: the student as `advkd.deploy.model_file` makes it, which the page runs; or, as a
+    clause, why there is none.
     Also writes grid.png, and where there is something to draw trajectory.png and
     loss_curves.png. Every file is replaced atomically; ValueError for images that `image_grid`
     refuses, OSError where a file cannot be written.
@@ -70,7 +73,9 @@ def write_report(
     if panels:
         write_bytes(report / "loss_curves.png", chart(panels, SHEET))
     page = report / "report.html"
-    text = _page(plain, panels, grids, pictures, settings)
+    student = str(report.parent / "student")
+    try_it = model_file if isinstance(model_file, str) else section(model_file, student)
+    text = _page(plain, panels, grids, pictures, settings, try_it)
     # A file name that is not UTF-8 comes as characters that UTF-8 cannot hold.
     write_bytes(page, text.encode("utf-8", "backslashreplace"))
     return page
@@ -82,20 +87,21 @@ def _page(
     grids: Mapping[str, np.ndarray],
     pictures: Pictures,
     settings: str,
+    try_it: Section | str,
 ) -> str:
     """The whole report.html."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     quality, cost = quality_rows(summary), cost_rows(summary)
-    return environment.get_template("page.html.j2").render(
-        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+    why_not = try_it if isinstance(try_it, str) else ""
+    part = Section(Markup(), Markup(), POLICY) if isinstance(try_it, str) else try_it
+    style = Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))
+    template = environment(_FOLDER).get_template("page.html.j2")
+    return template.render(
+        policy=part.policy,
+        style=base_style() + style + part.style,
         name=summary.get("name") or "distillation",
         words=summary_words(summary),
+        try_it=part.html,
+        why_not=why_not,
         facts=facts(summary),
         samples={side: _image(png_bytes(g), f"images: {side}") for side, g in grids.items()},
         quality={"sides": SIDES, "rows": quality},

@@ -16,7 +16,9 @@ from advkd.config import ConfigError, to_toml
 from advkd.console import Interrupted, StopSignals, progress_bar
 from advkd.data import describe, probe
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
+from advkd.deploy.model_file import model_bytes
 from advkd.engine.cache import engine_for
+from advkd.engine.lowering import LoweringError
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import saved_steps, table_of
 from advkd.files import CheckpointError, write_json
@@ -139,8 +141,17 @@ def make_report(run: Run) -> float:
     summary["seconds"] = {stage: value for stage, value in seconds.items() if value is not None}
     metrics = read_metrics(run.path / "metrics.jsonl")
     pictures = pictures_of(run, summary["teacher_steps"])
-    write_report(run.path, summary, metrics, pictures, to_toml(run.config))
+    settings, student = to_toml(run.config), model_file_of(run)
+    write_report(run.path, summary, metrics, pictures, settings, student)
     return time.monotonic() - began
+
+
+def model_file_of(run: Run) -> bytes | str:
+    """The student's model file, or why it has none, as a clause."""
+    try:
+        return model_bytes(run.student())
+    except LoweringError as error:
+        return str(error)
 
 
 @torch.inference_mode()

@@ -70,7 +70,7 @@ template <class T>
 class QueryBlock {
  public:
   QueryBlock(const AttentionArgs<T>& args, const Parts<T>& queries, const Parts<T>& keys,
-             std::int64_t task)
+             std::int64_t task, T* memory)
       : args_(args),
         keys_(keys),
         sample_(task / queries.count / args.shape.heads),
@@ -79,15 +79,19 @@ class QueryBlock {
         count_(queries.size_of(task % queries.count)),
         vectors_(divided_up(count_, kLanes)),
         head_vectors_(divided_up(args.shape.head_dim, kLanes)),
-        memory_(vectors_ * kLanes * (args.shape.head_dim + keys.size + 4) +
-                head_vectors_ * kLanes * keys.size),
-        highest_(memory_.data()),
+        highest_(memory),
         sum_(highest_ + vectors_ * kLanes),
         carry_(sum_ + vectors_ * kLanes),
         gain_(carry_ + vectors_ * kLanes),
         q_(gain_ + vectors_ * kLanes),
         scores_(q_ + vectors_ * kLanes * args.shape.head_dim),
         values_(scores_ + vectors_ * kLanes * keys.size) {}
+
+  static std::int64_t memory_size(const AttentionShape& shape, const Parts<T>& queries,
+                                  const Parts<T>& keys) {
+    const std::int64_t head_lanes = divided_up(shape.head_dim, kLanes) * kLanes;
+    return queries.size * (shape.head_dim + keys.size + 4) + head_lanes * keys.size;
+  }
 
   void run() const {
     const T factor = static_cast<T>(static_cast<double>(args_.scale) * kLog2E);
@@ -155,7 +159,6 @@ class QueryBlock {
   const AttentionArgs<T>& args_;
   const Parts<T>& keys_;
   const std::int64_t sample_, head_, first_, count_, vectors_, head_vectors_;
-  const Buffer<T> memory_;
   // For each query: the highest score so far, the sum of weights, and what StoreOutput multiplies
   // by.
   T *const highest_, *const sum_, *const carry_, *const gain_;
@@ -164,13 +167,23 @@ class QueryBlock {
 
 }  // namespace
 
+std::int64_t attention_workspace(const AttentionShape& shape, int threads) {
+  const Parts<float> queries(shape.queries, kQueryBlock), keys(shape.keys, kKeyTile);
+  return threads * QueryBlock<float>::memory_size(shape, queries, keys);
+}
+
 template <class T>
 void attention(const AttentionArgs<T>& args) {
   const AttentionShape& shape = args.shape;
   if (shape.batch * shape.heads * shape.queries == 0) return;
   const Parts<T> queries(shape.queries, kQueryBlock), keys(shape.keys, kKeyTile);
-  parallel_for(shape.batch * shape.heads * queries.count, args.threads,
-               [&](std::int64_t task) { QueryBlock<T>(args, queries, keys, task).run(); });
+  const std::int64_t size = QueryBlock<T>::memory_size(shape, queries, keys);
+  const Buffer<T> own(args.workspace == nullptr ? args.threads * size : 0);
+  T* const memory = args.workspace == nullptr ? own.data() : args.workspace;
+  for_each_slot(shape.batch * shape.heads * queries.count, args.threads,
+                [&](std::int64_t task, std::int64_t slot) {
+                  QueryBlock<T>(args, queries, keys, task, memory + slot * size).run();
+                });
 }
 
 template void attention(const AttentionArgs<float>& args);

@@ -1,8 +1,6 @@
 // Direct convolution as one product: pixels times (kernel rows, kernel columns, channels). The
 // input of a block is prepared once for each column of the kernel, shifted by it, so that the
 // pixels of all its rows lie kPanel floats apart whatever the image's width.
-#include <vector>
-
 #include "cpu/convolution_tile.h"
 #include "cpu/kernels.h"
 
@@ -19,13 +17,15 @@ class Direct {
         stride_(args.shape.stride),
         half_((plan.rows - 1) + (kernel_ + stride_ - 1) / stride_),
         plane_(half_ * stride_ * plan.columns * kPanel),
-        image_size_(plan.channel_blocks * kernel_ * plane_) {
-    segments_.reserve(static_cast<std::size_t>(kernel_ * kernel_ * plan.channel_blocks));
+        image_size_(plan.channel_blocks * kernel_ * plane_),
+        segments_(segments_of(args)),
+        segment_count_(kernel_ * kernel_ * plan.channel_blocks) {
+    Segment* next = segments_of(args);
     for (std::int64_t y = 0; y < kernel_; ++y) {
       for (std::int64_t x = 0; x < kernel_; ++x) {
         for (std::int64_t c = 0; c < plan.channel_blocks; ++c) {
-          segments_.push_back({(c * kernel_ + x) * plane_ + row_offset(y),
-                               least(kPanel, args.shape.in_channels - c * kPanel)});
+          new (next++) Segment((c * kernel_ + x) * plane_ + row_offset(y),
+                               least(kPanel, args.shape.in_channels - c * kPanel));
         }
       }
     }
@@ -64,9 +64,7 @@ class Direct {
         const float* const from = a + n * image_size_ + r * plan_.columns * kPanel;
         for (std::int64_t first = 0; first < pixels; first += kChunk) {
           const std::int64_t count = least(kChunk, pixels - first);
-          multiply_rows({from + first * kPanel, segments_.data(),
-                         static_cast<std::int64_t>(segments_.size()), count},
-                        b, products);
+          multiply_rows({from + first * kPanel, segments_, segment_count_, count}, b, products);
           write(block, block.image + n, r * block.columns + first, count, writers, products,
                 panels * kPanel);
         }
@@ -110,7 +108,8 @@ class Direct {
   const std::int64_t kernel_, stride_;
   const std::int64_t half_;  // input rows of one residue modulo the stride
   const std::int64_t plane_, image_size_;
-  std::vector<Segment> segments_;
+  const Segment* const segments_;
+  const std::int64_t segment_count_;
 };
 
 }  // namespace

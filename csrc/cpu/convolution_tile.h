@@ -2,8 +2,8 @@
 // writing of outputs, and the order of the blocks.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
+#include <new>
 
 #include "runtime/convolution_plan.h"
 #include "cpu/exponential.h"
@@ -15,10 +15,15 @@ constexpr int kPanelVectors = static_cast<int>(kPanel) / kWidth;
 
 static inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// A run of the inner dimension: `count` elements, the first at + offset of a row's beginning.
+// A run of the inner dimension: `count` elements, the first at + offset of a row's beginning. Lies
+// in a workspace of floats.
 struct Segment {
-  std::int64_t offset, count;
+  std::int32_t offset, count;
+
+  Segment(std::int64_t first, std::int64_t elements)
+      : offset(static_cast<std::int32_t>(first)), count(static_cast<std::int32_t>(elements)) {}
 };
+static_assert(sizeof(Segment) == kSegmentFloats * sizeof(float) && alignof(Segment) <= 4);
 
 // Pixels or tiles of a prepared input: rows are kPanel floats apart. Segments are the blocks of
 // channels at each position of the kernel.
@@ -93,8 +98,9 @@ class RowReader {
     if (count > 0) std::memset(to, 0, static_cast<std::size_t>(count * kPanel) * sizeof(float));
   }
 
+  // A function of its own: inlined wherever rows are read it would be a quarter of the code.
   template <bool kAffine, bool kSilu>
-  void copy(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t first,
+  __attribute__((noinline)) void copy(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t first,
             std::int64_t end, float* to) const {
     const std::int64_t line = n * image_.height + (row >> image_.doubling);
     const float* const from = image_.x + line * image_.width * image_.stride + channel_;
@@ -183,18 +189,9 @@ class OutputWriters {
   int count_ = 0;
 };
 
-// Calls task(index, slot) for each index in [0, count) on the threads; no two threads have the same
-// slot at a time, so that each slot may have memory of its own.
-template <class Task>
-void for_each_slot(std::int64_t count, int threads, const Task& task) {
-  std::atomic<std::int64_t> next{0};
-  parallel_for(threads, threads, [&](std::int64_t slot) {
-    for (;;) {
-      const std::int64_t index = next.fetch_add(1, std::memory_order_relaxed);
-      if (index >= count) return;
-      task(index, slot);
-    }
-  });
+// The place of a convolution's segments, at the beginning of its workspace.
+static inline Segment* segments_of(const ConvolutionArgs& args) {
+  return reinterpret_cast<Segment*>(args.workspace);
 }
 
 // Computes all blocks. Method: prepare(block, channel_block, a, scratch) makes a part of a
@@ -204,7 +201,11 @@ template <class Method>
 class BlockRunner {
  public:
   BlockRunner(const ConvolutionArgs& args, const ConvolutionPlan& plan, const Method& method)
-      : args_(args), plan_(plan), method_(method), own_(args.workspace + plan.shared_size()) {}
+      : args_(args),
+        plan_(plan),
+        method_(method),
+        shared_(args.workspace + plan.segment_size),
+        own_(shared_ + plan.shared_size()) {}
 
   void run() const {
     if (plan_.tile_batch == 0) return run_apart();
@@ -228,7 +229,7 @@ class BlockRunner {
 
   // Few weights: all are transformed first, and stay in the cache.
   void run_apart() const {
-    float* const transformed = args_.workspace;
+    float* const transformed = shared_;
     if (plan_.transformed_panel != 0) method_.transform(0, plan_.panels, transformed);
     for_each_slot(plan_.blocks, args_.threads, [&](std::int64_t index, std::int64_t slot) {
       float* const a = own(slot);
@@ -249,7 +250,7 @@ class BlockRunner {
   // Many weights, or few blocks for the threads: a group's transformed weights stay in a thread's
   // cache while the blocks pass by.
   void run_tile_batch(std::int64_t first, std::int64_t count) const {
-    float* const inputs = args_.workspace;
+    float* const inputs = shared_;
     for_each_slot(count * plan_.channel_blocks, args_.threads,
                   [&](std::int64_t task, std::int64_t slot) {
                     const std::int64_t index = task / plan_.channel_blocks;
@@ -275,7 +276,7 @@ class BlockRunner {
   const ConvolutionArgs& args_;
   const ConvolutionPlan& plan_;
   const Method& method_;
-  float* const own_;
+  float *const shared_, *const own_;
 };
 
 }  // namespace advkd::ADVKD_ISA

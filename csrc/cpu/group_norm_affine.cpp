@@ -50,7 +50,7 @@ struct Rows {
 };
 
 template <int kVectors>
-void tile_moments(const Rows<kVectors>& x, std::int64_t pixels, TileMoments& out) {
+__attribute__((noinline)) void tile_moments(const Rows<kVectors>& x, std::int64_t pixels, TileMoments& out) {
   Vector pivot[kVectors] = {};
   const std::int64_t first = pixels < kPivotRows ? pixels : kPivotRows;
   for (std::int64_t r = 0; r < first; ++r) {

@@ -23,6 +23,7 @@ void group_norm_silu(const GroupNormSiluArgs<S>& args);
 template <class S>
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs<S>& args);
 
+std::int64_t attention_workspace(const AttentionShape& shape, int threads);
 template <class T>
 void attention(const AttentionArgs<T>& args);
 template <class T>

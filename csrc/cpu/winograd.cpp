@@ -5,8 +5,6 @@
 // group of panels.
 #include "cpu/winograd.h"
 
-#include <vector>
-
 #include "cpu/kernels.h"
 
 namespace advkd::ADVKD_ISA {
@@ -16,17 +14,17 @@ template <int kOut>
 class WinogradConvolution {
  public:
   WinogradConvolution(const ConvolutionArgs& args, const ConvolutionPlan& plan)
-      : args_(args), plan_(plan), input_(input_of(args)) {
+      : args_(args), plan_(plan), input_(input_of(args)), segments_(segments_of(args)) {
     const std::int64_t tiles = plan.images * plan.rows * plan.columns;
     for (std::int64_t c = 0; c < plan.channel_blocks; ++c) {
-      segments_.push_back(
-          {c * tiles * kPanel, least(kPanel, args.shape.in_channels - c * kPanel)});
+      new (segments_of(args) + c)
+          Segment(c * tiles * kPanel, least(kPanel, args.shape.in_channels - c * kPanel));
     }
   }
 
   void prepare(const ConvolutionBlock& block, std::int64_t c, float* a, float* scratch) const {
     const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_.a_step);
-    input.transform(block, c * kPanel, scratch, a + segments_[static_cast<std::size_t>(c)].offset);
+    input.transform(block, c * kPanel, scratch, a + segments_[c].offset);
   }
 
   // [panel][point][in][kPanel]
@@ -51,8 +49,7 @@ class WinogradConvolution {
                 const float* a, const float* transformed, float* products) const {
     const std::int64_t tiles = block.images * block.rows * block.columns;
     for (int point = 0; point < kPoints; ++point) {
-      const PreparedRows rows = {a + point * plan_.a_step, segments_.data(),
-                                 plan_.channel_blocks, tiles};
+      const PreparedRows rows = {a + point * plan_.a_step, segments_, plan_.channel_blocks, tiles};
       const Panels b = {transformed + point * plan_.transformed_step, plan_.transformed_panel,
                         panels};
       multiply_rows(rows, b, products + point * plan_.product_step);
@@ -103,7 +100,7 @@ class WinogradConvolution {
   const ConvolutionArgs& args_;
   const ConvolutionPlan& plan_;
   const Image input_;
-  std::vector<Segment> segments_;
+  const Segment* const segments_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "python/bindings.h"
 #include "python/pointer.h"
 #include "runtime/dispatch.h"
+#include "runtime/training_kernels.h"
 
 namespace py = pybind11;
 
@@ -32,11 +33,12 @@ void attention(const Operand& q, const Operand& k, const Operand& v, const Opera
   const py::gil_scoped_release released;
   const AttentionArgs<T> args = {
       head_rows<const T>(q), head_rows<const T>(k), head_rows<const T>(v), head_rows<T>(out),
-      pointer<T>(lse), attention_shape(sizes), static_cast<T>(scale), threads};
+      pointer<T>(lse), attention_shape(sizes), static_cast<T>(scale), nullptr,
+      threads};
   if constexpr (std::is_same_v<T, float>) {
     kernels().attention_float32(args);
   } else {
-    kernels().attention_float64(args);
+    training_kernels().attention_float64(args);
   }
 }
 
@@ -51,9 +53,9 @@ void attention_backward(const Operand& grad_out, const Operand& q, const Operand
       head_rows<const T>(v), head_rows<const T>(out), pointer<const T>(lse), head_rows<T>(dq),
       head_rows<T>(dk), head_rows<T>(dv), attention_shape(sizes), static_cast<T>(scale), threads};
   if constexpr (std::is_same_v<T, float>) {
-    kernels().attention_backward_float32(args);
+    training_kernels().attention_backward_float32(args);
   } else {
-    kernels().attention_backward_float64(args);
+    training_kernels().attention_backward_float64(args);
   }
 }
 

@@ -2,7 +2,7 @@
 // kernel runs.
 #include "python/bindings.h"
 #include "python/pointer.h"
-#include "runtime/dispatch.h"
+#include "runtime/training_kernels.h"
 
 namespace py = pybind11;
 
@@ -13,19 +13,19 @@ template <class S>
 const GroupNormSiluKernels<S>& group_norm_silu_kernels();
 template <>
 const GroupNormSiluKernels<float>& group_norm_silu_kernels() {
-  return kernels().group_norm_silu_float32;
+  return training_kernels().group_norm_silu_float32;
 }
 template <>
 const GroupNormSiluKernels<double>& group_norm_silu_kernels() {
-  return kernels().group_norm_silu_float64;
+  return training_kernels().group_norm_silu_float64;
 }
 template <>
 const GroupNormSiluKernels<Float16>& group_norm_silu_kernels() {
-  return kernels().group_norm_silu_float16;
+  return training_kernels().group_norm_silu_float16;
 }
 template <>
 const GroupNormSiluKernels<BFloat16>& group_norm_silu_kernels() {
-  return kernels().group_norm_silu_bfloat16;
+  return training_kernels().group_norm_silu_bfloat16;
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-#include "runtime/plan.h"
+#include "runtime/pooled_plan.h"
 
 #include <pybind11/stl.h>
 
@@ -25,7 +25,7 @@ using BufferTuple = std::array<std::int64_t, 3>;
 // (kind, numbers, factor)
 using OpTuple = std::tuple<std::string, std::map<std::string, std::int64_t>, double>;
 
-std::unique_ptr<Plan> make_plan(const std::vector<BufferTuple>& buffers,
+std::unique_ptr<PooledPlan> make_plan(const std::vector<BufferTuple>& buffers,
                                 const std::vector<OpTuple>& ops, std::int64_t arena,
                                 std::int64_t conditioning, std::int64_t classes,
                                 std::int64_t batch, std::uintptr_t weights,
@@ -34,10 +34,10 @@ std::unique_ptr<Plan> make_plan(const std::vector<BufferTuple>& buffers,
                    batch, pointer<const float>(weights), weights_size};
   for (const BufferTuple& b : buffers) data.buffers.push_back({b[0], b[1], b[2]});
   for (const auto& [kind, numbers, factor] : ops) data.ops.push_back({kind, numbers, factor});
-  return std::make_unique<Plan>(data);
+  return std::make_unique<PooledPlan>(data);
 }
 
-void run(const Plan& plan, std::uintptr_t x, std::uintptr_t y, std::uintptr_t conditioning,
+void run(const PooledPlan& plan, std::uintptr_t x, std::uintptr_t y, std::uintptr_t conditioning,
          std::uintptr_t labels, std::int64_t images, int threads, bool nan_fill) {
   const py::gil_scoped_release released;
   const auto size = [&](std::size_t buffer) {
@@ -52,7 +52,7 @@ void run(const Plan& plan, std::uintptr_t x, std::uintptr_t y, std::uintptr_t co
   });
 }
 
-std::vector<double> profile(const Plan& plan, std::uintptr_t x, std::uintptr_t y,
+std::vector<double> profile(const PooledPlan& plan, std::uintptr_t x, std::uintptr_t y,
                             std::uintptr_t conditioning, std::uintptr_t labels,
                             std::int64_t images, int repeats) {
   const py::gil_scoped_release released;
@@ -68,7 +68,7 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-void sample(const Plan& plan, std::uintptr_t coefficients, std::uintptr_t conditioning,
+void sample(const PooledPlan& plan, std::uintptr_t coefficients, std::uintptr_t conditioning,
             std::int64_t steps, float clip, std::uint64_t seed, int purpose,
             std::uintptr_t image_index, std::uintptr_t labels, std::int64_t images,
             const std::vector<std::int64_t>& saved, bool save_denoised, std::uintptr_t out,
@@ -122,11 +122,11 @@ std::uint64_t fingerprint_of(const std::vector<std::pair<std::uintptr_t, std::in
 }  // namespace
 
 void bind_plan(py::module_& module) {
-  py::class_<Plan>(module, "Plan")
+  py::class_<PooledPlan>(module, "Plan")
       .def(py::init(&make_plan), py::kw_only(), py::arg("buffers"), py::arg("ops"),
            py::arg("arena"), py::arg("conditioning"), py::arg("classes"), py::arg("batch"),
            py::arg("weights"), py::arg("weights_size"))
-      .def("bytes", &Plan::bytes, py::arg("batch"), py::arg("threads"))
+      .def("bytes", &PooledPlan::bytes, py::arg("batch"), py::arg("threads"))
       .def("run", &run, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("conditioning"),
            py::arg("labels"), py::arg("images"), py::arg("threads"), py::arg("nan_fill"))
       .def("profile", &profile, py::kw_only(), py::arg("x"), py::arg("y"),

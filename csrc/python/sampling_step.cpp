@@ -1,6 +1,6 @@
 #include "python/bindings.h"
 #include "python/noise.h"
-#include "runtime/dispatch.h"
+#include "runtime/training_kernels.h"
 
 namespace py = pybind11;
 
@@ -13,7 +13,7 @@ void sampling_step(std::uintptr_t x_t, std::uintptr_t model_out, std::uintptr_t 
                    float c_x, float c_m, float sigma, float clip, std::uint64_t seed,
                    std::uintptr_t image_index, std::uint32_t step, int threads) {
   const py::gil_scoped_release released;
-  kernels().sampling_step({pointer<const float>(x_t), pointer<const float>(model_out),
+  training_kernels().sampling_step({pointer<const float>(x_t), pointer<const float>(model_out),
                            pointer<float>(x_prev), pointer<float>(x0_hat),
                            {batch, channels, pixels, channels_last},
                            {a_x, a_m, c_0, c_x, c_m, sigma}, clip,

@@ -176,6 +176,8 @@ ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgor
   plan.panels = divided_up(s.out_channels, kPanel);
   plan.packed_panel = s.in_channels * s.kernel * s.kernel * kPanel;
   const bool direct = algorithm == ConvolutionAlgorithm::direct;
+  const std::int64_t segments = plan.channel_blocks * (direct ? s.kernel * s.kernel : 1);
+  plan.segment_size = divided_up(segments * kSegmentFloats, kPanel) * kPanel;
   plan.transformed_step = direct ? 0 : s.in_channels * kPanel + kGap;
   plan.transformed_panel = points_of(s, algorithm) * plan.transformed_step;
   cut_into_blocks(plan, s.batch, most_tiles(s, algorithm));
@@ -238,7 +240,7 @@ void pack_weights(const ConvolutionShape& shape, const ConvolutionWeights& weigh
 std::int64_t workspace_size(const ConvolutionShape& shape, ConvolutionAlgorithm algorithm,
                             int threads) {
   const ConvolutionPlan plan = plan_convolution(shape, algorithm, threads);
-  return plan.shared_size() + threads * plan.own_size();
+  return plan.segment_size + plan.shared_size() + threads * plan.own_size();
 }
 
 void convolution(const ConvolutionArgs& args) {
@@ -259,10 +261,6 @@ std::int64_t wgrad_workspace_size(const ConvolutionShape& shape, int threads) {
   const ConvolutionWgradPlan plan = plan_wgrad(shape);
   return plan.accumulator_size + plan.blocks.a_size + plan.b_size + plan.blocks.panels * kPanel +
          threads * plan.blocks.scratch_size;
-}
-
-void convolution_wgrad(const ConvolutionWgradArgs& args) {
-  kernels().convolution_wgrad(args, plan_wgrad(args.shape));
 }
 
 }  // namespace advkd

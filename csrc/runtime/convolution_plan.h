@@ -9,6 +9,7 @@ namespace advkd {
 
 constexpr std::int64_t kPanel = 16;  // channels of one block of input, or of one panel of weights
 constexpr std::int64_t kMostGroup = 3;  // panels that are computed together at most
+constexpr std::int64_t kSegmentFloats = 2;  // of a workspace, for one segment of an A operand
 
 // Tiles are N x N outputs for winogradN and single outputs for direct. A block is `images` x `rows`
 // x `columns` tiles, fewer at the ends; it has several images only if it covers each as a whole.
@@ -29,6 +30,7 @@ struct ConvolutionPlan {
   std::int64_t scratch_size;
   std::int64_t packed_panel;
   std::int64_t transformed_panel, transformed_step;  // both 0 for direct
+  std::int64_t segment_size;  // floats at the beginning of the workspace
 
   // Floats of the workspace that all threads share, and those that each has to itself.
   std::int64_t shared_size() const {

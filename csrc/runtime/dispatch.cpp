@@ -2,40 +2,63 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <stdexcept>
+#include <cstring>
+
+#include "runtime/error.h"
 
 namespace advkd {
 namespace {
 
-std::vector<const KernelTable*> runnable_tables() {
-  std::vector<const KernelTable*> tables;
+// Best first.
+struct Tables {
+  const KernelTable* at[4] = {};
+  int count = 0;
+
+  Tables() {
 #ifdef ADVKD_HAVE_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma")) {
-    tables.push_back(&avx512::table);
-  }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("fma")) {
+      at[count++] = &avx512::table;
+    }
 #endif
 #ifdef ADVKD_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    tables.push_back(&avx2::table);
-  }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) at[count++] = &avx2::table;
 #endif
-  tables.push_back(&portable::table);
-  return tables;
+#ifdef ADVKD_HAVE_NEON
+    at[count++] = &neon::table;
+#endif
+#ifdef ADVKD_HAVE_WASM
+    at[count++] = &wasm::table;
+#endif
+#ifdef ADVKD_HAVE_PORTABLE
+    at[count++] = &portable::table;
+#endif
+  }
+};
+
+// Null where it was not built or does not run here.
+const KernelTable* table_named(const char* name) {
+  const Tables tables;
+  for (int i = 0; i < tables.count; ++i) {
+    if (std::strcmp(name, tables.at[i]->isa) == 0) return tables.at[i];
+  }
+  return nullptr;
 }
 
-const KernelTable& table_named(const std::string& name) {
-  for (const KernelTable* table : runnable_tables()) {
-    if (name == table->isa) return *table;
-  }
-  throw std::invalid_argument("the instruction set '" + name +
-                              "' was not built or does not run here");
+[[noreturn]] void refuse_isa(const std::string& name) {
+  refuse("the instruction set '" + name + "' was not built or does not run here");
 }
 
 const KernelTable* initial_table() {
-  const char* name = std::getenv("ADVKD_ISA");
-  return name && *name ? &table_named(name) : runnable_tables().front();
+#ifndef __wasm__
+  const char* const name = std::getenv("ADVKD_ISA");
+  if (name != nullptr && *name != '\0') {
+    if (const KernelTable* const named = table_named(name)) return named;
+    refuse_isa(name);
+  }
+#endif
+  return Tables().at[0];
 }
 
 std::atomic<const KernelTable*>& current() {
@@ -46,13 +69,18 @@ std::atomic<const KernelTable*>& current() {
 }  // namespace
 
 std::vector<std::string> runnable_isas() {
+  const Tables tables;
   std::vector<std::string> names;
-  for (const KernelTable* table : runnable_tables()) names.emplace_back(table->isa);
+  for (int i = 0; i < tables.count; ++i) names.emplace_back(tables.at[i]->isa);
   return names;
 }
 
 const KernelTable& kernels() { return *current().load(); }
 
-void set_isa(const std::string& name) { current().store(&table_named(name)); }
+void set_isa(const std::string& name) {
+  const KernelTable* const table = table_named(name.c_str());
+  if (table == nullptr) refuse_isa(name);
+  current().store(table);
+}
 
 }  // namespace advkd

@@ -11,10 +11,11 @@ namespace advkd {
 // The instruction sets that were built and that this processor runs, best first.
 std::vector<std::string> runnable_isas();
 
-// The table in use: the best one at start-up, or the one named by the variable ADVKD_ISA.
+// The table in use: the best one at start-up, or the one named by the variable ADVKD_ISA, if it can
+// run here.
 const KernelTable& kernels();
 
-// Uses another set from now on; throws std::invalid_argument where it cannot run here.
+// Uses another set from now on; refuses one that cannot run here.
 void set_isa(const std::string& name);
 
 }  // namespace advkd

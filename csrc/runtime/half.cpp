@@ -25,4 +25,23 @@ std::uint16_t half_of(float value) {
   return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000 + 0xFFF + odd) >> 13));
 }
 
+float float_of_half(std::uint16_t bits) {
+  const std::uint32_t magnitude = bits & 0x7FFF;
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000) << 16;
+  std::uint32_t wide = magnitude << 13;
+  float value;
+  if (magnitude >= 0x7C00) {
+    wide |= 0x7F800000;
+    std::memcpy(&value, &wide, sizeof value);
+  } else {
+    // The exponent's bias goes from 15 to 127, for subnormal numbers too.
+    std::memcpy(&value, &wide, sizeof value);
+    value *= 0x1p112f;
+  }
+  std::memcpy(&wide, &value, sizeof wide);
+  wide |= sign;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
 }  // namespace advkd

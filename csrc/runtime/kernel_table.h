@@ -124,6 +124,7 @@ struct AttentionShape {
   std::int64_t batch, heads, queries, keys, head_dim;
 };
 
+
 // out = softmax(scale q k^T) v;  lse (B, H, N) = log sum exp(scale q k^T)
 template <class T>
 struct AttentionArgs {
@@ -132,6 +133,7 @@ struct AttentionArgs {
   T* lse;
   AttentionShape shape;
   T scale;
+  T* workspace;  // as attention_workspace tells; null: memory of its own
   int threads;
 };
 
@@ -151,34 +153,50 @@ struct GroupNormSiluKernels {
   void (*backward)(const GroupNormSiluBackwardArgs<S>&);
 };
 
+// What a network pass and its noise take.
 struct KernelTable {
   const char* isa;
   void (*philox_uint32)(const PhiloxUint32Args&);
   void (*philox_normal)(const PhiloxNormalArgs&);
+  void (*group_norm_affine)(const GroupNormAffineArgs&);
+  std::int64_t (*attention_workspace)(const AttentionShape&, int threads);  // of float32
+  void (*attention_float32)(const AttentionArgs<float>&);
+  void (*pack_convolution)(const ConvolutionShape&, const ConvolutionWeights&, float* packed);
+  void (*convolution_direct)(const ConvolutionArgs&, const ConvolutionPlan&);
+  void (*convolution_winograd2)(const ConvolutionArgs&, const ConvolutionPlan&);
+  void (*convolution_winograd4)(const ConvolutionArgs&, const ConvolutionPlan&);
+};
+
+// What trainings and the samplers of teachers take beside it.
+struct TrainingKernelTable {
   void (*sampling_step)(const SamplingStepArgs&);
   GroupNormSiluKernels<float> group_norm_silu_float32;
   GroupNormSiluKernels<double> group_norm_silu_float64;
   GroupNormSiluKernels<Float16> group_norm_silu_float16;
   GroupNormSiluKernels<BFloat16> group_norm_silu_bfloat16;
-  void (*group_norm_affine)(const GroupNormAffineArgs&);
-  void (*attention_float32)(const AttentionArgs<float>&);
   void (*attention_float64)(const AttentionArgs<double>&);
   void (*attention_backward_float32)(const AttentionBackwardArgs<float>&);
   void (*attention_backward_float64)(const AttentionBackwardArgs<double>&);
-  void (*pack_convolution)(const ConvolutionShape&, const ConvolutionWeights&, float* packed);
-  void (*convolution_direct)(const ConvolutionArgs&, const ConvolutionPlan&);
-  void (*convolution_winograd2)(const ConvolutionArgs&, const ConvolutionPlan&);
-  void (*convolution_winograd4)(const ConvolutionArgs&, const ConvolutionPlan&);
   void (*convolution_wgrad)(const ConvolutionWgradArgs&, const ConvolutionWgradPlan&);
 };
 
 namespace portable {
 extern const KernelTable table;
+extern const TrainingKernelTable training_table;
 }
 namespace avx2 {
 extern const KernelTable table;
+extern const TrainingKernelTable training_table;
 }
 namespace avx512 {
+extern const KernelTable table;
+extern const TrainingKernelTable training_table;
+}
+namespace neon {
+extern const KernelTable table;
+extern const TrainingKernelTable training_table;
+}
+namespace wasm {
 extern const KernelTable table;
 }
 

@@ -12,8 +12,8 @@ struct NoiseSource {
   std::uint32_t step;               // the step word
 };
 
-// Steps have the words 0, 1, ...; x_T has this one.
-constexpr std::uint32_t kXTStep = 0xFFFFFFFF;
+// Steps have the words 0, 1, ...; x_T and labels have these.
+constexpr std::uint32_t kXTStep = 0xFFFFFFFF, kLabelStep = 0xFFFFFFFE;
 constexpr std::int64_t kMostSteps = 1 << 23;
 
 // What noise is for stands in the bits of the step word that no step reaches, so that no two

@@ -1,13 +1,10 @@
 // A network as plain data: operations on buffers of one arena, and packed weights. advkd/engine
-// writes it; here it is checked, so that a corrupt plan is an exception, and run.
+// writes it; here it is checked, so that a corrupt plan is refused, and run.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -46,45 +43,39 @@ struct PlanPass {
   int threads;
 };
 
-class Memory;
+struct Places;
 class PlanStep;
-
-// Asks the system to back untouched memory by huge pages, where it has them.
-void ask_for_huge_pages(void* at, std::size_t bytes);
 
 class Plan {
  public:
-  // Throws std::invalid_argument for a plan that would read or write what it must not.
+  // Refuses a plan that would read or write what it must not.
   explicit Plan(const PlanData& data);
   ~Plan();
 
   const PlanData& data() const { return data_; }
 
-  // Bytes of the memory that a pass of so many images takes: arena and workspace.
-  std::int64_t bytes(std::int64_t batch, int threads) const;
+  // Floats of the memory that a pass of so many images takes: arena and workspace.
+  std::int64_t floats(std::int64_t batch, int threads) const;
 
-  // One pass of at most `batch` images. `nan_fill` fills its memory with NaN first, for tests.
-  void run(const PlanPass& pass, bool nan_fill = false) const;
+  // Images of a pass at most, or fewer where a core's caches serve no more.
+  std::int64_t images_of_a_part() const;
 
-  // Seconds of CPU time that each operation takes on this thread, the least of `repeats` passes.
-  std::vector<double> profile(const PlanPass& pass, int repeats) const;
+  // Refuses a pass of too many images or threads, without what it needs, or with unknown labels.
+  void check(const PlanPass& pass) const;
 
-  // Any number of images, in parts of at most `batch`, or of fewer that a cache holds. Where images
-  // are many, the threads take one part each, so that there is no barrier within a pass; else they
-  // share every part.
-  void run_parts(std::int64_t images, int threads,
-                 const std::function<void(std::int64_t first, std::int64_t count, int threads)>&
-                     run_part) const;
+  // One pass that has been checked. `memory` has floats(pass.batch, pass.threads) floats.
+  void run(const PlanPass& pass, float* memory) const;
+
+  // Where the buffers of a pass lie in its memory, and its operations, to run them one by one.
+  Places places(const PlanPass& pass, float* memory) const;
+  const std::vector<std::unique_ptr<PlanStep>>& steps() const { return steps_; }
 
  private:
-  void check(const PlanPass& pass) const;
-  std::unique_ptr<Memory> take(std::int64_t floats) const;
-  void give_back(std::unique_ptr<Memory> memory) const;
-
   PlanData data_;
   std::vector<std::unique_ptr<PlanStep>> steps_;
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Memory>> unused_;
 };
+
+// Refuses a number of threads that no pass can have.
+void check_threads(int threads);
 
 }  // namespace advkd

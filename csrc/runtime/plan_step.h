@@ -5,10 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "runtime/convolution.h"
+#include "runtime/error.h"
 #include "runtime/plan.h"
 
 namespace advkd {
@@ -18,7 +19,7 @@ constexpr std::int64_t kLargestChannels = 1 << 20;
 constexpr std::int64_t kAlignment = 16;  // floats of a cache line
 
 [[noreturn]] inline void corrupt(const std::string& what) {
-  throw std::invalid_argument("corrupt plan: " + what);
+  refuse("corrupt plan: " + what);
 }
 
 inline std::int64_t product(std::int64_t a, std::int64_t b) {
@@ -137,7 +138,9 @@ class Fields {
 class PlanStep {
  public:
   virtual ~PlanStep() = default;
-  virtual void run(const Places& places) const = 0;
+  // Every operation has its own. Not pure: the message for a call of a pure method would bring all
+  // of printf into a browser's build.
+  virtual void run(const Places&) const {}
   virtual std::int64_t workspace(std::int64_t, int) const { return 0; }
   const std::vector<Access>& accesses() const { return accesses_; }
 
@@ -155,15 +158,18 @@ class PlanStep {
   std::vector<Access> accesses_;
 };
 
-// The operation with the number `index` of a plan; throws std::invalid_argument for one that would
-// read or write what it must not.
+// The shape of a convolution for one image; refuses one that no kernel serves.
+ConvolutionShape convolution_shape(Fields& fields);
+
+// The operation with the number `index` of a plan; refuses one that would read or write what it
+// must not.
 std::unique_ptr<PlanStep> step_of(const PlanOp& op, std::size_t index, const PlanData& plan);
 
-// Throws std::invalid_argument where buffers are impossible or do not lie in the arena.
+// Refuses buffers that are impossible or do not lie in the arena.
 void check_sizes(const PlanData& plan);
 
-// Throws std::invalid_argument unless what is read has been written before, the input is left
-// alone, the output becomes whole, and buffers that are in use at the same time lie apart.
+// Refuses a plan unless what is read has been written before, the input is left alone, the output
+// becomes whole, and buffers that are in use at the same time lie apart.
 void check_flow(const PlanData& plan, const std::vector<std::unique_ptr<PlanStep>>& steps);
 
 }  // namespace advkd

@@ -9,25 +9,33 @@
 #include "runtime/thread_pool.h"
 
 namespace advkd {
+
+ConvolutionShape convolution_shape(Fields& fields) {
+  ConvolutionShape shape;
+  shape.batch = 1;
+  shape.height = fields.number("height", 1, kLargestSide);
+  shape.width = fields.number("width", 1, kLargestSide);
+  shape.in_channels = fields.channels("in_channels");
+  shape.out_channels = fields.channels("out_channels");
+  shape.kernel = static_cast<int>(fields.number("kernel", 1, 3));
+  shape.stride = static_cast<int>(fields.number("stride", 1, 2));
+  shape.pad_before = static_cast<int>(fields.number("pad_before", 0, 2));
+  shape.pad_after = static_cast<int>(fields.number("pad_after", 0, 2));
+  shape.upsample = fields.number("upsample", 0, 1) == 1;
+  if (!supported(shape)) fields.fail("no kernel serves such a convolution");
+  return shape;
+}
+
 namespace {
 
 // y = (conv(act(x * x_scale + x_shift)) + bias + residual) * factor
 class ConvolutionStep final : public PlanStep {
  public:
   explicit ConvolutionStep(Fields& fields) {
-    shape_.batch = 1;
-    shape_.height = fields.number("height", 1, kLargestSide);
-    shape_.width = fields.number("width", 1, kLargestSide);
-    shape_.in_channels = fields.channels("in_channels");
-    shape_.out_channels = fields.channels("out_channels");
-    shape_.kernel = static_cast<int>(fields.number("kernel", 1, 3));
-    shape_.stride = static_cast<int>(fields.number("stride", 1, 2));
-    shape_.pad_before = static_cast<int>(fields.number("pad_before", 0, 2));
-    shape_.pad_after = static_cast<int>(fields.number("pad_after", 0, 2));
-    shape_.upsample = fields.number("upsample", 0, 1) == 1;
+    shape_ = convolution_shape(fields);
     algorithm_ = static_cast<ConvolutionAlgorithm>(fields.number("algorithm", 0, 2));
     const bool winograd = algorithm_ != ConvolutionAlgorithm::direct;
-    if (!supported(shape_) || (winograd && (shape_.kernel != 3 || shape_.stride != 1))) {
+    if (winograd && (shape_.kernel != 3 || shape_.stride != 1)) {
       fields.fail("no kernel serves such a convolution");
     }
     const std::int64_t pixels = shape_.out_height() * shape_.out_width();
@@ -154,6 +162,11 @@ class AttentionStep final : public PlanStep {
     scale_ = static_cast<float>(fields.factor());
   }
 
+  std::int64_t workspace(std::int64_t batch, int threads) const override {
+    const AttentionShape shape = shape_of(batch);
+    return kernels().attention_workspace(shape, threads_of(shape, threads));
+  }
+
   void run(const Places& at) const override {
     const std::int64_t channels = heads_ * head_dim_, tokens = qkv_.pixels;
     const auto part = [&](std::int64_t index) {
@@ -161,15 +174,23 @@ class AttentionStep final : public PlanStep {
                                    head_dim_, qkv_.stride};
     };
     const HeadRows<float> out = {at.output(y_), tokens * y_.stride, head_dim_, y_.stride};
-    constexpr double kProductsPerCycle = 20;
-    const double products = 2.0 * static_cast<double>(at.pass.batch * tokens * tokens * channels);
-    kernels().attention_float32({part(0), part(1), part(2), out, at.output(lse_),
-                                 {at.pass.batch, heads_, tokens, tokens, head_dim_},
-                                 scale_,
-                                 threads_for(products / kProductsPerCycle, at.pass.threads)});
+    const AttentionShape shape = shape_of(at.pass.batch);
+    kernels().attention_float32({part(0), part(1), part(2), out, at.output(lse_), shape, scale_,
+                                 at.workspace, threads_of(shape, at.pass.threads)});
   }
 
  private:
+  AttentionShape shape_of(std::int64_t batch) const {
+    return {batch, heads_, qkv_.pixels, qkv_.pixels, head_dim_};
+  }
+
+  static int threads_of(const AttentionShape& shape, int threads) {
+    constexpr double kProductsPerCycle = 20;
+    const double pairs = static_cast<double>(shape.queries) * static_cast<double>(shape.keys);
+    const double channels = static_cast<double>(shape.batch * shape.heads * shape.head_dim);
+    return threads_for(2.0 * pairs * channels / kProductsPerCycle, threads);
+  }
+
   Slice qkv_, y_, lse_;
   std::int64_t heads_, head_dim_;
   float scale_;

@@ -1,11 +1,12 @@
 #include "runtime/sampling_loop.h"
 
-#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "runtime/dispatch.h"
+#include "runtime/error.h"
 #include "runtime/half.h"
+#include "runtime/training_kernels.h"
 
 namespace advkd {
 namespace {
@@ -64,7 +65,7 @@ class SamplingLoop {
     args_.plan->run(
         {state_.data() + at, model_out_.data() + at, conditioning, labels, count, threads},
         args_.nan_fill);
-    kernels().sampling_step({state_.data() + at, model_out_.data() + at, next_.data() + at,
+    training_kernels().sampling_step({state_.data() + at, model_out_.data() + at, next_.data() + at,
                              x0_hat_.data() + at, shape(count), coefficients(step), args_.clip,
                              noise(static_cast<std::uint32_t>(step), first), threads});
   }
@@ -101,20 +102,20 @@ void check(const SamplingLoopArgs& args) {
   const PlanData& plan = args.plan->data();
   const PlanBuffer &in = plan.buffers[0], &out = plan.buffers[1];
   if (in.pixels != out.pixels || in.channels != out.channels) {
-    throw std::invalid_argument("the plan's output has another shape than its input");
+    refuse("the plan's output has another shape than its input");
   }
   if (args.purpose < 0 || args.purpose >= kMostPurposes) {
-    throw std::invalid_argument("purpose=" + std::to_string(args.purpose) +
-                                " is not between 0 and " + std::to_string(kMostPurposes - 1));
+    refuse("purpose=" + std::to_string(args.purpose) + " is not between 0 and " +
+           std::to_string(kMostPurposes - 1));
   }
   if (args.steps < 0 || args.steps > kMostSteps) {
-    throw std::invalid_argument("steps=" + std::to_string(args.steps) + " is not between 0 and " +
-                                std::to_string(kMostSteps));
+    refuse("steps=" + std::to_string(args.steps) + " is not between 0 and " +
+           std::to_string(kMostSteps));
   }
   std::int64_t before = 0;
   for (const std::int64_t step : args.saved) {
     if (step <= before || step > args.steps) {
-      throw std::invalid_argument("the steps to save do not ascend from 1 to the number of steps");
+      refuse("the steps to save do not ascend from 1 to the number of steps");
     }
     before = step;
   }

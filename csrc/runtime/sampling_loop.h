@@ -5,12 +5,12 @@
 #include <functional>
 #include <vector>
 
-#include "runtime/plan.h"
+#include "runtime/pooled_plan.h"
 
 namespace advkd {
 
 struct SamplingLoopArgs {
-  const Plan* plan;  // its input and output are (pixels, channels) of an image
+  const PooledPlan* plan;  // its input and output are (pixels, channels) of an image
   std::int64_t steps;
   const double* coefficients;  // (steps, 6): a_x, a_m, c_0, c_x, c_m, sigma
   const float* conditioning;   // (steps, conditioning of the plan)
@@ -34,9 +34,9 @@ struct SamplingLoopArgs {
 };
 
 // The final sample is x_t after the last step. An image's bits depend on the plan, the seed, the
-// purpose and the image's number, not on the batch or the threads. Throws std::invalid_argument
-// where the plan is not a teacher's, there is no such purpose, the steps are too many, or those to
-// save do not ascend from 1 to at most `steps`.
+// purpose and the image's number, not on the batch or the threads. Refuses a
+// plan that is not a teacher's, a purpose that there is not, too many steps, and steps to save that
+// do not ascend from 1 to at most `steps`.
 void sampling_loop(const SamplingLoopArgs& args);
 
 }  // namespace advkd

@@ -1,6 +1,7 @@
 // Runs independent tasks on a few threads that sleep between jobs.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace advkd {
@@ -28,6 +29,20 @@ void parallel_for(std::int64_t tasks, int threads, const Function& function) {
         (*static_cast<const Function*>(context))(task);
       },
       &function);
+}
+
+// Calls task(index, slot) for each index in [0, count) on the threads; no two threads have the same
+// slot at a time, so that each slot may have memory of its own.
+template <class Task>
+void for_each_slot(std::int64_t count, int threads, const Task& task) {
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, threads, [&](std::int64_t slot) {
+    for (;;) {
+      const std::int64_t index = next.fetch_add(1, std::memory_order_relaxed);
+      if (index >= count) return;
+      task(index, slot);
+    }
+  });
 }
 
 }  // namespace advkd

@@ -16,9 +16,10 @@
 
 #include "runtime/convolution.h"
 #include "runtime/dispatch.h"
-#include "runtime/plan.h"
+#include "runtime/pooled_plan.h"
 #include "runtime/sampling_loop.h"
 #include "runtime/thread_pool.h"
+#include "runtime/training_kernels.h"
 
 namespace {
 
@@ -122,11 +123,11 @@ class Network {
     plan_.batch = 4;
   }
 
-  advkd::Plan plan() {
+  advkd::PooledPlan plan() {
     weights_ = numbers(static_cast<std::size_t>(plan_.weights_size));
     for (float& weight : weights_) weight *= 0.3f;
     plan_.weights = weights_.data();
-    return advkd::Plan(plan_);
+    return advkd::PooledPlan(plan_);
   }
 
  private:
@@ -169,7 +170,7 @@ class Network {
   Floats weights_;
 };
 
-Floats sampled(const advkd::Plan& plan, std::int64_t images, int threads) {
+Floats sampled(const advkd::PooledPlan& plan, std::int64_t images, int threads) {
   constexpr std::int64_t kSteps = 3, kElements = 2 * 64;
   std::vector<double> coefficients;
   for (std::int64_t step = 0; step < kSteps; ++step) {
@@ -209,7 +210,7 @@ Floats sampled(const advkd::Plan& plan, std::int64_t images, int threads) {
 // Two images share their operations among the threads; nine are parted among them.
 void try_sampling_loop() {
   Network network;
-  const advkd::Plan plan = network.plan();
+  const advkd::PooledPlan plan = network.plan();
   for (const std::int64_t images : {2, 17}) {
     const Floats expected = sampled(plan, images, 1);
     require(std::all_of(expected.begin(), expected.end(), [](float v) { return std::isfinite(v); }),
@@ -237,7 +238,7 @@ void try_group_norm_silu() {
   constexpr std::size_t B = 8, C = 8, P = 900, G = 2, N = B * C * P;
   const Floats x = numbers(N), grad = numbers(N, 2), weight = numbers(C, 3), bias = numbers(C, 4);
   const Floats scale = numbers(B * C, 5), shift = numbers(B * C, 6);
-  const auto& kernels = advkd::kernels().group_norm_silu_float32;
+  const auto& kernels = advkd::training_kernels().group_norm_silu_float32;
   for (const bool last : {false, true}) {
     const advkd::ImageShape shape = {B, C, P, last};
     const advkd::AffineParameters<float> affine = {weight.data(), bias.data(), scale.data(),
@@ -267,11 +268,11 @@ void try_attention() {
   const advkd::AttentionShape shape = {1, 1, N, M, D};
   try_kernel("attention", N * D, [&](float* to, int threads) {
     advkd::kernels().attention_float32({rows(q.data(), N), rows(k.data(), M), rows(v.data(), M),
-                                        rows(to, N), lse.data(), shape, 0.25f, threads});
+                                        rows(to, N), lse.data(), shape, 0.25f, nullptr, threads});
     std::copy_n(to, N * D, out.data());
   });
   try_kernel("attention backward", (N + 2 * M) * D, [&](float* to, int threads) {
-    advkd::kernels().attention_backward_float32(
+    advkd::training_kernels().attention_backward_float32(
         {rows(grad.data(), N), rows(q.data(), N), rows(k.data(), M), rows(v.data(), M),
          rows(static_cast<const float*>(out.data()), N), lse.data(), rows(to, N),
          rows(to + N * D, M), rows(to + (N + M) * D, M), shape, 0.25f, threads});

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from matplotlib.figure import Figure
 from PIL import Image
 
+from advkd.deploy.page import POLICY, packed, section
 from advkd.report.charts import LIGHT, _draw, spectrum_panel
 from advkd.report.page import write_report
 from advkd.report.pictures import Pictures
@@ -155,6 +157,25 @@ def test_page_says_what_the_summary_holds(page: Path) -> None:
         assert said in text
     assert "1.19 times as far away as the teacher" in text  # (21.31 - 3.213) / (18.42 - 3.213)
     assert re.search(r"5\.0 points for the teacher .* and 12\.0 points for the student", text)
+
+
+def test_the_student_runs_on_the_page(tmp_path: Path) -> None:
+    model = b"a model file"
+    path = write_report(tmp_path, some_summary(), [], some_pictures(), "", model)
+    text = path.read_text(encoding="utf-8")
+    assert "http:" not in text and "https:" not in text and "url(" not in text
+    part = section(model, str(tmp_path / "student"))
+    assert part.html in text and part.style in text and f'content="{escape(part.policy)}"' in text
+    assert packed(model) in part.html
+    page = Page(text)
+    assert [a["type"] for tag, a in page.tags if tag == "script"] == ["text/plain"] * 3 + ["module"]
+
+
+def test_a_student_that_cannot_run_on_the_page_is_told(tmp_path: Path) -> None:
+    path = write_report(tmp_path, some_summary(), [], some_pictures(), "", f"of {NASTY}")
+    text = path.read_text(encoding="utf-8")
+    assert f"The student cannot run on this page: of {NASTY}." in Page(text).text
+    assert "<script" not in text and f'content="{escape(POLICY)}"' in text
 
 
 def test_all_text_is_escaped(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import advkd.deploy.model_file
 import advkd.run.evaluation
 import advkd.run.stages
+from advkd import ops
 from advkd.config import (
     Config,
     ConfigError,
@@ -42,7 +44,7 @@ from advkd.run.check import check
 from advkd.run.evaluation import features_of
 from advkd.run.folder import STAGES, stored_config
 from advkd.run.run import Run
-from advkd.run.stages import PICTURE_SEED, make_trajectories, pictures_of
+from advkd.run.stages import PICTURE_SEED, make_trajectories, model_file_of, pictures_of
 
 CONFIG = Config(
     data=DataConfig(size=8),
@@ -467,3 +469,11 @@ def test_a_report_is_made_anew_from_the_evaluation_that_stands(tmp_path: Path) -
         ]
     with run.opened("evaluate"):
         assert not report.exists()
+
+
+def test_a_student_that_has_no_model_file_says_why(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ops.extension is None or isinstance(model_file_of(run), bytes)
+    monkeypatch.setattr(advkd.deploy.model_file, "extension", None)
+    assert str(model_file_of(run)).startswith("the C++ extension is not installed")

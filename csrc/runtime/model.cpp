@@ -1,0 +1,237 @@
+#include "runtime/model.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "runtime/convolution.h"
+#include "runtime/dispatch.h"
+#include "runtime/error.h"
+#include "runtime/noise.h"
+#include "runtime/plan_step.h"
+
+namespace advkd {
+namespace {
+
+constexpr int kSampling = 1;  // the purpose, as in advkd/engine/noise.py
+constexpr std::int64_t kMostWeights = 1 << 28;  // floats
+constexpr std::size_t kLine = 64;               // bytes of a cache line
+
+// Where every tensor lies in the packed weights, once for each form that operations read it in.
+class Weights {
+ public:
+  explicit Weights(const ModelFile& file) : file_(file) {}
+
+  // The offset of a tensor that is read as it is, of so many numbers.
+  std::int64_t vector(const std::string& name, std::int64_t elements, const Fields& fields) {
+    if (tensor(name, fields).elements() != elements) {
+      fields.fail("tensor '" + name.substr(0, 60) + "' has another size than it needs");
+    }
+    return place({name, false}, elements);
+  }
+
+  // The offset of the weights of a convolution, (out_channels, in_channels, kernel, kernel).
+  std::int64_t packed(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
+    const std::vector<std::int64_t> shape = {s.out_channels, s.in_channels, s.kernel, s.kernel};
+    if (tensor(name, fields).shape != shape) {
+      fields.fail("tensor '" + name.substr(0, 60) + "' has another shape than its weights");
+    }
+    shapes_[name] = s;
+    return place({name, true}, packed_size(s));
+  }
+
+  std::vector<float> filled() const {
+    std::vector<float> all(static_cast<std::size_t>(size_)), dense;
+    for (const auto& [form, offset] : offsets_) {
+      const auto& [name, is_packed] = form;
+      const FileTensor& tensor = file_.tensors.at(name);
+      float* const to = all.data() + offset;
+      if (!is_packed) {
+        tensor.copy_to(to);
+        continue;
+      }
+      const ConvolutionShape& s = shapes_.at(name);
+      dense.resize(static_cast<std::size_t>(tensor.elements()));
+      tensor.copy_to(dense.data());
+      const std::int64_t taps = s.kernel * s.kernel;
+      pack_weights(s, {dense.data(), s.in_channels * taps, taps, s.kernel, 1}, to);
+    }
+    return all;
+  }
+
+ private:
+  using Form = std::pair<std::string, bool>;  // a tensor, and whether it is packed
+
+  const FileTensor& tensor(const std::string& name, const Fields& fields) const {
+    const auto found = file_.tensors.find(name);
+    if (found == file_.tensors.end()) {
+      fields.fail("there is no tensor '" + name.substr(0, 60) + "'");
+    }
+    return found->second;
+  }
+
+  std::int64_t place(const Form& form, std::int64_t size) {
+    const auto [at, is_new] = offsets_.emplace(form, size_);
+    if (is_new) {
+      size_ += (size + kAlignment - 1) / kAlignment * kAlignment;
+      if (size_ > kMostWeights) refuse("the model has more than 1 GiB of weights");
+    }
+    return at->second;
+  }
+
+  const ModelFile& file_;
+  std::map<Form, std::int64_t> offsets_;
+  std::map<std::string, ConvolutionShape> shapes_;
+  std::int64_t size_ = 0;
+};
+
+// Numbers that each kind of operation reads of a tensor as it is, by the name of the weight.
+std::int64_t elements_of(const std::string& name, const PlanOp& op, std::int64_t classes,
+                         Fields& fields) {
+  if (op.kind == "convolution" && name == "bias") return fields.channels("out_channels");
+  if (op.kind == "norm" && (name == "weight" || name == "bias")) return fields.channels("channels");
+  if (op.kind == "constant" && name == "values") return fields.channels("channels");
+  if (op.kind == "embed" && name == "table") return product(classes, fields.channels("channels"));
+  fields.fail("it has no weight '" + name.substr(0, 60) + "'");
+}
+
+// The operations with their weights' offsets; the algorithms of convolutions are not chosen yet.
+void resolve(const FileHead& head, Weights& weights, PlanData& plan) {
+  for (const FileOp& file_op : head.ops) {
+    const std::size_t index = plan.ops.size();
+    plan.ops.push_back(file_op.op);
+    PlanOp& op = plan.ops.back();
+    if (op.numbers.count("algorithm") != 0) refuse("a model file names no algorithms");
+    Fields fields(file_op.op, index, plan);
+    for (const auto& [name, tensor] : file_op.weights) {
+      if (op.numbers.count(name) != 0) fields.fail("it has '" + name.substr(0, 60) + "' twice");
+      if (op.kind == "convolution" && name == "packed") {
+        op.numbers[name] = weights.packed(tensor, convolution_shape(fields), fields);
+      } else {
+        const std::int64_t elements = elements_of(name, op, plan.classes, fields);
+        op.numbers[name] = weights.vector(tensor, elements, fields);
+      }
+    }
+    // An offset that stands in the file would be one into weights that it does not know.
+    for (const char* const name : {"packed", "bias", "weight", "values", "table"}) {
+      if (file_op.op.numbers.count(name) != 0) fields.fail("its weights are no tensors");
+    }
+  }
+}
+
+std::unique_ptr<Plan> plan_of(PlanData data, std::int64_t batch) {
+  data.batch = batch;
+  for (std::size_t i = 0; i < data.ops.size(); ++i) {
+    PlanOp& op = data.ops[i];
+    if (op.kind != "convolution") continue;
+    Fields fields(op, i, data);
+    ConvolutionShape shape = convolution_shape(fields);
+    shape.batch = batch;
+    op.numbers["algorithm"] = static_cast<std::int64_t>(choose_algorithm(shape, 1));
+  }
+  return std::make_unique<Plan>(data);
+}
+
+// The image that goes in and the one that comes out are what the file says.
+void check_ends(const PlanData& plan, const ModelFile& file, const FileHead& head) {
+  if (plan.buffers.size() < 2) corrupt("it has no input and output");
+  const PlanBuffer &in = plan.buffers[0], &out = plan.buffers[1];
+  if (in.pixels != file.size * file.size || in.channels != file.channels ||
+      out.pixels != head.size * head.size || out.channels != file.channels) {
+    corrupt("its images are of another size than the model's");
+  }
+}
+
+// Parts of a workspace, each on a cache line's boundary.
+class Cutter {
+ public:
+  explicit Cutter(void* workspace) : at_(reinterpret_cast<std::uintptr_t>(workspace)) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    at_ = (at_ + kLine - 1) / kLine * kLine;
+    T* const part = reinterpret_cast<T*>(at_);
+    at_ += static_cast<std::uintptr_t>(count) * sizeof(T);
+    return part;
+  }
+
+ private:
+  std::uintptr_t at_;
+};
+
+std::int64_t floats_of(const PlanBuffer& buffer) { return buffer.pixels * buffer.channels; }
+
+}  // namespace
+
+Model::Model(const ModelFile& file)
+    : size_(file.size),
+      channels_(file.channels),
+      classes_(file.classes),
+      class_names_(file.class_names) {
+  Weights weights(file);
+  std::vector<PlanData> plans;
+  for (const FileHead& head : file.heads) {
+    plans.push_back({head.buffers, {}, head.arena, 0, file.classes, 1, nullptr, 0});
+    check_sizes(plans.back());
+    check_ends(plans.back(), file, head);
+    resolve(head, weights, plans.back());
+  }
+  weights_ = weights.filled();
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    plans[i].weights = weights_.data();
+    plans[i].weights_size = static_cast<std::int64_t>(weights_.size());
+    heads_.push_back({file.heads[i].size, plan_of(plans[i], 1), plan_of(plans[i], kManyImages)});
+    // Whether the workspace of the largest pass can be counted at all.
+    workspace({0, 0, kManyImages, nullptr, kManyImages, i});
+  }
+}
+
+std::int64_t Model::usual_together(std::size_t head, std::int64_t images) const {
+  const Plan& plan = heads_[head].plan_for(images);
+  const std::int64_t most = plan.images_of_a_part();
+  return images < most ? images : most;
+}
+
+std::int64_t Model::workspace(const Generation& what) const {
+  const Plan& plan = heads_[what.head].plan_for(what.count);
+  const std::int64_t images = std::min(what.together, plan.data().batch);
+  const auto& buffers = plan.data().buffers;
+  const std::int64_t ends = sum(floats_of(buffers[0]), floats_of(buffers[1]));
+  const std::int64_t floats = sum(product(ends, images), plan.floats(images, 1));
+  constexpr std::int64_t kNumbers = 2;  // of an image: its number and its label
+  const std::int64_t numbers = kNumbers * images * static_cast<std::int64_t>(sizeof(std::int64_t));
+  constexpr std::int64_t kParts = 5;
+  return sum(product(floats, sizeof(float)), numbers + kParts * static_cast<std::int64_t>(kLine));
+}
+
+const float* Model::run_pass(const Generation& what, std::int64_t first, std::int64_t count,
+                             void* workspace) const {
+  const Plan& plan = heads_[what.head].plan_for(what.count);
+  const PlanBuffer &in = plan.data().buffers[0], &out = plan.data().buffers[1];
+  Cutter cutter(workspace);
+  std::int64_t* const index = cutter.take<std::int64_t>(count);
+  std::int64_t* const labels = cutter.take<std::int64_t>(count);
+  float* const x = cutter.take<float>(floats_of(in) * count);
+  float* const y = cutter.take<float>(floats_of(out) * count);
+  float* const memory = cutter.take<float>(plan.floats(count, 1));
+  for (std::int64_t i = 0; i < count; ++i) index[i] = what.first + first + i;
+  kernels().philox_normal({{what.seed, index, step_word(kXTStep, kSampling)},
+                           {count, in.channels, in.pixels, true}, x, 1});
+  if (classes_ > 0) take_labels(what, first, count, index, labels);
+  plan.run({x, y, nullptr, classes_ > 0 ? labels : nullptr, count, 1}, memory);
+  return y;
+}
+
+void Model::take_labels(const Generation& what, std::int64_t first, std::int64_t count,
+                        const std::int64_t* index, std::int64_t* labels) const {
+  if (what.labels != nullptr) {
+    std::copy_n(what.labels + first, count, labels);
+    return;
+  }
+  kernels().philox_uint32({{what.seed, index, step_word(kLabelStep, kSampling)}, count, 1, 0,
+                           labels, 1});
+  // The first word of each image's stream, scaled to the classes.
+  for (std::int64_t i = 0; i < count; ++i) labels[i] = labels[i] * classes_ >> 32;
+}
+
+}  // namespace advkd
