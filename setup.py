@@ -241,7 +241,10 @@ def ninja_text(
     import pybind11
 
     paths = sysconfig.get_paths()
-    includes = [str(CSRC), str(CSRC / "include"), pybind11.get_include(), paths["include"], paths["platinclude"]]
+    includes = [
+        *(str(CSRC), str(CSRC / "include"), pybind11.get_include()),
+        *(paths["include"], paths["platinclude"]),
+    ]
     flags = [*CXX_FLAGS, *(f"-I{path}" for path in dict.fromkeys(includes))]
     flags.append(f'-DADVKD_VERSION="{version}"')
     sanitized = SANITIZER_FLAGS if os.environ.get("ADVKD_SANITIZE") == "1" else []
@@ -325,14 +328,18 @@ def main() -> None:
     if reason is not None:
         print(f"advkd: installing without the C++ extension, because {reason}", file=sys.stderr)
     setup(
-        packages=[*find_packages(include=["advkd", "advkd.*"]), "advkd.kernels"],
-        package_dir={"advkd.kernels": "kernels"},
+        packages=[
+            *find_packages(include=["advkd", "advkd.*"]),
+            *("advkd.kernels", "advkd.runtime"),
+        ],
+        package_dir={"advkd.kernels": "kernels", "advkd.runtime": "csrc/advkd_runtime"},
         include_package_data=False,
         package_data={
             "advkd": [
                 *("presets/*.toml", "zoo/**/*", "data/datasets/**/*"),
                 *("report/*.j2", "report/*.css", "deploy/web/*"),
-            ]
+            ],
+            "advkd.runtime": ["py.typed"],
         },
         ext_modules=[] if reason else [Extension("advkd._C", sources=[])],
         cmdclass={"build_ext": NinjaBuildExt},

@@ -1,67 +1,61 @@
-"""`python -m advkd.export`: a student as ONNX, or as a program of torch.export.
+"""`python -m advkd.export`: a student as a file for other places.
 
-The graph holds plain operators only, so neither file needs advkd to run. It maps x_T (B, C, S, S),
-standard normal float32, and labels y (B,) int64 where the student is class-conditional, to the
-image (B, C, s, s), about [-1, 1] and not clamped. A file is compared with the student before it
-takes its name.
+The formats are a model file for the C library (`advkd`), a page that generates in a browser
+(`html`), ONNX (`onnx`) and a program of torch.export (`pt2`). A file is compared with the student
+before it takes its name.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import importlib.util
-import io
-import logging
-import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
 
-from advkd import ops
 from advkd.cli import guarded
-from advkd.engine.noise import Noise, Purpose
+from advkd.deploy.graph import inputs, largest_difference, traced, write_onnx, write_pt2
+from advkd.deploy.model_file import DTYPES, difference_of, model_bytes
+from advkd.deploy.page import page
 from advkd.files import CheckpointError, replacing
 from advkd.models.student import Student
 from advkd.pretrained import load_student, resolve
 
-FORMATS = ("onnx", "pt2")
+GRAPHS = ("onnx", "pt2")
+FORMATS = (*GRAPHS, "advkd", "html")
 TOLERANCE = 1e-4  # of the images, whose values span [-1, 1]
-EXAMPLES = 2  # images that the graph is traced with; 1 would make the batch a constant
-CHECKED = (1, 3)  # batches that a file for any batch is checked with
-INPUTS = ("x_T", "y")
-NEEDED = ("onnx", "onnxscript", "onnxruntime")  # what the extra [export] installs
+# The same where --dtype rounds the weights: rounding may show in a pixel, a mistake in all.
+ROUNDED_TOLERANCES = {"float16": 1 / 64, "int8": 1 / 4}
 EPILOG = """\
-Both formats take x_T, standard normal float32 (B, C, S, S), and for a class-conditional student
-labels y, int64 (B,); both return the image (B, C, s, s), not clamped to [-1, 1]. The file is
-compared with the student, ONNX in ONNX Runtime, and is not written where they differ by more than
-1e-4. ONNX needs: pip install 'advkd[export]'. A .pt2 file is read by torch.export.load, without
-advkd. torch.export.save would pickle the inputs the graph was traced with; they are left out, so
-the archive holds JSON and raw tensors and no pickle.
-"""
+advkd  one file that the C library, advkd-generate and advkd.runtime read (docs/file-format.md). It
+       holds all heads, for any batch.
+html   one page that generates in a browser, offline: the same file with the C library inside.
+onnx   a graph of plain operators. It needs: pip install 'advkd[export]'.
+pt2    a program that torch.export.load reads, without advkd. torch.export.save would pickle the
+       inputs the graph was traced with; they are left out, so the archive holds JSON and raw
+       tensors and no pickle.
 
-Runner = Callable[..., Tensor]  # (x_T) or (x_T, y) -> image
+The two graphs take x_T, standard normal float32 (B, C, S, S), and for a class-conditional student
+labels y, int64 (B,); they return the image (B, C, s, s), not clamped to [-1, 1]. A file is compared
+with the student, ONNX in ONNX Runtime, and is not written where they differ by more than 1e-4.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `advkd export`."""
     p = argparse.ArgumentParser(
         prog="advkd export",
-        description="Write a student as ONNX or as a program of torch.export.",
+        description="Write a student as a file for other places: C, a browser, ONNX, torch.export.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--student", metavar="FOLDER", required=True, help="a folder, or zoo:NAME")
     p.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     p.add_argument("--out", metavar="FILE", type=Path, help="default: the folder's name, .FORMAT")
-    p.add_argument("--exit-at", type=int, metavar="k", help="leave after submodule k")
-    p.add_argument("--batch", type=_batch, metavar="N", help="images a call; default: dynamic")
+    p.add_argument("--exit-at", type=int, metavar="k", help="graphs: leave after submodule k")
+    p.add_argument("--batch", type=_batch, metavar="N", help="graphs: images a call; default: any")
+    p.add_argument("--dtype", choices=DTYPES, help="advkd, html: of the weights; default: auto")
+    p.add_argument("--title", help="html: default: the folder's name")
     return p
 
 
@@ -73,134 +67,36 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-class Generator(nn.Module):
-    """A student that always leaves after submodule `depth`, without the parts this never runs."""
-
-    def __init__(self, student: Student, depth: int):
-        super().__init__()
-        self.depth = depth
-        self.student = copy.deepcopy(student)
-        for k in range(len(student.heads)):
-            if k != depth - 1:
-                self.student.heads[k] = nn.Identity()
-            if k >= depth:
-                self.student.submodules[k] = nn.Identity()
-
-    def forward(self, x_T: Tensor, y: Tensor | None = None) -> Tensor:
-        image: Tensor = self.student(x_T, y, self.depth)
-        return image
-
-
-def inputs(student: Student, count: int) -> tuple[Tensor, ...]:
-    """x_T, and labels where the student takes them, of `count` images."""
-    noise, numbers = Noise(0, Purpose.SAMPLING), torch.arange(count, device="cpu")
-    x_T = noise.x_T(numbers, (student.channels, student.size, student.size)).contiguous()
-    y = noise.labels(numbers, student.num_classes)
-    return (x_T,) if y is None else (x_T, y)
-
-
-def traced(student: Student, exit_at: int | None, batch: int | None) -> ExportedProgram:
-    """The student as a graph of plain operators; `batch` images a call, None for any number."""
-    arguments = inputs(student, batch or EXAMPLES)
-    model = Generator(student, exit_at or len(student.heads)).eval()
-    shapes = None
-    if batch is None:
-        # One Dim in both inputs, so that their sizes must agree.
-        shapes = ({0: torch.export.Dim("batch")},) * len(arguments)
-    with ops.use_backend("reference"), torch.no_grad():
-        program = torch.export.export(model, arguments, dynamic_shapes=shapes)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it holds paths of the machine that exports
-    program.example_inputs = None  # an archive would hold them as a pickle
-    return program
-
-
-def write_pt2(program: ExportedProgram, path: Path) -> Runner:
-    """Write a torch.export archive and read it back."""
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    path.write_bytes(buffer.getvalue())
-    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
-
-    def run(*arguments: Tensor) -> Tensor:
-        image: Tensor = module(*arguments)
-        return image
-
-    return run
-
-
-def write_onnx(program: ExportedProgram, path: Path) -> Runner:
-    """Write an ONNX file and open it in ONNX Runtime."""
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install 'advkd[export]'")
-    import onnxruntime
-
-    names = INPUTS[: len(program.graph_signature.user_inputs)]
-    with _quiet():
-        exported = torch.onnx.export(
-            program,
-            input_names=names,
-            output_names=["image"],
-            dynamic_shapes=({0: "batch"},) * len(names) if program.range_constraints else None,
-            dynamo=True,
-            verbose=False,
-        )
-    assert exported is not None  # None is for the exporter that is not dynamo's
-    model = exported.model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]  # how it was traced: as long as all the rest
-    path.write_bytes(model.SerializeToString())
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-
-    def run(*arguments: Tensor) -> Tensor:
-        feeds = {name: value.numpy() for name, value in zip(names, arguments, strict=True)}
-        return torch.from_numpy(session.run(["image"], feeds)[0])
-
-    return run
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep from the user what the exporter tells its developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def largest_difference(
-    run: Runner, student: Student, exit_at: int | None, batch: int | None
-) -> float:
-    """The largest difference of any pixel between the file's images and the student's.
-
-    Not finite where a pixel of either is not.
-    """
-    worst = 0.0
-    for count in CHECKED if batch is None else (batch,):
-        arguments = inputs(student, count)
-        with torch.inference_mode():
-            expected = student(*arguments, exit_at=exit_at)
-            image = run(*arguments)
-        if image.shape != expected.shape:
-            return math.inf
-        difference = float((image - expected).abs().max())
-        worst = max(worst, difference if math.isfinite(difference) else math.inf)
-    return worst
-
-
 def export(args: argparse.Namespace) -> None:
     """Write the file, check it, and say so in one line."""
+    _check(args)
     student = load_student(args.student)
+    name = resolve(args.student).resolve().name
     suffix = f".{args.format}"
-    path = args.out or Path(resolve(args.student).resolve().name + suffix)
+    path = args.out or Path(name + suffix)
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"--out {path} does not name a {suffix} file")
+    if args.format in GRAPHS:
+        words, difference = _write_graph(args, student, path)
+    else:
+        words, difference = _write_model(args, student, path, name)
+    size = path.stat().st_size / 1e6
+    print(f"{path}: {size:.1f} MB, {words}, within {difference:.1g} of the student")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options of another format."""
+    is_graph = args.format in GRAPHS
+    for option, of_graphs in (("exit_at", True), ("batch", True), ("dtype", False)):
+        if getattr(args, option) is not None and is_graph != of_graphs:
+            formats = " and ".join(GRAPHS if of_graphs else FORMATS[len(GRAPHS) :])
+            raise ValueError(f"--{option.replace('_', '-')} is for the formats {formats}")
+    if args.title is not None and args.format != "html":
+        raise ValueError("--title is for the format html")
+
+
+def _write_graph(args: argparse.Namespace, student: Student, path: Path) -> tuple[str, float]:
+    """Write ONNX or torch.export; return what it maps to what, and how far it is off."""
     with torch.inference_mode():
         shape = student(*inputs(student, 1), exit_at=args.exit_at).shape[1:]
     program = traced(student, args.exit_at, args.batch)
@@ -208,20 +104,41 @@ def export(args: argparse.Namespace) -> None:
     with replacing(path) as temporary:
         run = write(program, temporary)
         difference = largest_difference(run, student, args.exit_at, args.batch)
-        if not difference <= TOLERANCE:
-            raise CheckpointError(
-                f"{path} was not written: its images would differ from the student's by "
-                f"{difference:.2g}, more than {TOLERANCE:g}"
-            )
+        _refuse_wrong(path, difference, TOLERANCE)
     batch = args.batch or "batch"
     given = f"x_T ({batch}, {student.channels}, {student.size}, {student.size})"
     if student.num_classes is not None:
         given += f", y ({batch},)"
     image = ", ".join(str(side) for side in shape)
-    print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {given} -> image ({batch}, {image}), "
-        f"within {difference:.1g} of the student"
-    )
+    return f"{given} -> image ({batch}, {image})", difference
+
+
+def _write_model(
+    args: argparse.Namespace, student: Student, path: Path, name: str
+) -> tuple[str, float]:
+    """Write a model file or a page; return what it makes, and how far it is off."""
+    dtype = args.dtype or "auto"
+    content = model_bytes(student, dtype)
+    difference = difference_of(content, student)
+    _refuse_wrong(path, difference, ROUNDED_TOLERANCES.get(dtype, TOLERANCE))
+    if args.format == "html":
+        shown = {} if Path(args.student).is_absolute() else {"student": args.student}
+        text = page(content, args.title or name, **shown)
+        content = text.encode("utf-8", "backslashreplace")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    words = f"images of {student.size}x{student.size} pixels"
+    if student.num_classes is not None:
+        words += f" in {student.num_classes} classes"
+    return words, difference
+
+
+def _refuse_wrong(path: Path, difference: float, most: float) -> None:
+    if not difference <= most:
+        raise CheckpointError(
+            f"{path} was not written: its images would differ from the student's by "
+            f"{difference:.2g}, more than {most:g}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 With --plan FOLDER, the plan of a teacher or a student for the CPU engine: its operations, their
 sizes and FLOPs, with --time what each takes here, and the classes of a class-conditional network.
+With a model file, the plans that it holds.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from advkd import ops
 from advkd.cli import guarded
 from advkd.data.source import MAX_NAMED, brief
+from advkd.deploy.model_file import describe_file
 from advkd.engine.cpu import describe, lower
 from advkd.engine.interface import input_shape
 from advkd.files import read_json
@@ -60,6 +63,9 @@ def report() -> Iterator[str]:
 
 def plan_report(source: str, batch: int, timed: bool) -> Iterator[str]:
     """The plan of the teacher or student in a folder, made for `batch` images at a time."""
+    if Path(source).is_file():
+        yield from describe_file(Path(source))
+        return
     config = resolve(source) / "config.json"
     is_student = config.is_file() and "student" in read_json(config)
     model = load_student(source) if is_student else load_teacher(source)
@@ -82,7 +88,9 @@ def _classes(count: int, names: Sequence[str] | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="advkd info", description=__doc__)
-    parser.add_argument("--plan", metavar="FOLDER", help="a teacher or student, or zoo:NAME")
+    parser.add_argument(
+        "--plan", metavar="FOLDER", help="a teacher or student, zoo:NAME, or a model file"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="of the plan (default 1)")
     parser.add_argument("--time", action="store_true", help="measure the plan's operations")
     args = parser.parse_args(argv)

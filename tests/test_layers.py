@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("pretrained",),
     2: ("models",),
     1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
-    0: ("kernels", "_C"),
+    0: ("kernels", "runtime", "_C"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 EXEMPT = ("__init__",)  # re-exports the API lazily
@@ -34,8 +34,10 @@ def sources() -> dict[str, str]:
         ".".join(path.relative_to(package).with_suffix("").parts): path.read_text()
         for path in package.rglob("*.py")
     }
-    kernels = {f"kernels.{p.stem}": p.read_text() for p in (ROOT / "kernels").rglob("*.py")}
-    return {name: text for name, text in (found | kernels).items() if name not in EXEMPT}
+    elsewhere = {"kernels": ROOT / "kernels", "runtime": ROOT / "csrc" / "advkd_runtime"}
+    for name, folder in elsewhere.items():
+        found |= {f"{name}.{path.stem}": path.read_text() for path in folder.rglob("*.py")}
+    return {name: text for name, text in found.items() if name not in EXEMPT}
 
 
 def place(name: str) -> str | None:
@@ -132,10 +134,11 @@ def test_the_packages_own_file_imports_only_the_api() -> None:
     assert {place(name) for name in imported("__init__", text)} <= {"api"}
 
 
-def test_kernels_stand_on_nothing() -> None:
+@pytest.mark.parametrize("name", ["kernels", "runtime"])
+def test_kernels_and_runtime_stand_on_nothing(name: str) -> None:
     for module, source in sources().items():
-        if module.startswith("kernels."):
-            assert {place(name) for name in imported(module, source)} <= {"kernels"}
+        if module.startswith(f"{name}."):
+            assert {place(there) for there in imported(module, source)} <= {name}
 
 
 @pytest.mark.parametrize(

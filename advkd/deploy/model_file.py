@@ -8,20 +8,29 @@ that gives an image.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from advkd import runtime
 from advkd.engine.interface import input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.engine.networks import lower_student
+from advkd.engine.noise import Noise, Purpose
 from advkd.engine.plan import Builder, lay_out
+from advkd.files import CheckpointError
 from advkd.models.student import Student
 from advkd.ops import extension
 
 VERSION = "1"
-DTYPES = ("auto", "float16", "float32")
+DTYPES = ("auto", "float32", "float16", "int8")
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
+_LARGEST = 127  # of int8; without -128, so that it is symmetric
+_CHECKED = (1, 5)  # images: for few and for many, the algorithms differ
 # What a reader settles by itself: where the weights lie, and how a convolution is computed.
 _SETTLED = ("algorithm", "packed", "bias", "weight", "values", "table")
 
@@ -29,27 +38,102 @@ _SETTLED = ("algorithm", "packed", "bias", "weight", "values", "table")
 def model_bytes(student: Student, dtype: str = "auto") -> bytes:
     """The file of a student.
 
-    Its matrices and convolutions are float16 or float32; `auto` is float16 where that loses
-    nothing, as for a student that was saved in it. Vectors stay float32 where float16 would round
-    them. Raises ValueError for another dtype, LoweringError for a student that no plan expresses.
+    dtype is that of its matrices and convolutions: `auto` is float16 where that loses nothing, as
+    for a student that was saved in it, else float32; `int8` has a scale for each output channel,
+    and is computed with in float32. Vectors stay float32 where float16 would round them. Raises
+    ValueError for another dtype, LoweringError for a student that no plan expresses.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
     if extension is None:
         raise LoweringError("the C++ extension is not installed, and it plans the operations")
     tensors: dict[str, Tensor] = {}
-    depths = range(1, len(student.heads) + 1)
-    if student.target == "state":
-        depths = depths[-1:]  # the other heads give no clean image
     plan = {
         "size": student.size,
         "channels": student.channels,
         "classes": student.num_classes or 0,
         "class_names": None if student.class_names is None else list(student.class_names),
-        "heads": [_head(student, depth, tensors) for depth in depths],
+        "heads": [_head(student, depth, tensors) for depth in _depths(student)],
     }
     metadata = {"advkd": VERSION, "plan": _json(plan)}
-    return _safetensors({name: _stored(tensors[name], dtype) for name in sorted(tensors)}, metadata)
+    stored: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        if dtype == "int8" and tensor.dim() > 1:
+            stored[name], stored[f"{name}.scale"] = quantized(tensor)
+        else:
+            stored[name] = _stored(tensor, dtype)
+    return _safetensors(stored, metadata)
+
+
+def difference_of(content: bytes, student: Student) -> float:
+    """The largest difference of any pixel between the images of a file and of its student.
+
+    Both are float32, clamped to [-1, 1]; all heads are compared. Not finite where a pixel of
+    either is not. Raises CheckpointError for a file that the library does not open.
+    """
+    try:
+        model = runtime.load(content)
+    except runtime.ModelError as error:
+        raise CheckpointError(f"the file of this student cannot be used: {error}") from None
+    noise, worst = Noise(0, Purpose.SAMPLING), 0.0
+    shape = (student.channels, student.size, student.size)
+    for count in _CHECKED:
+        numbers = torch.arange(count)
+        x_T, y = noise.x_T(numbers, shape), noise.labels(numbers, student.num_classes)
+        for k, depth in enumerate(_depths(student), 1):
+            with torch.inference_mode():
+                expected = student(x_T, y, depth).clamp(-1, 1).permute(0, 2, 3, 1)
+            images = model.generate(num=count, seed=0, exit_at=k, dtype="float32")
+            difference = float((torch.from_numpy(images) - expected).abs().max())
+            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+    return worst
+
+
+def describe_file(path: Path) -> Iterator[str]:
+    """Lines that list a model file's operations, head by head, and what it makes and takes.
+
+    Raises CheckpointError for a file that cannot be read or that the library does not open.
+    """
+    try:
+        model = runtime.load(path)
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except runtime.ModelError as error:
+        raise CheckpointError(str(error)) from None
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    plan = json.loads(header["__metadata__"]["plan"])
+    dtypes = sorted({entry["dtype"] for name, entry in header.items() if name != "__metadata__"})
+    yield (
+        f"a model file of version {header['__metadata__']['advkd']}: images of {model.size}x"
+        f"{model.size} pixels in {model.channels} "
+        f"{'channel' if model.channels == 1 else 'channels'}; "
+        f"{len(header) - 1} tensors, {' and '.join(dtypes)}, {len(content) / 1e6:.2f} MB"
+    )
+    for number, head in enumerate(plan["heads"], 1):
+        yield f"\nhead {number}: {head['size']}x{head['size']}, arena {4 * head['arena']:,} bytes"
+        yield f"{'operation':<15}{'module':<42}{'input':>12}{'output':>12}"
+        for op in head["ops"]:
+            yield _line(op, head["buffers"])
+
+
+def _line(op: dict[str, Any], buffers: list[list[int]]) -> str:
+    """An operation and the pixels and channels of what it reads and writes."""
+
+    def shape(*names: str) -> str:
+        found = next((op["numbers"][name] for name in names if name in op["numbers"]), None)
+        return "" if found is None else f"{buffers[found][1]}x{buffers[found][2]}"
+
+    read, written = shape("x", "qkv"), shape("y", "scale")
+    return f"{op['kind']:<15}{op['module']:<42}{read:>12}{written:>12}"
+
+
+def _depths(student: Student) -> Sequence[int]:
+    """The heads that give an image, by number; of noisy states only the last does."""
+    depths = range(1, len(student.heads) + 1)
+    return depths[-1:] if student.target == "state" else depths
 
 
 def _head(student: Student, depth: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -73,7 +157,11 @@ def _operations(plan: Builder, tensors: dict[str, Tensor]) -> list[dict[str, Any
             known = tensors.setdefault(name, tensor)
             assert torch.equal(known, tensor), f"two tensors are called {name}"
             names[role] = name
-        numbers = {key: value for key, value in op.numbers.items() if key not in _SETTLED}
+        numbers = {
+            key: value
+            for key, value in op.numbers.items()
+            if key not in _SETTLED and not (key.endswith("_channel") and value == 0)
+        }
         listed.append(
             {
                 "kind": op.kind,
@@ -93,8 +181,11 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     for name, tensor in tensors.items():
         content = tensor.numpy().tobytes()
         offsets = [len(data), len(data) + len(content)]
-        dtype = "F16" if tensor.dtype is torch.float16 else "F32"
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         data += content
     text = _json(header).encode()
     text += b" " * (-len(text) % 8)
@@ -107,9 +198,30 @@ def _json(value: Any) -> str:
 
 def _stored(tensor: Tensor, dtype: str) -> Tensor:
     """The tensor in the dtype that the file holds it in."""
-    tensor = tensor.detach().to("cpu", torch.float32).contiguous()
     half = tensor.half()
     if dtype == "float32":
         return tensor
     is_exact = torch.equal(half.float(), tensor)
     return half if is_exact or (dtype == "float16" and tensor.dim() > 1) else tensor
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (out, ...) as int8, and the scale (out,) float32 of each output channel.
+
+    Of some scales, from the one that holds the largest weight down, each channel takes the one
+    with the least squared error.
+    """
+    rows = weight.flatten(1).double()
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    best = torch.full_like(largest, math.inf)
+    scale = largest.clone()
+    for part in torch.linspace(1.0, 0.6, 41, dtype=torch.float64):
+        tried = (largest * part / _LARGEST).float().double()
+        error = (_rounded(rows, tried) * tried - rows).square().sum(1, keepdim=True)
+        scale = torch.where(error < best, tried, scale)
+        best = torch.minimum(error, best)
+    return _rounded(rows, scale).to(torch.int8).view_as(weight), scale[:, 0].float()
+
+
+def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
+    return (rows / scale).round().clamp(-_LARGEST, _LARGEST)

@@ -10,12 +10,21 @@ namespace {
 
 using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
 
-constexpr std::size_t kChunk = 1 << 20;
+constexpr std::size_t kChunk = 1 << 16;
+constexpr long kLongest = 1L << 30;  // bytes that are asked for at once
+
+// The bytes of a file, or 0 where that is not known.
+std::size_t length_of(std::FILE* file) {
+  const long length = std::fseek(file, 0, SEEK_END) == 0 ? std::ftell(file) : 0;
+  std::rewind(file);
+  return length > 0 && length <= kLongest ? static_cast<std::size_t>(length) : 0;
+}
 
 // False where the file cannot be read to its end.
 bool read_file(const char* path, std::vector<unsigned char>& bytes) {
   const File file(std::fopen(path, "rb"), std::fclose);
   if (file == nullptr) return false;
+  bytes.reserve(length_of(file.get()) + kChunk);  // or it would be copied as it grows
   for (std::size_t size = 0;;) {
     bytes.resize(size + kChunk);
     const std::size_t read = std::fread(bytes.data() + size, 1, kChunk, file.get());

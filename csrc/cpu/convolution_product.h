@@ -18,7 +18,8 @@ struct AOperand {
 // Panels and rows of a register tile: as many accumulators as the registers hold beside the columns
 // and a broadcast element.
 constexpr int kMostPanels = kWidth == 16 ? 3 : 1;
-constexpr int kMostRows[] = {0, kWidth == 16 ? 16 : (kWidth == 8 ? 6 : 3), 12, 8};
+constexpr int kNarrowRows = kWidth == 8 ? 6 : (kRegisters == 32 ? 5 : 3);
+constexpr int kMostRows[] = {0, kWidth == 16 ? 16 : kNarrowRows, 12, 8};
 
 template <int kRows, int kPanels>
 struct Accumulators {

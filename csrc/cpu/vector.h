@@ -20,6 +20,13 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 
+// Vectors that the registers hold.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
 
 static inline Vector load(const float* from) {

@@ -92,7 +92,7 @@ std::int64_t elements_of(const std::string& name, const PlanOp& op, std::int64_t
   if (op.kind == "norm" && (name == "weight" || name == "bias")) return fields.channels("channels");
   if (op.kind == "constant" && name == "values") return fields.channels("channels");
   if (op.kind == "embed" && name == "table") return product(classes, fields.channels("channels"));
-  fields.fail("it has no weight '" + name.substr(0, 60) + "'");
+  fields.fail("no operation of that kind has a weight '" + name.substr(0, 60) + "'");
 }
 
 // The operations with their weights' offsets; the algorithms of convolutions are not chosen yet.
@@ -181,8 +181,12 @@ Model::Model(const ModelFile& file)
     plans[i].weights = weights_.data();
     plans[i].weights_size = static_cast<std::int64_t>(weights_.size());
     heads_.push_back({file.heads[i].size, plan_of(plans[i], 1), plan_of(plans[i], kManyImages)});
-    // Whether the workspace of the largest pass can be counted at all.
-    workspace({0, 0, kManyImages, nullptr, kManyImages, i});
+    for (const std::int64_t images : {kFewImages, kManyImages}) {
+      // Whether the workspace of the largest pass can be counted at all.
+      const std::int64_t size = workspace({0, 0, images, nullptr, images, i});
+      const bool is_counted = static_cast<std::int64_t>(static_cast<std::size_t>(size)) == size;
+      if (!is_counted) corrupt("its activations do not fit into memory");
+    }
   }
 }
 

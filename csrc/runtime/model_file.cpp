@@ -65,9 +65,19 @@ FileTensor read_tensor(const Json& entry, const std::string& name, const unsigne
   const Members members(entry, "tensor " + quoted(name));
   FileTensor tensor;
   const std::string& type = members.of_kind("dtype", Json::Kind::text).text;
-  if (type != "F16" && type != "F32") damaged("tensor " + quoted(name) + " is neither F16 nor F32");
-  tensor.type = type == "F16" ? FileTensor::Type::float16 : FileTensor::Type::float32;
-  std::int64_t bytes = type == "F16" ? 2 : 4;
+  std::int64_t bytes = 0;
+  if (type == "F32") {
+    tensor.type = FileTensor::Type::float32;
+    bytes = 4;
+  } else if (type == "F16") {
+    tensor.type = FileTensor::Type::float16;
+    bytes = 2;
+  } else if (type == "I8") {
+    tensor.type = FileTensor::Type::int8;
+    bytes = 1;
+  } else {
+    damaged("tensor " + quoted(name) + " is neither F32 nor F16 nor I8");
+  }
   for (const Json& side : members.list("shape", 8)) {
     tensor.shape.push_back(members.bounded(side, "shape", 1, kLargest));
     // No overflow: the product so far is at most the file's size.
@@ -101,6 +111,19 @@ void read_tensors(const Json& header, const unsigned char* data, std::int64_t si
     end = range.second;
   }
   if (end != size) damaged("bytes follow its last tensor, or are missing");
+}
+
+// Finds the scales of the tensors of int8, which are tensors themselves.
+void find_scales(ModelFile& model) {
+  for (auto& [name, tensor] : model.tensors) {
+    if (tensor.type != FileTensor::Type::int8) continue;
+    const auto found = model.tensors.find(name + ".scale");
+    const bool fits = found != model.tensors.end() && !tensor.shape.empty() &&
+                      found->second.type == FileTensor::Type::float32 &&
+                      found->second.shape == std::vector<std::int64_t>{tensor.shape[0]};
+    if (!fits) damaged("tensor " + quoted(name) + " has no scale for each channel");
+    tensor.scales = found->second.at;
+  }
 }
 
 FileOp read_op(const Json& entry, const std::string& where) {
@@ -189,6 +212,16 @@ void FileTensor::copy_to(float* to) const {
     std::memcpy(to, at, static_cast<std::size_t>(count) * sizeof(float));
     return;
   }
+  if (type == Type::int8) {
+    const std::int64_t inner = count / shape[0];
+    for (std::int64_t i = 0; i < count; ++i) {
+      float scale;
+      std::memcpy(&scale, scales + i / inner * static_cast<std::int64_t>(sizeof scale),
+                  sizeof scale);
+      to[i] = static_cast<float>(static_cast<std::int8_t>(at[i])) * scale;
+    }
+    return;
+  }
   for (std::int64_t i = 0; i < count; ++i) {
     to[i] = float_of_half(static_cast<std::uint16_t>(at[2 * i] | at[2 * i + 1] << 8));
   }
@@ -214,6 +247,7 @@ ModelFile read_model_file(const unsigned char* bytes, std::size_t size) {
   ModelFile model;
   const std::size_t begin = kLengthBytes + static_cast<std::size_t>(length);
   read_tensors(header, bytes + begin, static_cast<std::int64_t>(size - begin), model);
+  find_scales(model);
   read_plan(parse_json(plan->text), model);
   return model;
 }

@@ -14,11 +14,12 @@ namespace advkd {
 
 // A tensor within the file's bytes, which are aligned to nothing.
 struct FileTensor {
-  enum class Type { float16, float32 };
+  enum class Type { float16, float32, int8 };
 
   Type type;
   std::vector<std::int64_t> shape;
   const unsigned char* at;
+  const unsigned char* scales = nullptr;  // of int8: float32, one for each of shape[0] channels
 
   std::int64_t elements() const;
   void copy_to(float* to) const;

@@ -91,14 +91,15 @@ class Fields {
 
   std::int64_t channels(const std::string& name) { return number(name, 1, kLargestChannels); }
 
-  // `name` is the buffer, `name`_channel the first channel.
+  // `name` is the buffer, `name`_channel the first channel, 0 where it is left out.
   Slice slice(const std::string& name, std::int64_t channels, std::int64_t pixels) {
     const std::int64_t last = static_cast<std::int64_t>(plan_.buffers.size()) - 1;
     const std::int64_t buffer = number(name, 0, last);
     const PlanBuffer& b = plan_.buffers[static_cast<std::size_t>(buffer)];
     if (b.pixels != pixels) fail(name + " has other pixels than the operation");
     if (channels > b.channels) fail(name + " has fewer channels than the operation");
-    const std::int64_t first = number(name + "_channel", 0, b.channels - channels);
+    const std::string offset = name + "_channel";
+    const std::int64_t first = has(offset) ? number(offset, 0, b.channels - channels) : 0;
     return {buffer, first, channels, pixels, b.channels};
   }
 

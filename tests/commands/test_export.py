@@ -18,13 +18,8 @@ from torch import Tensor
 
 import advkd.export
 from advkd.config import StudentConfig
-from advkd.export import (
-    inputs,
-    largest_difference,
-    main,
-    parser,
-    traced,
-)
+from advkd.deploy.graph import inputs, largest_difference, traced
+from advkd.export import main, parser
 from advkd.models.student import Student
 from advkd.pretrained import load_student, save_student
 
