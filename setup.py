@@ -166,7 +166,9 @@ def cuda_archs(nvcc: str, environ: Mapping[str, str]) -> tuple[str, ...]:
 def isa_flags(machine: str) -> dict[str, list[str]]:
     """Compiler flags of each instruction set built for a processor family."""
     if machine in ("aarch64", "arm64"):
-        return {"neon": []}  # every such processor has it
+        # Every such processor has it. GCC would schedule the products' loads so far ahead that the
+        # sums leave the registers.
+        return {"neon": ["-fno-schedule-insns"]}
     return {"portable": []} | (X86_ISA_FLAGS if machine in ("x86_64", "AMD64") else {})
 
 

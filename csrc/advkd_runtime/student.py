@@ -73,12 +73,13 @@ class Student:
     ) -> NDArray[Any]:
         """Images number `first` .. `first + num - 1` of `seed`: (num, side, side, channels).
 
-        An image depends on the seed and its number alone. Pixels are uint8, or with
-        dtype="float32" lie in [-1, 1]. `labels` is a class for all images or a sequence of num of
-        them, by number or by name; without it they are drawn from the seed. `exit_at` leaves by
-        head 1 .. len(heads), whose images have the side heads[exit_at - 1]. `threads` at most take
-        part: by default one for every 16 images, up to the processors and to 8. `out`, an array of
-        that shape and dtype in C order, is filled and returned.
+        An image depends on the seed and its number alone, but for the rounding of requests of up
+        to 3. Pixels are uint8, or with dtype="float32" lie in [-1, 1]. `labels` is a class for all
+        images or a sequence of num of them, by number or by name; without it they are drawn from
+        the seed. `exit_at` leaves by head 1 .. len(heads), whose images have the side
+        heads[exit_at - 1]. `threads` at most take part: by default one for every 16 images, up to
+        the processors and to 8. `out`, an array of that shape and dtype in C order, is filled and
+        returned.
 
         ValueError, or TypeError where the type is wrong, names an argument that cannot be.
         """

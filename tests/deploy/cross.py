@@ -15,18 +15,20 @@ binutils-aarch64-linux-gnu. ADVKD_ZIG is another command of zig, as "python3;-m;
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 from advkd.deploy.model_file import model_bytes
 from advkd.engine.noise import Noise, Purpose
@@ -50,7 +52,7 @@ class Request(NamedTuple):
 
     seed: int
     first: int = 0
-    count: int = 1
+    images: int = 1
     exit_at: int = 0
 
 
@@ -62,7 +64,8 @@ REQUESTS = (
     Request(5, 0, 2, 1),
     Request(5, (1 << 40) + 3, 9, 2),
 )
-Run = Callable[[Path, list[tuple[Request, tuple[int, ...]]]], list[np.ndarray]]
+Shaped = Sequence[tuple[Request, tuple[int, ...]]]  # with the images' shapes
+Run = Callable[[Path, Shaped], list[np.ndarray]]
 
 
 def zig() -> str:
@@ -99,7 +102,7 @@ def noise_file(size: int, channels: int) -> bytes:
 
 
 def label_file(size: int, classes: int) -> bytes:
-    """A model whose image is its label's part of the classes, everywhere: a bias without weights."""
+    """A model whose pixels are all its label, as a part of the classes: a bias without weights."""
     table = torch.arange(classes).reshape(classes, 1) / classes
     embed = {
         "kind": "embed",
@@ -131,10 +134,6 @@ def file_of(
     ops: list[dict[str, Any]],
 ) -> bytes:
     """A model file of one head (docs/file-format.md)."""
-    import json
-
-    from safetensors.torch import save
-
     head = {"size": size, "arena": 16, "buffers": buffers, "ops": ops}
     plan = {"size": size, "channels": channels, "classes": classes, "heads": [head]}
     return save(tensors, {"advkd": "1", "plan": json.dumps(plan)})
@@ -146,16 +145,16 @@ def check_noise(run: Run, folder: Path) -> None:
     requests = [Request(0), Request(LAST_SEED, (1 << 33) + 7, 5), Request(12345, 0, 20)]
     path = folder / "noise.advkd"
     path.write_bytes(noise_file(size, channels))
-    shaped = [(r, (r.count, size, size, channels)) for r in requests]
+    shaped = [(r, (r.images, size, size, channels)) for r in requests]
     for request, found in zip(requests, run(path, shaped), strict=True):
-        indices = torch.arange(request.first, request.first + request.count)
+        indices = torch.arange(request.first, request.first + request.images)
         noise = Noise(request.seed, Purpose.SAMPLING)
         x_T = noise.x_T(indices, (channels, size, size)).permute(0, 2, 3, 1).numpy()
         require(np.array_equal(found * 8, x_T), f"x_T differs: {request}")
     path.write_bytes(label_file(4, classes))
-    shaped = [(r, (r.count, 4, 4, 1)) for r in requests]
+    shaped = [(r, (r.images, 4, 4, 1)) for r in requests]
     for request, found in zip(requests, run(path, shaped), strict=True):
-        indices = torch.arange(request.first, request.first + request.count)
+        indices = torch.arange(request.first, request.first + request.images)
         labels = Noise(request.seed, Purpose.SAMPLING).labels(indices, classes)
         assert labels is not None
         expected = np.broadcast_to((labels / classes).numpy()[:, None, None, None], found.shape)
@@ -186,7 +185,7 @@ def check_images(run: Run, folder: Path) -> None:
 
 def images_of(student: Student, request: Request) -> np.ndarray:
     depth = request.exit_at or len(student.heads)
-    images = generate(student, request.count, request.seed, first=request.first, exit_at=depth)
+    images = generate(student, request.images, request.seed, first=request.first, exit_at=depth)
     return images.permute(0, 2, 3, 1).numpy()
 
 
@@ -201,7 +200,7 @@ def require(holds: bool, complaint: str) -> None:
 def in_node(module: Path) -> Run:
     """Runs a module."""
 
-    def run(path: Path, requests: list[tuple[Request, tuple[int, ...]]]) -> list[np.ndarray]:
+    def run(path: Path, requests: Shaped) -> list[np.ndarray]:
         out = path.with_suffix(".raw")
         texts = [",".join(map(str, request)) for request, _ in requests]
         program = str(HERE / "wasm_images.mjs")
@@ -241,7 +240,14 @@ def check_same(fresh: Path, folder: Path) -> None:
         path = folder / "student.advkd"
         path.write_bytes(model_bytes(student))
         shaped = [(r, images_of(student, r).shape) for r in REQUESTS]
-        pairs = zip(in_node(fresh)(path, shaped), in_node(COMMITTED)(path, shaped), strict=True)
+        try:
+            pairs = zip(
+                *(in_node(module)(path, shaped) for module in (fresh, COMMITTED)), strict=True
+            )
+        except RuntimeError as error:
+            raise SystemExit(
+                f"the committed module fails: run this with --write\n{error}"
+            ) from None
         require(
             all(np.array_equal(a, b) for a, b in pairs),
             f"the committed module makes other images of {name}: run this with --write",
@@ -267,7 +273,7 @@ HOT = {
     "product, 4 rows": r"::multiply_tile<4, 1,",
     "product, 1 row": r"::multiply_tile<1, 1,",
     "attention, 4 x 3": r"::make_tile<4, 3, float,.*StoreScores",
-    "Winograd 4: input": r"InputTiles<4>::transform\(",
+    "Winograd 4: input": r"InputTiles<4>::transform_tile\(",
     "Winograd 4: weights": r"WinogradConvolution<4>::transform\(",
     "Winograd 4: output": r"WinogradConvolution<4>::(write|multiply)\(",
 }
@@ -287,23 +293,21 @@ def functions(objdump: str, archive: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def hot_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The innermost loop that computes most; all of the function where it has no loop."""
+    """The shortest loop with half of the arithmetic; all of the function where it has no loop."""
     loops = []
     for address, text in code:
-        branch = re.match(r"(?:b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+([0-9a-f]+)\b", text)
+        branch = re.match(r"(?:b|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+([0-9a-f]+)\b", text)
         if branch and int(branch[1], 16) <= address:
             begin = int(branch[1], 16)
-            loops.append((begin, address, [t for a, t in code if begin <= a <= address]))
-    inner = [
-        body
-        for begin, end, body in loops
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e, _ in loops)
-    ]
-    computed = re.compile(r"f(mla|mls|mul|add|sub)\b")
-    return max(
-        inner or [[text for _, text in code]],
-        key=lambda body: sum(bool(computed.match(text)) for text in body),
-    )
+            loops.append([t for a, t in code if begin <= a <= address])
+    loops = loops or [[text for _, text in code]]
+    most = max(map(arithmetic, loops))
+    return min((loop for loop in loops if 2 * arithmetic(loop) >= most), key=len)
+
+
+def arithmetic(code: list[str]) -> int:
+    """Instructions that compute with vectors or floats."""
+    return sum(bool(re.match(r"f(mla|mls|mul|add|sub|n?madd|n?msub)\b", text)) for text in code)
 
 
 def check_instructions(archive: Path) -> None:
@@ -313,13 +317,13 @@ def check_instructions(archive: Path) -> None:
         print(f"none of {', '.join(OBJDUMPS)} is installed, so no instructions are counted")
         return
     known = functions(objdump, archive)
-    print(f"{'instructions of':20} {'all':>4}", *(f"{kind:>16}" for kind in KINDS))
+    print(f"{'instructions of':20}  {'all':>4}", *KINDS, sep="  ")
     for name, pattern in HOT.items():
         named = [code for function, code in known.items() if re.search(pattern, function)]
         require(bool(named), f"{name}: no function is called {pattern}")
-        loop = hot_loop(max(named, key=len))
+        loop = max(map(hot_loop, named), key=arithmetic)
         mix = Counter(k for t in loop for k, shape in KINDS.items() if re.match(shape, t))
-        print(f"{name:20} {len(loop):4}", *(f"{mix[kind]:16}" for kind in KINDS))
+        print(f"{name:20}  {len(loop):4}", *(f"{mix[k]:{len(k)}}" for k in KINDS), sep="  ")
         if name.startswith("product"):
             products = mix["fmla by element"] + mix["fmla vector"]
             require(products > 0, f"{name}: its loop has no fmla of vectors")
@@ -330,7 +334,7 @@ def check_instructions(archive: Path) -> None:
 def in_qemu(program: Path) -> Run:
     """Runs advkd-generate of another processor."""
 
-    def run(path: Path, requests: list[tuple[Request, tuple[int, ...]]]) -> list[np.ndarray]:
+    def run(path: Path, requests: Shaped) -> list[np.ndarray]:
         images = []
         for request, shape in requests:
             options = ["--seed", str(request.seed), "--first", str(request.first)]

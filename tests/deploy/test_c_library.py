@@ -211,10 +211,15 @@ def test_a_workspace_may_lie_at_any_address(opened: Opened, offset: int) -> None
 
 @zoo
 def test_threads_share_a_model(opened: Opened) -> None:
-    requests = [{"seed": s, "count": n} for s in range(8) for n in (1, 6)]
-    alone = [opened.model.generate(**request) for request in requests]
+    requests = [(seed, count) for seed in range(8) for count in (1, 6)]
+
+    def images(request: tuple[int, int]) -> np.ndarray:
+        made: np.ndarray = opened.model.generate(seed=request[0], count=request[1])
+        return made
+
+    alone = list(map(images, requests))
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda request: opened.model.generate(**request), requests))
+        together = list(pool.map(images, requests))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 

@@ -17,11 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "deploy")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy"))
 import library
 import native
 
+HERE = Path(__file__).resolve().parent
 FINDING = Path("model-file-finding")
 # No model needs more at once than what it is opened from, times a little.
 OPTIONS = {
