@@ -52,7 +52,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a plan's memory handed out without its lock",
-        "runtime/plan.cpp",
+        "runtime/pooled_plan.cpp",
         "  {\n    const std::lock_guard<std::mutex> lock(mutex_);\n    for",
         "  {\n    for",
     ),
