@@ -147,8 +147,13 @@ def largest_difference(
         with torch.inference_mode():
             expected = student(*arguments, exit_at=exit_at)
             image = run(*arguments)
-        if image.shape != expected.shape:
-            return math.inf
-        difference = float((image - expected).abs().max())
-        worst = max(worst, difference if math.isfinite(difference) else math.inf)
+        worst = max(worst, difference_between(image, expected))
     return worst
+
+
+def difference_between(image: Tensor, expected: Tensor) -> float:
+    """The largest difference of any pixel; not finite for other shapes or pixels that are not."""
+    if image.shape != expected.shape:
+        return math.inf
+    difference = float((image - expected).abs().max())
+    return difference if math.isfinite(difference) else math.inf

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from advkd import runtime
+from advkd.deploy.graph import difference_between, inputs
 from advkd.engine.interface import input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.engine.networks import lower_student
-from advkd.engine.noise import Noise, Purpose
 from advkd.engine.plan import Builder, lay_out
 from advkd.files import CheckpointError
 from advkd.models.student import Student
@@ -76,17 +76,14 @@ def difference_of(content: bytes, student: Student) -> float:
         model = runtime.load(content)
     except runtime.ModelError as error:
         raise CheckpointError(f"the file of this student cannot be used: {error}") from None
-    noise, worst = Noise(0, Purpose.SAMPLING), 0.0
-    shape = (student.channels, student.size, student.size)
+    worst = 0.0
     for count in _CHECKED:
-        numbers = torch.arange(count)
-        x_T, y = noise.x_T(numbers, shape), noise.labels(numbers, student.num_classes)
+        arguments = inputs(student, count)
         for k, depth in enumerate(_depths(student), 1):
             with torch.inference_mode():
-                expected = student(x_T, y, depth).clamp(-1, 1).permute(0, 2, 3, 1)
+                expected = student(*arguments, exit_at=depth).clamp(-1, 1).permute(0, 2, 3, 1)
             images = model.generate(num=count, seed=0, exit_at=k, dtype="float32")
-            difference = float((torch.from_numpy(images) - expected).abs().max())
-            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+            worst = max(worst, difference_between(torch.from_numpy(images), expected))
     return worst
 
 

@@ -155,8 +155,10 @@ advkd_status advkd_generate(const advkd_model* model, const advkd_request* reque
   if (status != ADVKD_OK) return status;
   if (request->count == 0) return ADVKD_OK;
   if (workspace == nullptr || out == nullptr) return ADVKD_ERROR_ARGUMENT;
-  if (workspace_size < advkd_workspace_size(model, request)) return ADVKD_ERROR_WORKSPACE;
   const advkd::Generation what = generation_of(model->model, *request);
+  if (workspace_size < static_cast<size_t>(model->model.workspace(what))) {
+    return ADVKD_ERROR_WORKSPACE;
+  }
   const std::int64_t side = model->model.heads()[what.head].size;
   const std::int64_t pixels = side * side * model->model.channels();
   model->model.generate(what, workspace,

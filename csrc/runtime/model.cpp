@@ -217,7 +217,7 @@ const float* Model::run_pass(const Generation& what, std::int64_t first, std::in
   std::int64_t* const labels = cutter.take<std::int64_t>(count);
   float* const x = cutter.take<float>(floats_of(in) * count);
   float* const y = cutter.take<float>(floats_of(out) * count);
-  float* const memory = cutter.take<float>(plan.floats(count, 1));
+  float* const memory = cutter.take<float>(0);  // all that is left, which `workspace` has counted
   for (std::int64_t i = 0; i < count; ++i) index[i] = what.first + first + i;
   kernels().philox_normal({{what.seed, index, step_word(kXTStep, kSampling)},
                            {count, in.channels, in.pixels, true}, x, 1});

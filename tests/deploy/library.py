@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from advkd.runtime.library import Info, Request
 from torch import nn
 
 from advkd.config import StudentConfig
@@ -87,29 +88,6 @@ def generated(
 
 
 # The C API.
-
-
-class Info(ctypes.Structure):
-    """advkd_info."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("size", "channels", "classes", "heads")),
-        *((name, ctypes.c_int64) for name in ("arena", "weights")),
-    )
-
-
-class Request(ctypes.Structure):
-    """advkd_request; fields that are left out are zero."""
-
-    _fields_ = (
-        ("seed", ctypes.c_uint64),
-        ("first", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("labels", ctypes.c_void_p),
-        ("exit_at", ctypes.c_int32),
-        ("together", ctypes.c_int32),
-        ("format", ctypes.c_int),
-    )
 
 
 @functools.cache
