@@ -53,6 +53,20 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
+def products_as_convolutions() -> Iterator[None]:
+    """Within `with`, matrices are multiplied on a CUDA device as exactly as convolutions are: in
+    TF32 unless torch.backends.cudnn.conv.fp32_precision says otherwise."""
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = convolutions.conv.fp32_precision
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@contextlib.contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Within `with`, the same work on a CUDA device gives the same bits; on a CPU it does anyway.
 

@@ -5,12 +5,17 @@ kernel for dk and dv (a block of keys walks over the queries) and one for dq (a 
 walks over the keys), so that every output element has one writer. A head dimension that does not
 fit is cut: scores are summed over its chunks, and a further grid dimension cuts the output's
 columns, each part computing the scores again.
+
+Products of float32 are as exact as float32 unless torch.backends.cuda.matmul says "tf32": on
+NVIDIA's GPUs the forward multiplies three TF32 parts of each, by tensor cores ("tf32x3").
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -47,7 +52,9 @@ class Variant:
         columns = f"{self.block_d} of {self.out_d}" if self.chunked else str(self.block_d)
         return f"attention {self.kernel} {dtype} {self.block_n}x{self.block_m}x{columns}"
 
-    def constants(self, queries: int, keys: int, head_dim: int) -> dict[str, int | bool | str]:
+    def constants(
+        self, queries: int, keys: int, head_dim: int, precision: str = "ieee"
+    ) -> dict[str, int | bool | str]:
         """The compile-time arguments for these lengths; masks are only where one is ragged."""
         even_rows = queries % self.block_n == 0
         constants: dict[str, int | bool | str] = {
@@ -58,7 +65,7 @@ class Variant:
             return constants | {"EVEN_ROWS": even_rows}
         return constants | {
             "EVEN_ROWS": even_rows and keys % self.block_m == 0, "BLOCK_M": self.block_m,
-            "OUT_D": self.out_d, "CHUNKED": self.chunked, "PRECISION": "ieee",
+            "OUT_D": self.out_d, "CHUNKED": self.chunked, "PRECISION": precision,
         }  # fmt: skip
 
     def options(self) -> dict[str, int | bool]:
@@ -118,6 +125,12 @@ _FLOAT_DQ = (
     Variant("dq", False, 32, 16, 128, 128, False, 8, 2),
     Variant("dq", False, 32, 32, 32, 256, True, 8, 2),
 )
+# Of large heads: q stays in shared memory, or, of float32, taller tiles read k and v half as often.
+# Masks would take the registers that these tiles need, and so would three parts before Hopper.
+_WHOLE_FORWARD = Variant("forward", True, 64, 32, 256, 256, False, 4, 2)
+_TF32_FORWARD = Variant("forward", False, 64, 64, 64, 256, True, 8, 2)
+_TF32X3_FORWARD = Variant("forward", False, 64, 32, 32, 256, True, 8, 2)
+_HOPPER = (9, 0)
 # Many queries fill the machine even in taller tiles, which read k and v half as often.
 _TALL_FORWARD = (
     Variant("forward", True, 128, 32, 64, 64, False, 8, 2),
@@ -139,8 +152,22 @@ _BY_HEAD_DIM = {
 }
 
 VARIANTS: tuple[Variant, ...] = tuple(
-    dict.fromkeys([*(v for group in _BY_HEAD_DIM.values() for v in group), *_TALL_FORWARD])
+    dict.fromkeys(
+        [
+            *(v for group in _BY_HEAD_DIM.values() for v in group),
+            *(*_TALL_FORWARD, _WHOLE_FORWARD, _TF32_FORWARD, _TF32X3_FORWARD),
+        ]
+    )
 )
+
+
+def precision_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    """How a kernel multiplies, in Triton's words: "ieee", "tf32x3" or "tf32"."""
+    if dtype != torch.float32 or capability < (8, 0) or torch.version.hip:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if kernel == "forward" else "ieee"
 
 
 def pick(
@@ -155,17 +182,40 @@ def pick(
         kernel: a key of KERNELS.
         shape: (B, H, N, M, D).
         dtype: of q, k and v.
-        capability: of the device, as torch.cuda.get_device_capability says. Every variant fits
-            every target (99 KB of shared memory, 64 KB on AMD), so nothing depends on it yet.
+        capability: of the device, as torch.cuda.get_device_capability says. Variants fit every
+            target (99 KB of shared memory, 64 KB on AMD), but for those of one precision.
     """
-    batch, heads, queries, _, head_dim = shape
-    half = dtype != torch.float32
-    if kernel == "forward" and half and batch * heads * queries >= 128 * 128:
-        for variant in _TALL_FORWARD:
-            if variant.out_d // 2 < head_dim <= variant.out_d and queries >= 1024:
-                return variant
+    half, head_dim = dtype != torch.float32, shape[4]
+    if kernel == "forward":
+        precision = precision_of(kernel, dtype, capability)
+        of_shape = _half_forward(shape) if half else _float_forward(shape, precision, capability)
+        if of_shape is not None:
+            return of_shape
     group = _BY_HEAD_DIM[kernel, half]
     return next((v for v in group if head_dim <= v.out_d), group[-1])
+
+
+def _half_forward(shape: tuple[int, int, int, int, int]) -> Variant | None:
+    """A forward of half precision for large heads, or for many queries."""
+    batch, heads, queries, keys, head_dim = shape
+    if 128 < head_dim <= 256 and queries % 64 == 0 and keys % 32 == 0:
+        return _WHOLE_FORWARD
+    if batch * heads * queries < 128 * 128 or queries < 1024:
+        return None
+    return next((v for v in _TALL_FORWARD if v.out_d // 2 < head_dim <= v.out_d), None)
+
+
+def _float_forward(
+    shape: tuple[int, int, int, int, int], precision: str, capability: tuple[int, int]
+) -> Variant | None:
+    """A forward of float32 for the tensor cores, where they have one of their own."""
+    _, _, queries, keys, head_dim = shape
+    if precision == "tf32" and 32 < head_dim != 64:
+        return _TF32_FORWARD if head_dim > 128 else _FLOAT_FORWARD[3]
+    even = queries % 64 == 0 and keys % 32 == 0 and head_dim == 256
+    if precision == "tf32x3" and even and capability >= _HOPPER:
+        return _TF32X3_FORWARD
+    return None
 
 
 def variants() -> list[Build]:
@@ -175,12 +225,31 @@ def variants() -> list[Build]:
     only.
     """
     return [
-        _build(variant, dtype, even_rows, even_d)
+        _build(variant, dtype, precision, even_rows, even_d)
         for variant in VARIANTS
         for even_rows in (True, False)
         for dtype in _build_dtypes(variant, even_rows)
+        for precision in _build_precisions(variant, dtype)
         for even_d in (True, False)
+        if _is_picked(variant, precision, even_rows, even_d)
     ]
+
+
+def _is_picked(variant: Variant, precision: str, even_rows: bool, even_d: bool) -> bool:
+    """Whether `pick` can pick it for lengths and a head dimension that are even, or not."""
+    if variant in (_WHOLE_FORWARD, _TF32X3_FORWARD):
+        return even_rows and (even_d or variant == _WHOLE_FORWARD)
+    return not (precision == "tf32" and variant == _FLOAT_FORWARD[2] and not even_d)
+
+
+def _build_precisions(variant: Variant, dtype: str) -> tuple[str, ...]:
+    if dtype != "float32" or variant.kernel == "delta":
+        return ("ieee",)
+    if variant in (_TF32_FORWARD, _TF32X3_FORWARD):
+        return ("tf32",) if variant == _TF32_FORWARD else ("tf32x3",)
+    if variant == _FLOAT_FORWARD[-1]:
+        return ("ieee", "tf32x3")
+    return ("ieee", "tf32", "tf32x3") if variant.kernel == "forward" else ("ieee", "tf32")
 
 
 def _build_dtypes(variant: Variant, even_rows: bool) -> list[str]:
@@ -188,10 +257,10 @@ def _build_dtypes(variant: Variant, even_rows: bool) -> list[str]:
     return [half, "float32"] if variant.kernel == "delta" else [half if variant.half else "float32"]
 
 
-def _build(variant: Variant, dtype: str, even_rows: bool, even_d: bool) -> Build:
+def _build(variant: Variant, dtype: str, precision: str, even_rows: bool, even_d: bool) -> Build:
     rows = 64 * variant.block_n * max(variant.block_m, 1)
     even = math.lcm(variant.block_d, variant.out_d)
-    constants = variant.constants(rows if even_rows else 1, rows, even if even_d else 8)
+    constants = variant.constants(rows if even_rows else 1, rows, even if even_d else 8, precision)
     kernel = KERNELS[variant.kernel]
     pointer = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
     types = {
@@ -205,9 +274,10 @@ def _build(variant: Variant, dtype: str, even_rows: bool, even_d: bool) -> Build
         word for word, even in (("lengths", even_rows), ("head dimension", even_d)) if not even
     ]
     delta, half = variant.kernel == "delta", dtype != "float32"
+    by_parts = "" if precision == "ieee" else f" as {precision}"
     return Build(
         variant=variant.name(),
-        edges=f"{dtype}, " + (f"ragged {' and '.join(edges)}" if edges else "even"),
+        edges=f"{dtype}{by_parts}, " + (f"ragged {' and '.join(edges)}" if edges else "even"),
         kernel=kernel,
         types=types,
         constants=constants,
@@ -216,7 +286,8 @@ def _build(variant: Variant, dtype: str, even_rows: bool, even_d: bool) -> Build
         # instructions leave 4 numbers in a lane. Delta is written by one number a thread.
         read_bytes=8 if variant.block_d == 16 else 16,
         write_bytes=4 if delta else 8 if half else 16,
-        tensor_cores=half and not delta,
+        tensor_cores=not delta and (half or precision != "ieee"),
+        nvidia=0 if precision == "ieee" else 90 if variant == _TF32X3_FORWARD else 80,
     )
 
 
@@ -262,17 +333,28 @@ def _launch(
     scale: float | None = None,
 ) -> None:  # fmt: skip
     """Runs a kernel on (pointers, strides and lengths, scale) with the picked variant."""
-    device = tensors[0].device
+    device, dtype = tensors[0].device, tensors[0].dtype
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    variant = pick(kernel, shape, tensors[0].dtype, capability)
+    precision = precision_of(kernel, dtype, capability)
+    grid, options = _grid_and_options(kernel, shape, dtype, capability, precision)
+    scalars = [*numbers, *([] if scale is None else [float(scale)])]
+    with torch.cuda.device_of(tensors[0]):
+        KERNELS[kernel][grid](*tensors, *scalars, **options)
+
+
+@lru_cache(maxsize=1024)
+def _grid_and_options(
+    kernel: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
+    capability: tuple[int, int], precision: str,
+) -> tuple[tuple[int], dict[str, Any]]:  # fmt: skip
+    """The grid of a launch, its compile-time arguments, and the compiler's options."""
+    variant = pick(kernel, shape, dtype, capability)
     batch, heads, queries, keys, head_dim = shape
     rows, block = (keys, variant.block_m) if kernel == "dkdv" else (queries, variant.block_n)
     parts = 1 if kernel == "delta" else triton.cdiv(head_dim, variant.out_d)
     grid = (batch * heads * triton.cdiv(rows, block) * parts,)
-    scalars = [*numbers, *([] if scale is None else [float(scale)])]
-    constants = variant.constants(queries, keys, head_dim)
-    with torch.cuda.device_of(tensors[0]):
-        KERNELS[kernel][grid](*tensors, *scalars, **constants, **variant.options())
+    constants = variant.constants(queries, keys, head_dim, precision)
+    return grid, constants | variant.options()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

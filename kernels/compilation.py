@@ -27,3 +27,4 @@ class Build:
     read_bytes: int = 16
     write_bytes: int = 16
     tensor_cores: bool = False  # whether it has to multiply matrices by tensor cores
+    nvidia: int = 0  # only for NVIDIA's GPUs of this compute capability (80, 90) or later

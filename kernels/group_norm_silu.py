@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -87,14 +88,15 @@ class Variant:
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
-# From the smallest tile to the largest, which keeps 32 elements in a thread's registers.
+# From the smallest tile to the largest, which keeps 64 elements in a thread's registers.
 _FORWARD = (
     Variant("forward", False, 1024, 1, 2),
     Variant("forward", False, 4096, 1, 4),
     Variant("forward", False, 16384, 1, 16),
-    Variant("forward", True, 64, 16, 2),
+    Variant("forward", True, 16, 16, 1),
+    Variant("forward", True, 64, 16, 1),
     Variant("forward", True, 256, 16, 4),
-    Variant("forward", True, 1024, 16, 16),
+    Variant("forward", True, 1024, 16, 8),
     Variant("forward", True, 64, 64, 4),
     Variant("forward", True, 256, 64, 16),
     Variant("forward", True, 64, 256, 16),
@@ -147,14 +149,15 @@ class Problem(NamedTuple):
     groups: int
     last: bool  # channels_last
     itemsize: int  # of x, in bytes
+    row: int  # if channels_last, elements from a pixel of x to the next; else 0
 
     @property
     def group_channels(self) -> int:
         return self.channels // self.groups
 
-    def vec(self, row: int) -> int:
+    def vec(self, length: int) -> int:
         """Elements of the widest access, up to 16 bytes, that rows of this length allow."""
-        return math.gcd(row, 16 // self.itemsize)
+        return math.gcd(length, self.row, 16 // self.itemsize)
 
 
 class GroupTiles(NamedTuple):
@@ -176,17 +179,19 @@ def _block_of_groups(problem: Problem, columns: tuple[int, ...]) -> tuple[int, i
     """Groups in a block of a channels_last tensor, and columns of a tile.
 
     Several small groups share a tile, so that its rows begin at 16 bytes and fill whole sectors.
+    Rows of 8 bytes in the narrowest tile are faster than a wider one.
     """
     size = problem.group_channels
     counts = [n for n in range(1, GROUPS_IN_TILE + 1) if problem.groups % n == 0]
-    for wanted in (16 // problem.itemsize, 1):
+    for wanted in (8 // problem.itemsize, 1):
         for width in columns:
-            fitting = [n for n in counts if n * size <= width and n * size % wanted == 0]
+            fitting = [n for n in counts if n * size <= width and problem.vec(n * size) >= wanted]
             if fitting:
-                return fitting[-1], width
+                return max(fitting, key=lambda n: (problem.vec(n * size), n)), width
     return 1, columns[-1]
 
 
+@lru_cache(maxsize=4096)
 def group_tiles(problem: Problem, variants: tuple[Variant, ...]) -> GroupTiles:
     """The tiles of a kernel that needs whole groups: the smallest that holds one, or the last."""
     variants = tuple(v for v in variants if v.last == problem.last)
@@ -230,9 +235,26 @@ def pick(kernel: str, problem: Problem, capability: tuple[int, int]) -> Variant 
     return small if problem.pixels <= 256 else large
 
 
+class Launch(NamedTuple):
+    """All of a launch but its pointers, and the numbers that are no part of the problem."""
+
+    variant: Variant
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    options: dict[str, int | bool]  # compile-time arguments, and the compiler's
+
+
+def _launch_of(
+    variant: Variant, grid: int, numbers: Sequence[int], vec: int = 1, silu: bool = False
+) -> Launch:
+    options = variant.constants(vec, silu) | variant.options()
+    return Launch(variant, (grid,), tuple(numbers), options)
+
+
 def _group_numbers(problem: Problem, tiles: GroupTiles) -> list[int]:
-    """blocks, width, pixels and group_channels as the kernels by group take them."""
-    return [tiles.blocks, tiles.width // tiles.vec, problem.pixels, problem.group_channels]
+    """blocks, width, pixels, group_channels and x_row as the kernels by group take them."""
+    sizes = [tiles.blocks, tiles.width // tiles.vec, problem.pixels, problem.group_channels]
+    return [*sizes, problem.row // tiles.vec]
 
 
 def _channel_vec(problem: Problem) -> int:
@@ -247,6 +269,54 @@ def _channel_numbers(problem: Problem) -> list[int]:
     return [channels, pixels, problem.group_channels]
 
 
+def _channel_grid(problem: Problem, variant: Variant, pixel_programs: int) -> int:
+    return problem.batch * triton.cdiv(problem.channels, variant.channels) * pixel_programs
+
+
+@lru_cache(maxsize=1024)
+def forward_launches(
+    problem: Problem, silu: bool, capability: tuple[int, int]
+) -> tuple[Launch, ...]:
+    """The forward: one launch, or those of moments, merge and apply. Kept for each problem, since
+    to work it out takes longer than a small map does."""
+    if pick("forward", problem, capability) is not None:
+        tiles = group_tiles(problem, _FORWARD)
+        grid, numbers = problem.batch * tiles.blocks, _group_numbers(problem, tiles)
+        return (_launch_of(tiles.variant, grid, numbers, tiles.vec, silu),)
+    tiles = group_tiles(problem, _MOMENTS)
+    count = tiles.chunks * tiles.parts
+    grid, numbers = problem.batch * tiles.blocks * count, _group_numbers(problem, tiles)
+    moments = _launch_of(tiles.variant, grid, [*numbers, tiles.chunks], tiles.vec)
+    merge = _launch_of(_FIXED["merge"], problem.batch * problem.groups, [count])
+    variant, vec = pick("apply", problem, capability), _channel_vec(problem)
+    assert variant is not None
+    grid = _channel_grid(problem, variant, triton.cdiv(problem.pixels, variant.pixels))
+    numbers = [*_channel_numbers(problem), problem.row // vec]
+    return moments, merge, _launch_of(variant, grid, numbers, vec, silu)
+
+
+@lru_cache(maxsize=1024)
+def backward_launches(
+    problem: Problem, silu: bool, capability: tuple[int, int]
+) -> tuple[Launch, ...]:
+    """The backward: sums, reduce, dx and parameters."""
+    numbers, vec = _channel_numbers(problem), _channel_vec(problem)
+    variant = pick("sums", problem, capability)
+    assert variant is not None
+    chunks, chunk_tiles = sum_chunks(problem, variant)
+    grid = _channel_grid(problem, variant, chunks)
+    sums = _launch_of(variant, grid, [*numbers, chunks, chunk_tiles], vec, silu)
+    grid = problem.batch * problem.groups
+    sizes = [problem.groups, problem.pixels, problem.group_channels, chunks]
+    reduce = _launch_of(_FIXED["reduce"], grid, sizes)
+    variant = pick("dx", problem, capability)
+    assert variant is not None
+    grid = _channel_grid(problem, variant, triton.cdiv(problem.pixels, variant.pixels))
+    dx = _launch_of(variant, grid, [*numbers, problem.batch], vec, silu)
+    grid, sizes = triton.cdiv(problem.channels, COLUMNS.value), [problem.batch, problem.channels]
+    return sums, reduce, dx, _launch_of(_FIXED["parameters"], grid, sizes)
+
+
 def sum_chunks(problem: Problem, variant: Variant) -> tuple[int, int]:
     """Chunks that the backward sums cut each channel into, and the tiles of one."""
     tiles = triton.cdiv(problem.pixels, variant.pixels)
@@ -255,17 +325,16 @@ def sum_chunks(problem: Problem, variant: Variant) -> tuple[int, int]:
     return triton.cdiv(tiles, chunk_tiles), chunk_tiles
 
 
+@lru_cache(maxsize=64)
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _launch(
-    variant: Variant, grid: int, arguments: list[Any], vec: int = 1, silu: bool = False
-) -> None:
-    with torch.cuda.device_of(arguments[0]):
-        KERNELS[variant.kernel][(grid,)](
-            *arguments, **variant.constants(vec, silu), **variant.options()
-        )
+def _launch(launch: Launch, tensors: Sequence[Tensor | None], *more: float) -> None:
+    """Run a kernel on its pointers, the launch's numbers, and those that are no part of it."""
+    with torch.cuda.device_of(tensors[0]):
+        kernel = KERNELS[launch.variant.kernel]
+        kernel[launch.grid](*tensors, *launch.numbers, *more, **launch.options)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -277,6 +346,21 @@ def _dense(x: Tensor) -> tuple[Tensor, bool]:
     """x without gaps, with neighboring pixels or neighboring channels; whether the latter."""
     last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
     return _aligned(x if last else x.contiguous()), last
+
+
+def _with_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x as the forward reads it, and how far its pixels are apart if its channels are neighbors:
+    it may be some channels of a wider channels_last tensor. Else a dense x, and 0."""
+    row = x.stride(-1)
+    if x.dim() > 2 and row > x.shape[1] > 1 and x.data_ptr() % 16 == 0:
+        wide = [1] * x.dim()
+        for axis in (*range(x.dim() - 1, 1, -1), 0):
+            wide[axis] = row
+            row *= x.shape[axis]
+        if x.stride() == tuple(wide):
+            return x, x.stride(-1)
+    x, last = _dense(x)
+    return x, x.shape[1] if last else 0
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -293,7 +377,7 @@ def _empty(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def _problem(x: Tensor, last: bool, num_groups: int) -> Problem:
+def _problem(x: Tensor, row: int, num_groups: int) -> Problem:
     batch, channels = x.shape[:2]
     pixels = math.prod(x.shape[2:])
     if channels // num_groups * pixels >= 1 << 29:
@@ -301,88 +385,78 @@ def _problem(x: Tensor, last: bool, num_groups: int) -> Problem:
             f"a group of {channels // num_groups} channels and {pixels} pixels is too large: the "
             "Triton kernels take fewer than 2^29 elements."
         )
-    return Problem(batch, channels, pixels, num_groups, last, x.element_size())
+    return Problem(batch, channels, pixels, num_groups, row > 0, x.element_size(), row)
 
 
 def forward(
-    x: Tensor, affine: Affine, num_groups: int, eps: float, silu: bool
+    x: Tensor, affine: Affine, num_groups: int, eps: float, silu: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act(GroupNorm(x) (1 + scale) + shift), with statistics and arithmetic in float32.
+    """act(GroupNorm(x + added) (1 + scale) + shift), with statistics and arithmetic in float32.
 
     It reads nothing back from the device and allocates by torch alone, so a CUDA graph can capture
     it.
 
     Args:
-        x: (B, C, ...) float32, float16 or bfloat16; copied if neither contiguous nor channels_last.
+        x: (B, C, ...) float32, float16 or bfloat16; copied if neither contiguous, nor
+            channels_last, nor some channels of a channels_last tensor.
         affine: weight, bias, scale and shift.
         num_groups: divides C.
         eps: added to the variance.
         silu: SiLU after all, or nothing.
+        added: (C,) or (B, C) of any floating dtype with neighboring channels, such as the bias of
+            the convolution before; or None for 0.
 
     Returns:
-        y: of x's shape, dtype and memory format.
-        mean, rstd: (B, num_groups) float32; rstd = 1 / sqrt(variance + eps).
+        y: of x's shape and dtype, contiguous or channels_last as x is.
+        mean, rstd: (B, num_groups) float32, of x + added; rstd = 1 / sqrt(variance + eps).
 
     Raises:
         ValueError: a group of 2^29 elements or more.
     """
-    x, last = _dense(x)
-    problem = _problem(x, last, num_groups)
-    y = torch.empty_like(x)
+    x, row = _with_rows(x)
+    if added is not None and not row:
+        x, added = _sum(x, added), None
+    problem = _problem(x, row, num_groups)
+    y = torch.empty_like(x) if row in (0, x.shape[1]) else _empty_last(x)
     mean, rstd = (_empty(x, problem.batch, num_groups) for _ in range(2))
     if x.numel() == 0:
         return y, mean.fill_(math.nan), rstd.fill_(math.nan)
     affine = _readable(affine)
-    if pick("forward", problem, _capability(x.device)) is None:
-        _forward_in_two_passes(x, affine, y, mean, rstd, problem, eps, silu)
+    added_row = added.stride(0) if added is not None and added.dim() == 2 else 0
+    launches = forward_launches(problem, silu, _capability(x.device))
+    if len(launches) == 1:
+        _launch(launches[0], [x, added, *affine, y, mean, rstd], added_row, float(eps))
         return y, mean, rstd
-    tiles = group_tiles(problem, _FORWARD)
-    arguments = [x, *affine, y, mean, rstd, *_group_numbers(problem, tiles), float(eps)]
-    _launch(tiles.variant, problem.batch * tiles.blocks, arguments, tiles.vec, silu)
+    moments, merge, apply = launches
+    partial = _empty(x, 4, problem.batch * problem.groups, merge.numbers[0])
+    _launch(moments, [x, added, partial], added_row)
+    origin, rest = (_empty(x, *mean.shape) for _ in range(2))
+    _launch(merge, [partial, origin, rest, mean, rstd], float(eps))
+    _launch(apply, [x, added, *affine, origin, rest, rstd, y], added_row)
     return y, mean, rstd
 
 
-def _forward_in_two_passes(
-    x: Tensor, affine: Affine, y: Tensor, mean: Tensor, rstd: Tensor, problem: Problem, eps: float,
-    silu: bool,
-) -> None:  # fmt: skip
-    """Fills y, mean and rstd, reading x twice."""
-    tiles = group_tiles(problem, _MOMENTS)
-    count = tiles.chunks * tiles.parts
-    groups = problem.batch * problem.groups
-    partial = _empty(x, 4, groups, count)
-    arguments = [x, partial, *_group_numbers(problem, tiles), tiles.chunks]
-    _launch(tiles.variant, problem.batch * tiles.blocks * count, arguments, tiles.vec)
-    origin, rest = (_empty(x, *mean.shape) for _ in range(2))
-    _launch(_FIXED["merge"], groups, [partial, origin, rest, mean, rstd, count, float(eps)])
-
-    variant = pick("apply", problem, _capability(x.device))
-    assert variant is not None
-    arguments = [x, *affine, origin, rest, rstd, y, *_channel_numbers(problem)]
-    grid = _channel_grid(problem, variant, triton.cdiv(problem.pixels, variant.pixels))
-    _launch(variant, grid, arguments, _channel_vec(problem), silu)
+def _sum(x: Tensor, added: Tensor) -> Tensor:
+    """x + added of each channel, in x's dtype."""
+    added = added.reshape(*added.shape[:-1], added.shape[-1], *[1] * (x.dim() - 2))
+    return (x.float() + added.float()).to(x.dtype)
 
 
-def _channel_grid(problem: Problem, variant: Variant, pixel_programs: int) -> int:
-    return problem.batch * triton.cdiv(problem.channels, variant.channels) * pixel_programs
+def _empty_last(x: Tensor) -> Tensor:
+    """An unwritten tensor of x's shape and dtype, channels_last."""
+    shape = (x.shape[0], *x.shape[2:], x.shape[1])
+    return torch.empty(shape, dtype=x.dtype, device=x.device).movedim(-1, 1)
 
 
-def _sums_and_means(read: list[Any], problem: Problem, silu: bool) -> tuple[Tensor, Tensor]:
+def _sums_and_means(read: list[Any], sums_of: Launch, reduce: Launch) -> tuple[Tensor, Tensor]:
     """What the kernel "reduce" makes, given what "sums" reads."""
     _, x, weight, _, scale, *_ = read
-    batch, channels, groups = problem.batch, problem.channels, problem.groups
-    variant = pick("sums", problem, _capability(x.device))
-    assert variant is not None
-    chunks, chunk_tiles = sum_chunks(problem, variant)
+    batch, channels = x.shape[:2]
+    groups, *_, chunks = reduce.numbers
     partial = _empty(x, 2, batch, chunks, channels)
-    grid = _channel_grid(problem, variant, chunks)
-    arguments = [*read, partial, *_channel_numbers(problem), chunks, chunk_tiles]
-    _launch(variant, grid, arguments, _channel_vec(problem), silu)
-
+    _launch(sums_of, [*read, partial])
     sums, means = _empty(x, 2, batch, channels), _empty(x, 2, batch, groups)
-    arguments = [partial, weight, scale, sums, means]
-    arguments += [groups, problem.pixels, problem.group_channels, chunks]
-    _launch(_FIXED["reduce"], batch * groups, arguments)
+    _launch(reduce, [partial, weight, scale, sums, means])
     return sums, means
 
 
@@ -403,7 +477,7 @@ def backward(
             for what is None.
     """
     x, last = _dense(x)
-    problem = _problem(x, last, num_groups)
+    problem = _problem(x, x.shape[1] if last else 0, num_groups)
     grad_y = _like(grad_y, x)
     dx = torch.empty_like(x)
     affine = _readable(affine)
@@ -411,18 +485,12 @@ def backward(
     if x.numel() == 0:
         return dx, [None if gradient is None else gradient.zero_() for gradient in gradients]
     read = [grad_y, x, *affine, *(_aligned(t.contiguous()) for t in statistics)]
-    sums, means = _sums_and_means(read, problem, silu)
-
-    variant = pick("dx", problem, _capability(x.device))
-    assert variant is not None
-    grid = _channel_grid(problem, variant, triton.cdiv(problem.pixels, variant.pixels))
-    arguments = [*read, means, dx, *_channel_numbers(problem), problem.batch]
-    _launch(variant, grid, arguments, _channel_vec(problem), silu)
-
+    sums_of, reduce, of_x, of_parameters = backward_launches(problem, silu, _capability(x.device))
+    sums, means = _sums_and_means(read, sums_of, reduce)
+    _launch(of_x, [*read, means, dx])
     if any(gradient is not None for gradient in gradients):
         weight, bias, scale, _ = affine
-        arguments = [sums, weight, bias, scale, *gradients, problem.batch, problem.channels]
-        _launch(_FIXED["parameters"], triton.cdiv(problem.channels, COLUMNS.value), arguments)
+        _launch(of_parameters, [sums, weight, bias, scale, *gradients])
     return dx, gradients
 
 
@@ -440,11 +508,14 @@ def _build(variant: Variant, dtype: str, vec: int) -> Build:
     }  # fmt: skip
     row_bytes = vec * (4 if dtype == "float32" else 2)
     edges = f"{dtype}, {row_bytes} bytes" if constants else "float32"
+    # AMD's 64 lanes leave a thread few elements of a small tile.
+    of_thread = variant.pixels * variant.channels // (64 * variant.num_warps)
+    tile_bytes = min(row_bytes, row_bytes // vec * of_thread)
     return Build(
         variant.name, edges, kernel, types, constants, variant.options(),
         read_bytes=row_bytes if constants else 4,
         # The others write only one number for each group or channel.
-        write_bytes=row_bytes if variant.kernel in ("forward", "apply", "dx") else 4,
+        write_bytes=tile_bytes if variant.kernel in ("forward", "apply", "dx") else 4,
     )  # fmt: skip
 
 

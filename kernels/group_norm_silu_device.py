@@ -59,21 +59,20 @@ def _before_activation(grad, z, SILU: tl.constexpr):  # type: ignore[no-untyped-
 
 @triton.jit
 def _group_tile(  # type: ignore[no-untyped-def]
-    sample, block, chunk, part, blocks, width, pixels,
+    sample, block, chunk, part, blocks, width, pixels, row,
     LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of a block of groups: where it begins (64-bit), offsets in it, and what exists of it.
 
     A block is one group, `width` rows of CHANNELS = VEC elements; if LAST, it is some groups,
-    `width` channels, and `part` counts the tiles that they may need.
+    `width` channels, `part` counts the tiles that they may need, and pixels are `row` apart.
     """
     at = tl.arange(0, PIXELS)
     column = tl.arange(0, CHANNELS)
     if LAST:
-        channels = blocks * width
-        start = (sample.to(tl.int64) * pixels + chunk * PIXELS) * channels
+        start = (sample.to(tl.int64) * pixels + chunk * PIXELS) * row
         start += block * width + part * CHANNELS
-        offsets = at[:, None] * channels + column[None, :]
+        offsets = at[:, None] * row + column[None, :]
         exists = column < tl.minimum(CHANNELS, width - part * CHANNELS)
         inside = (chunk * PIXELS + at < pixels)[:, None] & exists[None, :]
     else:
@@ -129,26 +128,45 @@ def _quotient(a, b):  # type: ignore[no-untyped-def]
     return quotient + (rest >= b).to(tl.int32) - (rest < 0).to(tl.int32)
 
 
-FORWARD_INTEGERS = ("blocks", "width", "pixels", "group_channels")
+@triton.jit
+def _sum_with(  # type: ignore[no-untyped-def]
+    x, added_ptr, row, channel, exists, inside
+):
+    """x plus a number for each channel, and zero outside of the tensor."""
+    if added_ptr is None:
+        return x
+    else:
+        added = tl.load(added_ptr + row + channel, mask=exists, other=0.0).to(tl.float32)
+        return tl.where(inside, x + added[None, :], 0.0)
+
+
+FORWARD_INTEGERS = ("blocks", "width", "pixels", "group_channels", "x_row", "added_row")
 
 
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
 def group_norm_silu_forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
-    blocks, width, pixels, group_channels, eps,
+    x_ptr, added_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
+    blocks, width, pixels, group_channels, x_row, added_row, eps,
     SILU: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """y of one block of groups, which one tile holds, so that x is read once."""
     if LAST:
         width *= VEC
+        x_row *= VEC
     sample = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     start, offsets, inside = _group_tile(
-        sample, block, 0, 0, blocks, width, pixels, LAST, PIXELS, CHANNELS
+        sample, block, 0, 0, blocks, width, pixels, x_row, LAST, PIXELS, CHANNELS
     )
     group, first = _groups_of_columns(0, width, group_channels, LAST, CHANNELS)
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
+    if LAST:
+        column = tl.arange(0, CHANNELS)
+        x = _sum_with(
+            x, added_ptr, sample.to(tl.int64) * added_row, block * width + column, column < width,
+            inside,
+        )  # fmt: skip
     count = pixels.to(tl.float32) * group_channels
     x, origin, rest, squares = _moments(x, inside, group, count, GROUPS)
     rstd = 1.0 / tl.sqrt_rn(squares / count + eps)
@@ -167,6 +185,9 @@ def group_norm_silu_forward_kernel(  # type: ignore[no-untyped-def]
     row = sample.to(tl.int64) * channels
     slope, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, exists)
     y = _activated((x - rest[None, :]) * rstd[None, :] * slope + offset, SILU)
+    start, offsets, _ = _group_tile(
+        sample, block, 0, 0, blocks, width, pixels, blocks * width, LAST, PIXELS, CHANNELS
+    )
     tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
     index = tl.program_id(0) * groups_in_block + group
     tl.store(mean_ptr + index, origin + rest, mask=first)
@@ -175,13 +196,14 @@ def group_norm_silu_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=(*FORWARD_INTEGERS, "chunks"))
 def group_norm_silu_moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, partial_ptr, blocks, width, pixels, group_channels, chunks,
+    x_ptr, added_ptr, partial_ptr, blocks, width, pixels, group_channels, x_row, chunks, added_row,
     VEC: tl.constexpr, LAST: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Count, origin, rest and squares of each group's share of a tile: (4, B, groups, tiles)."""
     if LAST:
         width *= VEC
+        x_row *= VEC
         parts = tl.cdiv(width, CHANNELS)
         groups_in_block = width // group_channels
     else:
@@ -191,12 +213,18 @@ def group_norm_silu_moments_kernel(  # type: ignore[no-untyped-def]
     # Neighboring programs read neighboring memory.
     block_of_all = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
+    sample, block, part = block_of_all // blocks, block_of_all % blocks, tile % parts
     start, offsets, inside = _group_tile(
-        block_of_all // blocks, block_of_all % blocks, tile // parts, tile % parts,
-        blocks, width, pixels, LAST, PIXELS, CHANNELS,
-    )  # fmt: skip
-    group, first = _groups_of_columns(tile % parts, width, group_channels, LAST, CHANNELS)
+        sample, block, tile // parts, part, blocks, width, pixels, x_row, LAST, PIXELS, CHANNELS
+    )
+    group, first = _groups_of_columns(part, width, group_channels, LAST, CHANNELS)
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
+    if LAST:
+        column = part * CHANNELS + tl.arange(0, CHANNELS)
+        x = _sum_with(
+            x, added_ptr, sample.to(tl.int64) * added_row, block * width + column, column < width,
+            inside,
+        )  # fmt: skip
     count = _over_groups(tl.sum(inside.to(tl.float32), axis=0), group, GROUPS)
     x, origin, rest, squares = _moments(x, inside, group, count, GROUPS)
 
@@ -255,20 +283,22 @@ def group_norm_silu_merge_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    sample, pixel, channel, pixels, channels,
+    sample, pixel, channel, pixels, channels, row,
     LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The tile at (pixel, channel): where it begins (64-bit), offsets in it, what exists of it."""
-    row = tl.arange(0, PIXELS)
+    """The tile at (pixel, channel): where it begins (64-bit), offsets in it, what exists of it.
+
+    If LAST, pixels are `row` elements apart.
+    """
+    at = tl.arange(0, PIXELS)
     column = tl.arange(0, CHANNELS)
-    start = sample.to(tl.int64) * pixels * channels
     if LAST:
-        start += tl.cast(pixel, tl.int64) * channels + channel
-        offsets = row[:, None] * channels + column[None, :]
+        start = (sample.to(tl.int64) * pixels + pixel) * row + channel
+        offsets = at[:, None] * row + column[None, :]
     else:
-        start += tl.cast(channel, tl.int64) * pixels + pixel
-        offsets = row[:, None] + column[None, :] * pixels
-    inside = (pixel + row < pixels)[:, None] & (channel + column < channels)[None, :]
+        start = (sample.to(tl.int64) * channels + channel) * pixels + pixel
+        offsets = at[:, None] + column[None, :] * pixels
+    inside = (pixel + at < pixels)[:, None] & (channel + column < channels)[None, :]
     return start, offsets, inside
 
 
@@ -307,21 +337,22 @@ def _normalized_and_gradient(  # type: ignore[no-untyped-def]
 APPLY_INTEGERS = ("channels", "pixels", "group_channels")
 
 
-@triton.jit(do_not_specialize=APPLY_INTEGERS)
+@triton.jit(do_not_specialize=(*APPLY_INTEGERS, "x_row", "added_row"))
 def group_norm_silu_apply_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, origin_ptr, rest_ptr, rstd_ptr, y_ptr,
-    channels, pixels, group_channels,
+    x_ptr, added_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, origin_ptr, rest_ptr, rstd_ptr,
+    y_ptr, channels, pixels, group_channels, x_row, added_row,
     SILU: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, given the statistics."""
     if LAST:
         channels *= VEC
+        x_row *= VEC
     else:
         pixels *= VEC
     sample, first, number = _channel_program(tl.cdiv(pixels, PIXELS), channels, CHANNELS)
     start, offsets, inside = _tile(
-        sample, number * PIXELS, first, pixels, channels, LAST, PIXELS, CHANNELS
+        sample, number * PIXELS, first, pixels, channels, x_row, LAST, PIXELS, CHANNELS
     )
     channel, exists, group, row = _channels_of_tile(
         sample, first, channels, group_channels, CHANNELS
@@ -331,8 +362,12 @@ def group_norm_silu_apply_kernel(  # type: ignore[no-untyped-def]
     rstd = tl.load(rstd_ptr + group, mask=exists, other=0.0)
     slope, offset = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, exists)
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
+    x = _sum_with(x, added_ptr, sample.to(tl.int64) * added_row, channel, exists, inside)
     y = ((x - origin[None, :]) - rest[None, :]) * rstd[None, :] * slope[None, :] + offset[None, :]
     y = _activated(y, SILU)
+    start, offsets, _ = _tile(
+        sample, number * PIXELS, first, pixels, channels, channels, LAST, PIXELS, CHANNELS
+    )
     tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -363,7 +398,7 @@ def group_norm_silu_sums_kernel(  # type: ignore[no-untyped-def]
     products = tl.zeros([PIXELS, CHANNELS], tl.float32)
     for number in range(chunk * chunk_tiles, (chunk + 1) * chunk_tiles):
         start, offsets, inside = _tile(
-            sample, number * PIXELS, first, pixels, channels, LAST, PIXELS, CHANNELS
+            sample, number * PIXELS, first, pixels, channels, channels, LAST, PIXELS, CHANNELS
         )
         x_hat, grad = _normalized_and_gradient(
             x_ptr + start + offsets, grad_ptr + start + offsets, inside, mean, rstd, slope, offset,
@@ -432,7 +467,7 @@ def group_norm_silu_dx_kernel(  # type: ignore[no-untyped-def]
         pixels *= VEC
     sample, first, number = _channel_program(tl.cdiv(pixels, PIXELS), channels, CHANNELS)
     start, offsets, inside = _tile(
-        sample, number * PIXELS, first, pixels, channels, LAST, PIXELS, CHANNELS
+        sample, number * PIXELS, first, pixels, channels, channels, LAST, PIXELS, CHANNELS
     )
     channel, exists, group, row = _channels_of_tile(
         sample, first, channels, group_channels, CHANNELS

@@ -6,7 +6,7 @@ tests/kernels/aot.py compiles them for GPUs that need not be there and checks wh
 
 from __future__ import annotations
 
-from advkd.kernels import attention, group_norm_silu
+from advkd.kernels import attention, bias_residual, group_norm_silu
 from advkd.kernels.compilation import Build
 
 # Each variant costs compilations in CI and a row that a reader has to look at.
@@ -15,7 +15,7 @@ MOST_VARIANTS = 60
 
 def all_builds() -> list[Build]:
     """Every build, variants in the order of their modules' lists."""
-    return [*group_norm_silu.variants(), *attention.variants()]
+    return [*group_norm_silu.variants(), *bias_residual.variants(), *attention.variants()]
 
 
 def all_variants() -> list[str]:

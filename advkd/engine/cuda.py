@@ -1,9 +1,10 @@
-"""The engine of a teacher on a CUDA device: one network pass, captured in a CUDA graph, and the C++
-loop that launches it once a step (csrc/cuda/sampling_loop.cu). Python takes no part in a step.
+"""The engine of a network on a CUDA device: its plan as `device_pass` carries it out, captured in a
+CUDA graph; for a teacher also the C++ loop that launches the graph once a step
+(csrc/cuda/sampling_loop.cu). Python takes no part in a step.
 
 The state is float32. The network may be of float32, float16 or bfloat16; the kernel of the step
-then writes the state in that type too. Time embeddings are computed for all steps before the first,
-and the kernel copies the next step's to where the graph reads it.
+then writes the state in that type too. What depends on the time is computed for all steps before
+the first, and the kernel copies the next step's to where the graph reads it.
 """
 
 from __future__ import annotations
@@ -12,35 +13,36 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advkd import ops
+from advkd.device import products_as_convolutions
 from advkd.diffusion import StepTable
-from advkd.engine.interface import Engine, OnStep, check_labels, check_saved, patched
-from advkd.engine.lowering import LoweringError
+from advkd.engine.device_pass import DevicePass
+from advkd.engine.interface import (
+    Engine,
+    OnStep,
+    check_labels,
+    check_saved,
+    input_shape,
+    patched,
+)
+from advkd.engine.lowering import Lowering, LoweringError
+from advkd.engine.networks import lower_student, lower_time, lower_unet
 from advkd.engine.noise import Noise
-from advkd.models import layers, unet
+from advkd.models import layers
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
 CHUNK = 10  # steps between two looks at Ctrl-C and at callbacks
-MAX_BATCH = 256  # images of a captured pass; more are sampled in parts
+MAX_PIXELS = 256 * 32 * 32  # of a captured pass, unless it is of one image; more take several
 _MAX_CHANNELS = 128  # of an image, in csrc/cuda/sampling_step.h
 _WARM_UP = 3  # passes before the capture, in which libraries choose their algorithms
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-# A graph repeats the launches of one call, so the modules in it must be known to have no state of
-# their own in Python.
-_BLOCKS: tuple[type[nn.Module], ...] = (
-    *(unet.UNet, unet.DownBlock, unet.MidBlock, unet.UpBlock),
-    *(layers.ResnetBlock, layers.Attention, layers.GroupNormSiLU, layers.Conv3x3),
-    *(layers.Downsample, layers.Upsample, layers.TimestepEmbedding),
-    *(nn.Conv2d, nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList),
-)
 
 _capturing = threading.Lock()  # one capture at a time, for they share a stream
 
@@ -53,18 +55,19 @@ class Buffers:
     loop_state: Tensor  # of the C++ loop
     x_t: Tensor  # (B, C, H, W) float32
     x_in: Tensor  # the same in the network's dtype; x_t itself where that is float32
-    time_embedding: Tensor  # (R,) of that dtype, R * itemsize a multiple of 16
+    time_embedding: Tensor  # (R,) float32, what the plan makes of the time; R is a multiple of 4
 
     @classmethod
     def allocate(
         cls, shape: tuple[int, int, int, int], width: int, dtype: torch.dtype, device: torch.device
     ) -> Buffers:
-        """Zeros for images of `shape` (B, C, H, W) and time embeddings of `width` numbers."""
+        """Zeros for images of `shape` (B, C, H, W) and at least `width` numbers of the time."""
         state = torch.zeros(_extension().cuda_loop_bytes, dtype=torch.uint8, device=device)
         last = torch.channels_last
         x_t = torch.empty(shape, dtype=torch.float32, device=device, memory_format=last).zero_()
         x_in = x_t if dtype == torch.float32 else x_t.to(dtype)
-        return cls(state, x_t, x_in, torch.zeros(width, dtype=dtype, device=device))
+        width = max(4, -(-width // 4) * 4)
+        return cls(state, x_t, x_in, torch.zeros(width, dtype=torch.float32, device=device))
 
 
 class Loop:
@@ -196,7 +199,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class CudaEngine(Engine):
-    """A teacher captured for batches of one size.
+    """A network captured for batches of one size.
 
     A smaller batch is padded and a larger one sampled in parts; an image has the same bits in any
     of them. Weights are read in their places, so new values need no new engine. Threads take turns.
@@ -209,9 +212,7 @@ class CudaEngine(Engine):
     @classmethod
     def unavailable(cls, model: UNet | Student) -> str | None:
         """Why no CUDA graph serves this network, as a clause; None where one does."""
-        if isinstance(model, Student):
-            return "a student is one network pass"
-        unsuited, device = _unsuited(model), model.conv_in.weight.device
+        unsuited, device = _unsuited(model), next(model.parameters()).device
         if device.type != "cuda":
             return unsuited or f"the network is on {device.type}"
         return (
@@ -222,71 +223,95 @@ class CudaEngine(Engine):
 
     @classmethod
     def batch_for(cls, images: int) -> int:
-        """The next power of two, at most MAX_BATCH, so that few sizes are ever captured."""
-        return min(1 << max(images - 1, 0).bit_length(), MAX_BATCH)
+        """The next power of two, so that few sizes are ever captured."""
+        return 1 << max(images - 1, 0).bit_length()
 
     @classmethod
     def make(
         cls, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None = None
     ) -> CudaEngine:
-        """Capture a teacher for inputs of `size` (H, W) and `batch` images at a time.
+        """Capture a network for inputs of `size` (H, W) and `batch` images at a time, or as many as
+        MAX_PIXELS allows.
 
         Raises LoweringError for whatever fails on the way, such as memory that does not suffice or
-        a driver that is too old; ValueError for a size that the network does not have.
+        a driver that is too old; ValueError for a size or a head that the network does not have.
         """
-        if isinstance(model, Student):
-            raise LoweringError("a student is one network pass, which is not captured")
-        if exit_at is not None:
+        if exit_at is not None and not isinstance(model, Student):
             raise ValueError(f"exit_at={exit_at}: a teacher has no heads to leave by")
         if batch < 1:
             raise ValueError(f"batch={batch} is below 1")
-        model.check_size(*size)
+        input_shape(model, size)
+        most = 1 << max(0, (MAX_PIXELS // (size[0] * size[1])).bit_length() - 1)
         try:
-            return cls(model, size, batch)
+            return cls(model, size, min(batch, most), exit_at)
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
         # Raised out here, so that no traceback holds the memory of the attempt.
         torch.cuda.empty_cache()
         raise LoweringError(f"the network pass could not be captured: {reason}")
 
-    def __init__(self, model: UNet, size: tuple[int, int], batch: int):
-        config, weight = model.config, model.conv_in.weight
+    def __init__(
+        self, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None
+    ):
+        weight = next(model.parameters())
         self.name = f"cuda graph for batch {batch}"
-        self.shape = (config.in_channels, *size)
-        self.classes, self.schedule = model.num_classes, model.schedule
+        self.shape = input_shape(model, size)
+        self.classes = model.num_classes
         self.batch = batch
         self._turns, self._busy = threading.RLock(), False
         # What the graph reads must stay; the network itself may go, since engines are cached by it.
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._config, self._time_embedding = config, model.time_embedding
         with _undisturbed(weight):
+            low = self._lowered(model, size, exit_at, weight)
+            self._network = DevicePass(low.plan)
             self._buffers = buffers = Buffers.allocate(
-                (batch, *self.shape), 4 * config.block_out_channels[0], weight.dtype, weight.device
+                (batch, *self.shape), low.plan.conditioning, weight.dtype, weight.device
             )
             self._labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-            self._graph, self._model_out = captured(
-                partial(_network_pass, model, buffers, self._labels), weight.device
-            )
-            network = self._graph.raw_cuda_graph()
-            self._loop = Loop(_extension(), buffers, network, self._model_out)
+            labels = None if self.classes is None else self._labels
+            x, times = buffers.x_in.permute(0, 2, 3, 1), buffers.time_embedding
+            network = self._network
+
+            def pass_() -> Tensor:
+                return network(x, times, labels).permute(0, 3, 1, 2)
+
+            self._graph, self._model_out = captured(pass_, weight.device)
+            if self.schedule is not None:
+                graph = self._graph.raw_cuda_graph()
+                self._loop = Loop(_extension(), buffers, graph, self._model_out)
+
+    def _lowered(
+        self, model: UNet | Student, size: tuple[int, int], exit_at: int | None, like: Tensor
+    ) -> Lowering:
+        """The network's plan, and for a teacher that of what it makes of the time."""
+        if isinstance(model, Student):
+            return lower_student(model, size, self.batch, 1, exit_at, like)
+        low = lower_unet(model, size, self.batch, 1, like)
+        self.schedule, self._config = model.schedule, model.config
+        self._time = DevicePass(lower_time(low, model))
+        return low
 
     def run(
         self, x: Tensor, y: Tensor | None = None, *, t: int | None = None, threads: int = 0
     ) -> Tensor:
-        """One captured pass: x (B, C, H, W) float32 -> the same, on the network's device.
+        """One captured pass: x (B, C, H, W) float32 -> (B, C', H', W') float32 on the network's
+        device.
 
-        y (B,) int64 are labels for a class-conditional network, t is the time, and `threads` has no
-        effect. Raises ValueError for a shape, dtype or label that does not fit.
+        y (B,) int64 are labels for a class-conditional network, t is a teacher's time, and
+        `threads` has no effect. Raises ValueError for a shape, dtype or label that does not fit.
         """
         if x.shape[1:] != self.shape or x.dtype != torch.float32:
             raise ValueError(f"x {tuple(x.shape)} {x.dtype} is not (B, *{self.shape}) float32")
-        if t is None:
-            raise ValueError("a teacher needs a time t")
+        if (t is None) != (self.schedule is None):
+            raise ValueError("a teacher needs a time t, and a student takes none")
         check_labels(y, len(x), self.classes)
         buffers, device = self._buffers, self._buffers.x_t.device
-        out = torch.empty(x.shape, dtype=torch.float32, device=device)
+        shape = (len(x), *self._model_out.shape[1:])
+        out = torch.empty(shape, dtype=torch.float32, device=device)
         with self._turn(), _undisturbed(buffers.x_t):
-            buffers.time_embedding.copy_(self._time_embeddings([t])[0])
+            self._network.refresh()
+            if t is not None:
+                buffers.time_embedding.copy_(self._time_embeddings([t])[0])
             for part in self._parts(len(x)):
                 count = len(x[part])
                 buffers.x_in[:count].copy_(x[part])
@@ -325,6 +350,7 @@ class CudaEngine(Engine):
         parts = self._parts(len(indices))
         with self._turn():
             with _undisturbed(self._buffers.x_t):
+                self._network.refresh()
                 embeddings = self._time_embeddings(table.timesteps)
             for part in parts:
                 step = on_step if part is parts[-1] else None
@@ -363,22 +389,15 @@ class CudaEngine(Engine):
         return indices[whole]
 
     def _time_embeddings(self, timesteps: Any) -> Tensor:
-        """(N, R) of the network's dtype, by what the weights are now."""
-        config, like = self._config, self._buffers.time_embedding
+        """(N, R) float32, by what the weights are now."""
+        config, x_in = self._config, self._buffers.x_in
         sinusoids = layers.timestep_embedding(
-            torch.as_tensor(timesteps, dtype=torch.int64, device=like.device),
+            torch.as_tensor(timesteps, dtype=torch.int64, device=x_in.device),
             config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift,
         )  # fmt: skip
-        embeddings: Tensor = self._time_embedding(sinusoids.to(like.dtype))
-        return embeddings
-
-
-def _network_pass(model: UNet, buffers: Buffers, labels: Tensor) -> Tensor:
-    temb = buffers.time_embedding.expand(len(labels), -1)
-    if model.class_embedding is not None:
-        temb = temb + model.class_embedding(labels)
-    out = model.denoise(buffers.x_in, temb)
-    return out.contiguous(memory_format=torch.channels_last)
+        self._time.refresh()
+        found = self._time(sinusoids[:, None, None, :].to(x_in.dtype))[:, 0, 0, :].float()
+        return nn.functional.pad(found, (0, len(self._buffers.time_embedding) - found.shape[1]))
 
 
 def _chunk_callback(
@@ -401,22 +420,20 @@ def _chunk_callback(
     return on_chunk
 
 
-def _unsuited(model: UNet) -> str | None:
+def _unsuited(model: UNet | Student) -> str | None:
     """What about a network keeps it from being captured, as a clause; None if nothing does."""
-    config, dtype = model.config, model.conv_in.weight.dtype
+    dtype = next(model.parameters()).dtype
     if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
         return "the network is on several devices"
     if dtype not in _NAMES:
         return f"the CUDA loop takes float32, float16 and bfloat16, not {dtype}"
-    if config.in_channels != config.out_channels:
+    if isinstance(model, UNet) and model.config.in_channels != model.config.out_channels:
         return "the network's output has another shape than its input"
-    if config.in_channels > _MAX_CHANNELS:
+    if isinstance(model, UNet) and model.config.in_channels > _MAX_CHANNELS:
         return f"images have more than {_MAX_CHANNELS} channels"
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             return "the network is in training, with dropout"
-        if type(module) not in _BLOCKS:
-            return f"{name or 'the network'} is a {type(module).__name__}, unknown to a graph"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the network'} has hooks, which a graph cannot call"
     method = patched(model)
@@ -425,11 +442,13 @@ def _unsuited(model: UNet) -> str | None:
 
 @contextmanager
 def _undisturbed(tensor: Tensor) -> Iterator[None]:
-    """The tensor's device current, without autograd and autocast; the caller's state comes back."""
+    """The tensor's device current, without autograd and autocast, products as exact as
+    convolutions; the caller's state comes back."""
     with (
         torch.inference_mode(),
         torch.autocast(tensor.device.type, enabled=False),
         torch.cuda.device_of(tensor),
+        products_as_convolutions(),
     ):
         yield
 

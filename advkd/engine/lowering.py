@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from advkd.engine.interface import replaced_method
-from advkd.engine.plan import Builder, Part
+from advkd.engine.plan import Builder, Part, Source, value_of
 from advkd.models.layers import (
     Attention,
     Conv3x3,
@@ -26,9 +27,15 @@ class LoweringError(ValueError):
 
 
 class Lowering:
-    """Appends the operations of modules to a plan, with one method for each kind of module."""
+    """Appends the operations of modules to a plan, with one method for each kind of module.
 
-    def __init__(self, model: nn.Module, batch: int, threads: int):
+    The plan is for the C++ executor, or, where there is a tensor `like`, for networks of its dtype
+    and on its device, whose weights are read in their places.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, threads: int, like: Tensor | None = None):
+        self.packs = like is None  # convolutions, as the C++ executor reads them
+        self.place = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
         self.names = {module: name for name, module in model.named_modules()}
         self.seen: set[nn.Module] = set()
         self.plan = Builder(batch, threads)
@@ -46,7 +53,7 @@ class Lowering:
         """The module, if it is of exactly this kind and computes nothing but what the kind does.
 
         Raises LoweringError for another kind, hooks, a replaced method such as `forward`, and
-        tensors that are not float32 on the CPU.
+        tensors of another dtype or on another device than those that the plan is for.
         """
         name = "the network" if module is None else self.names.get(module) or "the network"
         if type(module) is not kind:
@@ -59,8 +66,9 @@ class Lowering:
         if method is not None:
             raise LoweringError(f"{name} has its own method {method}, which a plan cannot call")
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-                raise LoweringError(f"{name} is not float32 on the CPU")
+            if (tensor.device.type, tensor.dtype) != self.place:
+                device, dtype = self.place[0].upper(), str(self.place[1]).removeprefix("torch.")
+                raise LoweringError(f"{name} is not {dtype} on the {device}")
         self.seen.add(module)
         return module
 
@@ -79,9 +87,9 @@ class Lowering:
     def convolution(
         self,
         name: str,
-        weight: Tensor,
+        weight: Source,
         x: Part,
-        bias: Tensor | int | Part | None = None,
+        bias: Source | int | Part | None = None,
         *,
         stride: int = 1,
         pad: tuple[int, int] = (0, 0),
@@ -97,22 +105,14 @@ class Lowering:
         The bias is weights, an offset into the conditioning, or a vector of each image. y is
         `into`, else a new buffer.
         """
-        assert extension is not None
-        C_out, C_in, kernel, _ = weight.shape
+        C_out, C_in, kernel, _ = value_of(weight).shape
         sides = [side * (2 if upsample else 1) for side in (x.height, x.width)]
         H, W = ((side + sum(pad) - kernel) // stride + 1 for side in sides)
         y = self.plan.new(C_out, H, W) if into is None else into
         assert (y.height, y.width, y.channels, x.channels) == (H, W, C_out, C_in), name
         sizes = (self.plan.batch, x.height, x.width, C_in, C_out)
-        shape = (sizes, kernel, stride, *pad, upsample)
-        algorithm, size = extension.convolution_plan(*shape, self.plan.threads)
-
-        def pack(out: Tensor) -> None:
-            dense = weight.detach().contiguous()
-            extension.convolution_pack(*shape, *addresses(torch.float32, dense, out))
-
+        numbers = self._packed(weight, (sizes, kernel, stride, *pad, upsample))
         reads = {"x": x}
-        numbers = {}
         tensors = {"packed": weight}
         if norm is not None:
             reads |= {"x_scale": norm[0], "x_shift": norm[1]}
@@ -126,12 +126,28 @@ class Lowering:
             reads["residual"] = residual
         self.plan.add(
             "convolution", name, reads, {"y": y}, scale,
-            flops=2 * weight.numel() * H * W, weights=size,
+            flops=2 * C_out * C_in * kernel**2 * H * W,
             height=x.height, width=x.width, in_channels=C_in, out_channels=C_out, kernel=kernel,
             stride=stride, pad_before=pad[0], pad_after=pad[1], upsample=upsample, silu=silu,
-            algorithm=algorithm, packed=self.plan.weights(size, pack), tensors=tensors, **numbers,
+            tensors=tensors, **numbers,
         )  # fmt: skip
         return y
+
+    def _packed(self, weight: Source, shape: tuple[Any, ...]) -> dict[str, int]:
+        """What the C++ executor reads of a convolution beside its sizes: the algorithm, the packed
+        weights, and the number of their floats."""
+        if not self.packs:
+            return {}
+        assert extension is not None
+        algorithm, size = extension.convolution_plan(*shape, self.plan.threads)
+
+        def pack(out: Tensor) -> None:
+            assert extension is not None
+            dense = value_of(weight).contiguous()
+            extension.convolution_pack(*shape, *addresses(torch.float32, dense, out))
+
+        packed = self.plan.weights(size, pack)
+        return {"algorithm": algorithm, "packed": packed, "weights": size}
 
     def conv2d(
         self,
@@ -139,8 +155,8 @@ class Lowering:
         x: Part,
         *,
         pad: tuple[int, int] | None = None,
-        bias: Tensor | int | Part | None = None,
-        weight: Tensor | None = None,
+        bias: Source | int | Part | None = None,
+        weight: Source | None = None,
         **options: Any,
     ) -> Part:
         """Append an nn.Conv2d or Conv3x3. `bias`, `weight` and `pad` replace its own."""
@@ -168,10 +184,13 @@ class Lowering:
         """Append linear layers side by side, over the channels of every pixel."""
         for layer in layers:
             self.known(layer, nn.Linear)
-        weight = torch.cat([layer.weight.detach() for layer in layers])[:, :, None, None]
-        if "bias" not in options:
-            options["bias"] = torch.cat([layer.bias.detach() for layer in layers])
-        return self.convolution(name, weight, x, **options)
+        if len(layers) == 1:
+            weight: Source = layers[0].weight.detach()[:, :, None, None]
+            own_bias: Source = layers[0].bias
+        else:
+            weight = partial(_side_by_side, layers)
+            own_bias = partial(_biases_side_by_side, layers)
+        return self.convolution(name, weight, x, **{"bias": own_bias} | options)
 
     # Blocks.
 
@@ -258,28 +277,41 @@ class Lowering:
 
     def project(self, temb: Part, into: Part | None = None) -> Part:
         """Append all blocks' projections of SiLU(temb), plus the biases of their convolutions."""
-        layers, biases = [], []
+        layers: list[nn.Linear] = []
+        convolutions: list[nn.Conv2d] = []
         for block in self.projections:
             assert block.time_emb_proj is not None
-            assert block.conv1.bias is not None
             layers.append(block.time_emb_proj)
-            biases.append(block.time_emb_proj.bias.detach() + block.conv1.bias.detach())
-        return self.linear(
-            "time_emb_proj", layers, temb, bias=torch.cat(biases), silu=True, into=into
-        )
+            convolutions.append(block.conv1)
+
+        def biases() -> Tensor:
+            own, added = _biases_side_by_side(layers), _biases_side_by_side(convolutions)
+            return own + added
+
+        return self.linear("time_emb_proj", layers, temb, bias=biases, silu=True, into=into)
 
     def affine_input(self, x: Part, scale: float, shift: float) -> tuple[Part, Part]:
         """Append a constant scale and shift in place of a norm."""
         parts = []
         for value in (scale, shift):
             part = self.plan.new(x.channels)
-            values = torch.full((x.channels,), value, dtype=torch.float32, device="cpu")
+            device, dtype = self.place
+            values = torch.full((x.channels,), value, dtype=dtype, device=device)
             self.plan.add(
                 "constant", "center_input_sample", {}, {"y": part}, channels=x.channels,
                 tensors={"values": values}, weights=x.channels,
             )  # fmt: skip
             parts.append(part)
         return parts[0], parts[1]
+
+
+def _side_by_side(layers: Sequence[nn.Linear]) -> Tensor:
+    """The weights of layers side by side, as of a 1x1 convolution."""
+    return torch.cat([layer.weight for layer in layers])[:, :, None, None]
+
+
+def _biases_side_by_side(layers: Sequence[nn.Linear | nn.Conv2d]) -> Tensor:
+    return torch.cat([layer.bias for layer in layers if layer.bias is not None])
 
 
 class Slots:

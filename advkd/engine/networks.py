@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from advkd.engine.lowering import Lowering, Slots
 from advkd.engine.plan import (
@@ -37,9 +37,11 @@ _TIME_BATCH = 64  # timesteps of a pass of the conditioning's plan
 # Teachers.
 
 
-def lower_unet(unet: UNet, size: tuple[int, int], batch: int, threads: int) -> Lowering:
-    """Lower one pass of a teacher for inputs of `size` (H, W)."""
-    low = Lowering(unet, batch, threads)
+def lower_unet(
+    unet: UNet, size: tuple[int, int], batch: int, threads: int, like: Tensor | None = None
+) -> Lowering:
+    """Lower one pass of a teacher for inputs of `size` (H, W); `like` as for `Lowering`."""
+    low = Lowering(unet, batch, threads, like)
     low.known(unet, UNet)
     plan, config = low.plan, unet.config
     x = plan.new(config.in_channels, *size)
@@ -126,6 +128,11 @@ def _lower_up(low: Lowering, block: UpBlock, h: Part, slots: Slots) -> Part:
 
 def time_plan(low: Lowering, unet: UNet) -> Plan:
     """The plan from sinusoids (N, dim) to the conditioning (N, conditioning) of N passes."""
+    return lower_time(low, unet).finished()
+
+
+def lower_time(low: Lowering, unet: UNet) -> Builder:
+    """Lower what `time_plan` is."""
     plan = Builder(_TIME_BATCH, low.plan.threads)
     main, low.plan = low.plan, plan
     embedding = unet.time_embedding
@@ -138,18 +145,19 @@ def time_plan(low: Lowering, unet: UNet) -> Plan:
         temb = low.linear("time_embedding.linear_2", [embedding.linear_2], h, silu=True)
         low.project(temb, into=out)
     low.plan = main
-    return plan.finished()
+    return plan
 
 
 # Students.
 
 
 def lower_student(
-    student: Student, size: tuple[int, int], batch: int, threads: int, exit_at: int | None
-) -> Lowering:
-    """Lower one pass of a student to head `exit_at` (None: the last)."""
+    student: Student, size: tuple[int, int], batch: int, threads: int, exit_at: int | None,
+    like: Tensor | None = None,
+) -> Lowering:  # fmt: skip
+    """Lower one pass of a student to head `exit_at` (None: the last); `like` as for `Lowering`."""
     depth = student.depth_of(exit_at)
-    low = Lowering(student, batch, threads)
+    low = Lowering(student, batch, threads, like)
     low.known(student, Student)
     plan = low.plan
     x = plan.new(student.channels, *size)
@@ -201,9 +209,13 @@ def _lower_stem(low: Lowering, module: nn.Module | None, x: Part) -> Part:
         "space_to_depth", low.names[stem], {"x": x}, {"y": deep},
         channels=C, block=f, height=x.height, width=x.width,
     )  # fmt: skip
-    # pixel_unshuffle puts channels first, the plan the position within the square.
-    weight = stem.conv.weight.detach().unflatten(1, (C, f * f)).transpose(1, 2).flatten(1, 2)
-    return low.conv2d(stem.conv, deep, weight=weight)
+    conv = stem.conv
+
+    def weight() -> Tensor:
+        # pixel_unshuffle puts channels first, the plan the position within the square.
+        return conv.weight.unflatten(1, (C, f * f)).transpose(1, 2).flatten(1, 2)
+
+    return low.conv2d(conv, deep, weight=weight)
 
 
 def _lower_submodule(low: Lowering, block: Submodule, h: Part, slots: Slots) -> Part:

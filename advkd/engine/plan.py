@@ -12,6 +12,9 @@ from torch import Tensor
 
 from advkd.ops import address, extension
 
+# A tensor of the network, which can be read in its place, or how one is made of the network's.
+Source = Tensor | Callable[[], Tensor]
+
 ALGORITHMS = ("direct", "winograd2", "winograd4")
 INPUT, OUTPUT = 0, 1  # the first two buffers, which lie in the caller's memory
 _ALIGNMENT = 16  # floats of a cache line
@@ -108,7 +111,12 @@ class Builder:
     ops: list[Op] = field(default_factory=list)
     packing: list[tuple[int, int, Callable[[Tensor], object]]] = field(default_factory=list)
     floats: int = 0  # of weights so far
-    tensors: list[dict[str, Tensor]] = field(default_factory=list)  # of each operation, unpacked
+    sources: list[dict[str, Source]] = field(default_factory=list)  # of each operation, unpacked
+
+    @property
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The tensors of each operation, unpacked."""
+        return [{name: value_of(source) for name, source in own.items()} for own in self.sources]
 
     def new(self, channels: int, height: int = 1, width: int = 1) -> Part:
         """Add a buffer."""
@@ -131,7 +139,7 @@ class Builder:
         factor: float = 1.0,
         flops: int = 0,
         weights: int = 0,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Source] | None = None,
         **numbers: int,
     ) -> None:
         """Append an operation: the parts that it reads and writes, by name, its weights and its
@@ -140,11 +148,10 @@ class Builder:
         A number that has the name of a tensor is the offset of a packed form of it; the other
         tensors become weights as they are.
         """
-        tensors = {name: tensor.detach() for name, tensor in (tensors or {}).items()}
-        self.tensors.append(tensors)
-        for name, tensor in tensors.items():
+        self.sources.append(dict(tensors or {}))
+        for name, source in self.sources[-1].items():
             if name not in numbers:
-                numbers[name] = self.weights(tensor.numel(), partial(_copy, tensor))
+                numbers[name] = self.weights(value_of(source).numel(), partial(_copy, source))
         for name, part in (reads | writes).items():
             numbers[name] = part.buffer
             numbers[f"{name}_channel"] = part.channel
@@ -176,8 +183,13 @@ class Builder:
         )  # fmt: skip
 
 
-def _copy(values: Tensor, to: Tensor) -> None:
-    to.copy_(values.reshape(-1))
+def value_of(source: Source) -> Tensor:
+    """The tensor as it is now, without its gradient."""
+    return (source if isinstance(source, Tensor) else source()).detach()
+
+
+def _copy(source: Source, to: Tensor) -> None:
+    to.copy_(value_of(source).reshape(-1))
 
 
 def aligned(floats: int) -> int:

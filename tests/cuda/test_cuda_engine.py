@@ -111,9 +111,13 @@ def test_it_samples_what_the_eager_loop_samples(
     assert emulated.cuda.launches() == {"graph launch": 5, "kernel": 1, "graph kernel": 5}
     assert got.shape == (3, 2, 3, *SIZE) and got.dtype == torch.float32
     want = eager(unet, table_of(unet, 5), noise, indices)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    assert (got[:, 1] - want).abs().max() < tolerance
-    assert (got[:, 1] - want).abs().mean() < tolerance / 10
+    if dtype == torch.float32:
+        assert (got[:, 1] - want).abs().max() < 1e-4
+        return
+    # It rounds elsewhere, and no more: it is as near to the network of these weights in float32.
+    exact = eager(unet.float(), table_of(unet, 5), noise, indices)
+    errors = [(found - exact).abs().mean() for found in (got[:, 1], want)]
+    assert errors[0] < 1.5 * errors[1] < 0.02
 
 
 def test_labels_parts_of_batches_and_changed_weights(emulated: Any) -> None:
@@ -368,16 +372,16 @@ def test_calls_that_do_not_fit_are_refused(emulated: Any) -> None:
         engine.run(x, t=5)
     with pytest.raises(ValueError, match="must divide both sides"):
         CudaEngine.make(unet, (7, 8), 2)
-    with pytest.raises(ValueError, match="exit_at=1"):
+    with pytest.raises(ValueError, match="exit_at=1: a teacher has no heads"):
         CudaEngine.make(unet, SIZE, 2, 1)
     with pytest.raises(ValueError, match="batch=0"):
         CudaEngine.make(unet, SIZE, 0)
 
 
-def test_sizes_of_batches_are_few() -> None:
-    assert [CudaEngine.batch_for(n) for n in (1, 2, 3, 5, 64, 65, 256, 257, 10**6)] == [
-        1, 2, 4, 8, 64, 128, 256, 256, 256,
-    ]  # fmt: skip
+def test_sizes_of_batches_are_few(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [CudaEngine.batch_for(n) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 128]
+    monkeypatch.setattr(cuda_engine, "MAX_PIXELS", 5 * 8 * 8)
+    assert [CudaEngine.make(teacher(), SIZE, n).batch for n in (1, 4, 8)] == [1, 4, 4]
 
 
 class Counting(ResnetBlock):
@@ -394,10 +398,6 @@ def changed_networks() -> Iterator[tuple[str, Callable[[UNet], object]]]:
     yield "forward of a convolution", patch("forward", lambda unet: unet.conv_out)
     yield "hook", lambda unet: unet.mid_block.register_forward_hook(lambda *args: None)
     yield "hook before", lambda unet: unet.conv_in.register_forward_pre_hook(lambda *args: None)
-    yield (
-        "class of a block",
-        lambda unet: setattr(unet.mid_block.resnets[0], "__class__", Counting),
-    )
 
 
 @pytest.mark.parametrize("name", dict(changed_networks()))
@@ -406,7 +406,7 @@ def test_a_changed_network_is_left_to_its_modules(name: str) -> None:
     assert CudaEngine.unavailable(unet) == "the network is on cpu"
     dict(changed_networks())[name](unet)
     reason = str(CudaEngine.unavailable(unet))
-    assert re.search("has hooks|has been replaced|unknown to a graph", reason)
+    assert re.search("has hooks|has been replaced", reason)
 
 
 @pytest.mark.parametrize("kind", [UNet, ResnetBlock, nn.Conv2d])

@@ -64,6 +64,11 @@ class Report:
     float64: int  # instructions with float64 operands
 
 
+def serves(build: Build, target: str) -> bool:
+    """Whether the launchers pick the build on the target."""
+    return not build.nvidia or (target.startswith("sm_") and int(target[3:]) >= build.nvidia)
+
+
 def compiled(build: Build, target: str) -> triton.compiler.CompiledKernel:
     """The build for a target; pointers are at 16 bytes, as the launchers see to."""
     names = build.kernel.arg_names
@@ -186,7 +191,8 @@ def _inspect_by_number(work: tuple[int, str]) -> tuple[int, str, Report]:
 
 def inspect_all(numbers: Sequence[int], jobs: int) -> Iterator[tuple[int, str, Report]]:
     """(number of the build, target, report) for each build and target, as they are done."""
-    work = [(number, target) for number in numbers for target in TARGETS]
+    builds = all_builds()
+    work = [(number, t) for number in numbers for t in TARGETS if serves(builds[number], t)]
     if jobs == 1:
         yield from map(_inspect_by_number, work)
         return
@@ -208,11 +214,14 @@ def row(variant: str, reports: dict[tuple[int, str], Report], traffic: str) -> s
     widest = [number for number in numbers if builds[number].read_bytes == wide]
 
     def worst(field: str, choose: Callable[[list[float]], float] = max) -> list[float]:
-        values = {t: [getattr(reports[number, t], field) for number in numbers] for t in TARGETS}
-        return [choose(values[target]) for target in TARGETS]
+        values = {
+            t: [getattr(reports[n, t], field) for n in numbers if (n, t) in reports]
+            for t in TARGETS
+        }
+        return [choose(values[target]) for target in TARGETS if values[target]]
 
     def width(field: str) -> int:
-        return min(max(getattr(reports[n, target], field)) for n in widest for target in TARGETS)
+        return min(max(getattr(reports[at], field)) for at in reports if at[0] in widest)
 
     cells = [
         variant,
@@ -229,7 +238,7 @@ def row(variant: str, reports: dict[tuple[int, str], Report], traffic: str) -> s
 
 
 def _joined(values: Sequence[float]) -> str:
-    """Of the four targets; one number where they agree."""
+    """Of the targets that it serves; one number where they agree."""
     words = [f"{value:.0f}" for value in values]
     return words[0] if len(set(words)) == 1 else " ".join(words)
 

@@ -19,6 +19,7 @@ CASES = [
     ((1, 32, 16, 16), 8, False),
     ((1, 32, 16, 32), 4, False),
     ((1, 16, 64, 32), 2, False),
+    ((1, 32, 4, 4), 8, True),
     ((1, 32, 8, 8), 8, True),
     ((1, 32, 16, 16), 8, True),
     ((1, 32, 32, 32), 8, True),
@@ -66,9 +67,9 @@ from advkd.kernels import group_norm_silu as module
 
 launched = []
 launch = module._launch
-def recording(variant, *rest, **options):
-    launched.append(variant.name)
-    launch(variant, *rest, **options)
+def recording(launched_now, *rest):
+    launched.append(launched_now.variant.name)
+    launch(launched_now, *rest)
 module._launch = recording
 
 results = []
@@ -87,6 +88,14 @@ for shape, groups, last in json.loads(sys.argv[1]):
 print(json.dumps(results))
 """
 
+BIAS_RESIDUAL = """
+from advkd.kernels.bias_residual import bias_residual
+
+x, residual = torch.randn(2, 256, 64).half()
+bias_residual(x, torch.randn(64), residual, 1.0, torch.empty(256, 96).half()[:, 32:])
+print(json.dumps(taken()[0] / (3 * 2 * x.numel())))
+"""
+
 # Each kernel alone, at 256 queries and keys.
 ATTENTION = """
 from advkd.kernels import attention as module
@@ -97,6 +106,7 @@ for variant in module.VARIANTS:
         if kernel == variant.kernel:
             launch(kernel, *rest)
     module.pick, module._launch = lambda *_: variant, only
+    module._grid_and_options.cache_clear()
     dtype = torch.float16 if variant.half else torch.float32
     q, k, v, out = torch.randn(4, 1, 256, 1, variant.out_d).to(dtype).transpose(2, 3)
     if variant.kernel == "forward":
@@ -142,6 +152,8 @@ def by_variant(names: Collection[str]) -> dict[str, str]:
     if any(name.startswith("group_norm_silu") for name in names):
         for variants, ratio in group_norm_silu():
             ratios = dict.fromkeys(variants, ratio) | ratios
+    if "bias_residual" in names:
+        ratios["bias_residual"] = _interpreted(BIAS_RESIDUAL)
     if any(name.startswith("attention") for name in names):
         ratios |= _interpreted(ATTENTION)
     return {name: f"{ratios[name]:.2f}" for name in names}
