@@ -44,8 +44,9 @@ def group_norm_silu(
     """y = act((GN(x) weight + bias) (1 + scale) + shift): GroupNorm (Wu and He 2018), FiLM (Perez
     et al. 2018), and SiLU or nothing.
 
-    Statistics and arithmetic are in float32, in float64 for float64. Under autocast on CUDA the
-    result is float32, as that of torch's group_norm.
+    Statistics and arithmetic are in float32, in float64 for float64. Under autocast x stays what it
+    is, where torch's group_norm would first make float32 of it on CUDA: statistics of half types
+    lose nothing here, and the convolution behind would make half types of the result again.
 
     Args:
         x: (B, C, ...) floating, any strides.
@@ -77,7 +78,6 @@ def group_norm_silu(
         return _on_cpu(x, (weight, bias, None, None), (num_groups, eps, True), tracked)
     _check_arguments(x, num_groups, eps, activation)
     _check_affine(x, Affine(weight, bias, scale, shift))
-    x = _autocast(x)
     affine = Affine(weight, bias, _by_channel(scale), _by_channel(shift))
     norm = Norm(num_groups, eps, silu)
     if not use_fused("group_norm_silu", backend, _GROUP_NORM_SILU.unavailable(x)):
@@ -150,12 +150,6 @@ def _check_affine(x: Tensor, affine: Affine) -> None:
             raise ValueError(
                 f"x is on {x.device} and {name} on {tensor.device}, but they must be on one device."
             )
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as autocast has it for torch's group_norm: in float32 on CUDA, as it is on the CPU."""
-    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if half and torch.is_autocast_enabled("cuda") else x
 
 
 def _by_channel(x: Tensor | None) -> Tensor | None:

@@ -209,6 +209,27 @@ def _philox_normal_cpu(
     return out
 
 
+def _philox_normal_cuda(
+    seed: int,
+    image_index: Tensor,
+    step: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+) -> Tensor:
+    out = _philox_normal_fake(seed, image_index, step, channels, height, width, channels_last)
+    image_index = image_index.contiguous()
+    device = image_index.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    fused_extension().cuda_philox_normal(
+        seed=unsigned(seed), image_index=image_index.data_ptr(), step=step,
+        sizes=(len(image_index), channels, height * width), channels_last=channels_last,
+        out=out.data_ptr(), device=device.index, stream=stream,
+    )  # fmt: skip
+    return out
+
+
 _PHILOX_UINT32 = register(
     "philox_uint32(int seed, Tensor image_index, int step, SymInt count, int first_block, "
     "bool fused) -> Tensor",
@@ -221,5 +242,6 @@ _PHILOX_NORMAL = register(
     "SymInt width, bool channels_last, bool fused) -> Tensor",
     _philox_normal_reference,
     cpu=Kernel(_philox_normal_cpu, (torch.int64,)),
+    cuda=Kernel(_philox_normal_cuda, (torch.int64,), language="CUDA C++"),
     fake=_philox_normal_fake,
 )

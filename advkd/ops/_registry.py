@@ -14,14 +14,26 @@ from torch.autograd import Function
 from advkd.kernels import unavailable_reason as triton_missing
 from advkd.ops import _backend
 from advkd.ops._backend import runs_eagerly, runs_eagerly_backward, transformed
+from advkd.ops._cuda import cuda_missing
 
 
 class Kernel(NamedTuple):
-    """A fused backend of an op: C++ for tensors on the CPU, Triton for those on CUDA."""
+    """A fused backend of an op: C++ for tensors on the CPU, Triton or C++ for those on CUDA."""
 
     run: Callable[..., Any]  # takes and returns what the op's reference does
     dtypes: tuple[torch.dtype, ...]  # of the op's first tensor
     limit: Callable[[Tensor], str | None] | None = None  # why it takes no such one, as a clause
+    language: str = ""  # "" for C++ or Triton; "CUDA C++"
+
+    def missing(self, on_cpu: bool) -> str | None:
+        """Why it cannot be called here at all, as a clause."""
+        if on_cpu:
+            return _backend.extension_missing
+        return cuda_missing() if self.language else triton_missing()
+
+    def language_on(self, on_cpu: bool) -> str:
+        """What it is written in, where it serves tensors on the CPU, or on CUDA."""
+        return self.language or ("C++" if on_cpu else "Triton")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +100,9 @@ class Op:
         if kernel is None or not (first.is_cpu or first.is_cuda):
             return f"no kernel serves tensors on {first.device.type}"
         if first.dtype not in kernel.dtypes:
-            language = "C++" if first.is_cpu else "Triton"
+            language = kernel.language_on(first.is_cpu)
             return f"the {language} kernel takes {_listed(kernel.dtypes)}, not {first.dtype}"
-        missing = _backend.extension_missing if first.is_cpu else triton_missing()
+        missing = kernel.missing(first.is_cpu)
         return missing or (None if kernel.limit is None else kernel.limit(first))
 
     def _given(self, arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -167,11 +179,11 @@ def rows() -> list[tuple[str, str, str]]:
     missing = asked or _backend.extension_missing or ""
     isa = f" ({extension.isa()})" if extension else ""
     found = [(op.name, *_serving(f"C++{isa}", op.cpu, missing)) for op in ops]
-    missing = asked or triton_missing() or ""
     no_device = "" if torch.cuda.is_available() else "torch sees no CUDA device"
     for op in ops:
         if op.cuda is not None:
-            backend, reason = _serving("Triton", op.cuda, missing)
+            missing = asked or op.cuda.missing(on_cpu=False) or ""
+            backend, reason = _serving(op.cuda.language_on(on_cpu=False), op.cuda, missing)
             reasons = "; ".join(filter(None, (reason, no_device)))
             found.append((f"{op.name} on CUDA", backend, reasons))
     return found

@@ -2,23 +2,10 @@
 
 #include <algorithm>
 
+#include "cuda/device_guard.h"
+
 namespace advkd::cuda {
 namespace {
-
-// Makes a device this thread's current one, and at the end the one that was.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
 
 // Holds the buffers for one run.
 class Turn {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "cuda/philox.h"
 #include "cuda/sampling_loop.h"
 #include "python/pointer.h"
 
@@ -55,6 +56,15 @@ void run(cuda::SamplingLoop& loop, std::int64_t steps, std::uint64_t seed, std::
            reinterpret_cast<cudaStream_t>(stream));
 }
 
+// sizes: batch, channels, pixels.
+void normals(std::uint64_t seed, std::uintptr_t image_index, std::uint32_t step,
+             const std::array<std::int64_t, 3>& sizes, bool channels_last, std::uintptr_t out,
+             int device, std::uintptr_t stream) {
+  cuda::launch_normals({seed, step, pointer<const std::int64_t>(image_index), sizes[0], sizes[1],
+                        sizes[2], channels_last, pointer<float>(out)},
+                       device, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -64,6 +74,9 @@ void bind_cuda(py::module_& module) {
   module.attr("cuda_loop_bytes") = sizeof(cuda::LoopState);
   module.def("cuda_unavailable", &cuda::unavailable,
              "Why there is no CUDA device to use; empty where there is one.");
+  module.def("cuda_philox_normal", &normals, py::kw_only(), py::arg("seed"),
+             py::arg("image_index"), py::arg("step"), py::arg("sizes"), py::arg("channels_last"),
+             py::arg("out"), py::arg("device"), py::arg("stream"));
   // module_local, since the tests' emulation binds the same class beside this one.
   py::class_<cuda::SamplingLoop>(module, "CudaSamplingLoop", py::module_local())
       .def(py::init(&make_loop), py::kw_only(), py::arg("device"), py::arg("network"),

@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = build.CSRC.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
 TESTS = {
+    "philox.cu": ["test_philox.py"],
     "sampling_step.cu": ["test_sampling_step.py", "test_sampling_loop.py"],
     "sampling_loop.cu": ["test_sampling_loop.py", "test_sampling_step.py"],
 }

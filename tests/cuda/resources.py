@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- cuda resources: begin -->", "<!-- cuda resources: end -->"
 ARCHS = ("80", "90", "100")
-SOURCES = {"sampling_step.cu": ["-fmad=false"]}
+SOURCES = {"philox.cu": ["-fmad=false"], "sampling_step.cu": ["-fmad=false"]}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "controls.h"
+#include "cuda/philox.h"
 #include "cuda/sampling_loop.h"
 #include "toy_network.h"
 
@@ -50,6 +51,15 @@ void sample(ElementType type, std::int64_t channels, std::int64_t pixels) {
            stream.get());
 }
 
+void normals(std::int64_t channels, std::int64_t pixels, bool channels_last) {
+  constexpr std::int64_t kBatch = 2;
+  Memory out(4 * kBatch * channels * pixels);
+  const std::int64_t image_index[kBatch] = {3, -1};
+  launch_normals({7, 5, image_index, kBatch, channels, pixels, channels_last, out.as<float>()}, 0,
+                 nullptr);
+  check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+}
+
 void sum(bool barrier) {
   Memory x(4 * 64), y(4 * 64);
   launch_sum(x.as<float>(), y.as<float>(), barrier, nullptr);
@@ -66,6 +76,8 @@ int main(int argc, char** argv) {
   sum(true);
   for (const unsigned order : {0u, 2u}) {
     emulation::set_order(order);
+    normals(3, 35, true);
+    normals(1, 2000, false);
     for (const ElementType type :
          {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16}) {
       sample(type, 3, 64);
