@@ -15,7 +15,7 @@ noise of the same label y (`diversity`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from advkd.training.batches import Batch, Batches, Drawn, Labeled
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.diversity import missing_distance, typical_of_data
 from advkd.training.ema import Ema
+from advkd.training.graphs import Steps
 from advkd.training.inputs import Ahead, on_device
 from advkd.training.loop import Training, Value, run_training
 from advkd.training.losses import find_loss, generator_gradient
@@ -99,6 +100,11 @@ class StepPlan(NamedTuple):
     penalize: tuple[int, ...]
     apart: int = 0  # by which weight images of a label are held apart (0: not)
 
+    @property
+    def kind(self) -> Hashable:
+        """The same for plans that compute the same."""
+        return self._replace(seen=tuple(self.seen.items()))  # type: ignore[arg-type]
+
 
 class Distillation(Training):
     """Student, average, discriminator, their optimizers and the trajectories they learn from."""
@@ -147,6 +153,9 @@ class Distillation(Training):
             "d": self.discriminator,
         }
         self.optimizers = {"optimizer": self.optimizer, "optimizer_d": self.optimizer_d}
+        self.steps = Steps(
+            self.device, [self.optimizer, self.optimizer_d], config.run.compile == "graph"
+        )
 
     def batch(self, step: int) -> Batch:
         """The batch that belongs to `step`, with the targets that the step takes."""
@@ -328,7 +337,7 @@ class Distillation(Training):
     def step(self, step: int, workers: Workers) -> dict[str, Value]:
         """One step of both networks, or of the student alone; returns values to log."""
         s = self.settings
-        plan, drawn = self.plan(step), on_device(self.inputs(step), self.device)
+        plan = self.plan(step)
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         set_rate(self.optimizer, lr)
         if plan.seen:  # D has a warm-up of its own
@@ -336,7 +345,10 @@ class Distillation(Training):
             after = s.steps - self.adversary_start
             set_rate(self.optimizer_d, learning_rate(since, s.lr_d, s.warmup, after, s.lr_final))
         self.ema.at(step)
-        return {**self.carried_out(drawn, plan, step, workers), "lr": lr}
+        values = self.steps(
+            plan.kind, self.inputs(step), lambda drawn: self.carried_out(drawn, plan, step, workers)
+        )
+        return {**values, "lr": lr}
 
     def carried_out(
         self, drawn: Drawn, plan: StepPlan, step: int, workers: Workers
@@ -380,7 +392,7 @@ def distill_student(
     on disk.
     """
     training = Distillation(config, trajectories, images)
-    seconds = run_training(training, run, config.distill, config.run.threads)
+    seconds = run_training(training, run, config.distill, config.run)
     training.ema.model.class_names = class_names
     save_student(training.ema.model, run / "student")
     drop_checkpoints(run / "checkpoints", STAGE)

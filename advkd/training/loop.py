@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from advkd.config import RunConfig
 from advkd.console import Interrupted, StopSignals, progress_bar
-from advkd.device import deterministic
+from advkd.device import deterministic, tensor_float32
 from advkd.files import load_strictly, write_bytes
 from advkd.parallel import Workers
+from advkd.training import settings as device_settings
 from advkd.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -135,7 +137,7 @@ class Training(abc.ABC):
         Where one of these is not finite nothing moves: on a CPU TrainingError says so at once,
         elsewhere a flag makes the device pass over the step.
         """
-        if self.device.type == "cpu":
+        if device_settings.is_host(self.device):
             readings = Readings(self.stage, {})
             readings.add(step, values)
             found: dict[str, Value] = {**readings.read()}
@@ -147,6 +149,8 @@ class Training(abc.ABC):
             if bad is not None:
                 optimizer.found_inf = bad  # type: ignore[attr-defined]  # which fused Adam reads
             optimizer.step()
+            if bad is not None:
+                optimizer.found_inf = None  # type: ignore[attr-defined]
         self.ema.update(averaged, bad)
         return found
 
@@ -187,7 +191,7 @@ class Paced(Protocol):
     def checkpoint_every(self) -> int: ...
 
 
-def run_training(training: Training, run: Path, settings: Paced, threads: int) -> float:
+def run_training(training: Training, run: Path, settings: Paced, of_run: RunConfig) -> float:
     """Carry a training to its last step, from the start or on from its last checkpoint in `run`.
 
     Returns the seconds it took, interrupted parts included; the checkpoints stay. Raises
@@ -208,7 +212,8 @@ def run_training(training: Training, run: Path, settings: Paced, threads: int) -
         contextlib.closing(training),
         StopSignals() as stop,
         deterministic(training.device),
-        Workers(threads, training.device, settings.accumulate) as workers,
+        tensor_float32(training.device, of_run.tf32),
+        Workers(of_run.threads, training.device, settings.accumulate) as workers,
         progress_bar(stage, steps, start) as bar,
     ):
         for done in range(start + 1, steps + 1):

@@ -14,9 +14,14 @@ from torch import Tensor
 Setting = float | Tensor  # a number of the host, or a 0-d tensor of a device
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether the device is the host itself, which nothing has to wait for."""
+    return device.type == "cpu"
+
+
 def setting_on(device: torch.device) -> Setting:
     """A setting for work on a device, 0 to begin with."""
-    return 0.0 if device.type == "cpu" else torch.zeros((), device=device)
+    return 0.0 if is_host(device) else torch.zeros((), device=device)
 
 
 def set_to(setting: Setting, value: float) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from advkd.parallel import Workers
 from advkd.pretrained import load_teacher, save_teacher
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.ema import Ema
+from advkd.training.graphs import Steps
 from advkd.training.inputs import Ahead, on_device
 from advkd.training.loop import Training, Value, run_training
 from advkd.training.schedule import learning_rate
@@ -84,6 +86,7 @@ class TeacherTraining(Training):
         self.optimizer = rated_on(self.device, optimizer)
         self.modules = {"unet": self.unet, "ema": self.ema.model}
         self.optimizers = {"optimizer": self.optimizer}
+        self.steps = Steps(self.device, [self.optimizer], config.run.compile == "graph")
         alpha_bar = self.unet.schedule.alpha_bar
         self.alpha_bar = torch.tensor(alpha_bar, dtype=torch.float32, device=self.device)
         self.inputs = Ahead(self.drawn, self.device)
@@ -121,9 +124,10 @@ class TeacherTraining(Training):
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         set_rate(self.optimizer, lr)
         self.ema.at(step)
-        batch = on_device(self.inputs(step), self.device)
         with global_seed(mixed_seed(self.config.run.seed, step, DROPOUT_STREAM), self.device):
-            values = self.carried_out(batch, step, workers)
+            values = self.steps(
+                STAGE, self.inputs(step), lambda batch: self.carried_out(batch, step, workers)
+            )
         return {**values, "lr": lr}
 
     def carried_out(self, batch: Batch, step: int, workers: Workers) -> dict[str, Value]:
@@ -198,8 +202,8 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     """
     training = TeacherTraining(config, images)
     # Dropout has one generator, whose numbers several threads would take in any order.
-    threads = 1 if config.unet.dropout else config.run.threads
-    seconds = run_training(training, run, config.teacher, threads)
+    of_run = dataclasses.replace(config.run, threads=1) if config.unet.dropout else config.run
+    seconds = run_training(training, run, config.teacher, of_run)
     save_teacher(training.ema.model, run / "teacher")
     drop_checkpoints(run / "checkpoints", STAGE)
     return seconds

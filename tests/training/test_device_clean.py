@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from advkd import device
+from advkd.config import RunConfig
 from advkd.data.trajectories import Trajectories
 from advkd.parallel import Workers
 from advkd.training import distill, loop, teacher
@@ -145,7 +146,7 @@ def test_a_training_reads_all_its_values_when_it_logs(
     monkeypatch.setattr(loop, "save_checkpoint", lambda folder, stage, checkpoint: None)
     training = TeacherTraining(teacher_config(), squares())
     every = ["teacher.steps=7", "teacher.log_every=3", "teacher.checkpoint_every=5"]
-    run_training(training, tmp_path, teacher_config(*every).teacher, 0)
+    run_training(training, tmp_path, teacher_config(*every).teacher, RunConfig())
     assert read == [2 * steps for steps in (3, 2, 1, 1)]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advkd.config import DistillConfig
+from advkd.config import DistillConfig, RunConfig
 from advkd.console import StopSignals, progress_bar
 from advkd.device import deterministic
 from advkd.parallel import Workers
@@ -142,7 +142,7 @@ def test_values_are_read_together_and_the_first_that_is_not_finite_is_named(
 
 
 def repeatability() -> tuple[Any, ...]:
-    """All of torch's settings that `deterministic` changes."""
+    """All of torch's settings that a training changes."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -150,17 +150,19 @@ def repeatability() -> tuple[Any, ...]:
         torch.backends.cudnn.benchmark,
         torch.utils.deterministic.fill_uninitialized_memory,
         os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
     )
 
 
 def test_a_training_on_cuda_is_repeatable_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
     before = repeatability()
     toy = Toy("cuda")  # whose steps need no GPU
-    run_training(toy, tmp_path, DistillConfig(steps=2, log_every=1), 0)
-    assert toy.observed == [(True, True, True, False, False, ":4096:8")] * 2
+    run_training(toy, tmp_path, DistillConfig(steps=2, log_every=1), RunConfig(tf32=False))
+    assert toy.observed == [(True, True, True, False, False, ":4096:8", False, False)] * 2
     assert repeatability() == before
     toy = Toy("cpu")
-    run_training(toy, tmp_path / "cpu", DistillConfig(steps=1), 0)
+    run_training(toy, tmp_path / "cpu", DistillConfig(steps=1), RunConfig())
     assert toy.observed == [before]
 
 
@@ -171,7 +173,7 @@ def test_what_the_user_asked_of_torch_is_not_weakened(monkeypatch: pytest.Monkey
     try:
         before = repeatability()
         with pytest.raises(KeyError), deterministic(torch.device("cuda")):
-            assert repeatability() == (True, False, True, False, False, ":16:8")
+            assert repeatability()[:6] == (True, False, True, False, False, ":16:8")
             raise KeyError
         assert repeatability() == before
         assert before[:4] == (True, False, torch.backends.cudnn.deterministic, True)
