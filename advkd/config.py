@@ -62,6 +62,7 @@ class RunConfig:
     threads: int = within(0, 0, 1024)  # torch's threads; 0 leaves them as they are
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = one_of("float32", ("float32", "bfloat16"))  # in which student and D compute
+    checkpoint_minutes: float = within(1.0, 0, 1e6)  # between two of a training, at least
     tf32: bool = True  # on CUDA float32 is multiplied as TF32: by convolutions and by products
     compile: str = one_of("graph", ("off", "graph"))  # graph: on CUDA a kind of step is captured
 

@@ -22,10 +22,10 @@ from advkd.parallel import Workers
 from advkd.training import settings as device_settings
 from advkd.training.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     latest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
-    save_checkpoint,
 )
 from advkd.training.ema import Ema
 from advkd.training.inputs import Ahead
@@ -215,12 +215,17 @@ def run_training(training: Training, run: Path, settings: Paced, of_run: RunConf
         tensor_float32(training.device, of_run.tf32),
         Workers(of_run.threads, training.device, settings.accumulate) as workers,
         progress_bar(stage, steps, start) as bar,
+        CheckpointWriter(folder, stage) as writer,
     ):
+        saved = began
         for done in range(start + 1, steps + 1):
             readings.add(done - 1, training.step(done - 1, workers))
             bar.update()
+            writer.check()
             logs = done % settings.log_every == 0 or done == steps
-            saves = done % settings.checkpoint_every == 0 or stop.requested or done == steps
+            due = time.monotonic() - saved >= 60 * of_run.checkpoint_minutes
+            saves = due and done % settings.checkpoint_every == 0
+            saves = saves or stop.requested or done == steps
             if logs or saves:
                 values = readings.read()  # the device has done the step, and all before it are good
             seconds = before + time.monotonic() - began
@@ -228,8 +233,10 @@ def run_training(training: Training, run: Path, settings: Paced, of_run: RunConf
                 log.write(done, seconds=seconds, **values)
                 bar.set_postfix(training.brief(values))
             if saves:
-                save_checkpoint(folder, stage, training.checkpoint(done, seconds, values))
+                writer.save(training.checkpoint(done, seconds, values))
+                saved = time.monotonic()
             # Also after the last step: the stages that follow may take minutes.
             if saves and stop.requested:
+                writer.wait()
                 raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}")
     return before + time.monotonic() - began

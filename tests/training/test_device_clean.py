@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from advkd import device
-from advkd.config import RunConfig
 from advkd.data.trajectories import Trajectories
 from advkd.parallel import Workers
 from advkd.training import distill, loop, teacher
+from advkd.training.checkpoint import CheckpointWriter
 from advkd.training.distill import Distillation
 from advkd.training.loop import Training, run_training
 from advkd.training.teacher import TeacherTraining
@@ -143,10 +143,11 @@ def test_a_training_reads_all_its_values_when_it_logs(
         return [0.5] * len(values)
 
     monkeypatch.setattr(loop, "on_host", on_host)
-    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, stage, checkpoint: None)
+    monkeypatch.setattr(CheckpointWriter, "save", lambda writer, checkpoint: None)
     training = TeacherTraining(teacher_config(), squares())
     every = ["teacher.steps=7", "teacher.log_every=3", "teacher.checkpoint_every=5"]
-    run_training(training, tmp_path, teacher_config(*every).teacher, RunConfig())
+    config = teacher_config(*every)
+    run_training(training, tmp_path, config.teacher, config.run)
     assert read == [2 * steps for steps in (3, 2, 1, 1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,7 +20,9 @@ from advkd.config import DistillConfig, RunConfig
 from advkd.console import StopSignals, progress_bar
 from advkd.device import deterministic
 from advkd.parallel import Workers
+from advkd.training import checkpoint as checkpoint_module
 from advkd.training import loop
+from advkd.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from advkd.training.ema import Ema
 from advkd.training.inputs import Ahead
 from advkd.training.loop import (
@@ -139,6 +142,47 @@ def test_values_are_read_together_and_the_first_that_is_not_finite_is_named(
         readings.add(7, {"a": torch.tensor(math.nan)})
         with pytest.raises(TrainingError, match=rf"^b is {bad} at step 6 of stage toy; "):
             readings.read()
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [4, 8, 10]), (1.0, [8, 10]), (9.0, [10])])
+def test_checkpoints_are_some_minutes_apart(
+    minutes: float, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a training whose steps take ten seconds, as the loop's clock has it."""
+    toy, now, written = Toy("cpu"), [0.0], []
+
+    def slow(step: int, workers: Workers) -> dict[str, Value]:
+        now[0] += 10.0
+        return {"loss": 1.0}
+
+    toy.step = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        CheckpointWriter, "save", lambda writer, checkpoint: written.append(checkpoint.step)
+    )
+    settings = DistillConfig(steps=10, checkpoint_every=4)
+    run_training(toy, tmp_path, settings, RunConfig(checkpoint_minutes=minutes))
+    assert written == steps
+
+
+def test_what_fails_in_the_writer_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next step, and not only when the training ends; the checkpoint before it stays."""
+    toy, original = Toy("cpu"), checkpoint_module.save_checkpoint
+
+    def full(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+        if checkpoint.step > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(folder, name, checkpoint)
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", full)
+    settings = DistillConfig(steps=1000, checkpoint_every=1)
+    with pytest.raises(OSError, match="No space left"):
+        run_training(toy, tmp_path, settings, RunConfig(checkpoint_minutes=0.0))
+    assert len(toy.observed) <= 3
+    found = latest_checkpoint(tmp_path / "checkpoints", "toy")
+    assert found is not None and found.step == 1
 
 
 def repeatability() -> tuple[Any, ...]:
