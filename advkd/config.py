@@ -61,6 +61,10 @@ class RunConfig:
     seed: int = within(0, 0, 2**64 - 1)  # of initialization, data order and trajectories
     threads: int = within(0, 0, 1024)  # torch's threads; 0 leaves them as they are
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = one_of("float32", ("float32", "bfloat16"))  # in which student and D compute
+    checkpoint_minutes: float = within(1.0, 0, 1e6)  # between two of a training, at least
+    tf32: bool = True  # on CUDA float32 is multiplied as TF32: by convolutions and by products
+    compile: str = one_of("graph", ("off", "graph"))  # graph: on CUDA a kind of step is captured
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class TeacherConfig:
     init: str = ""  # folder of a teacher whose weights the training starts from
     steps: int = within(20_000, 1, MAX_COUNT)
     batch: int = within(64, 1, 1_000_000)
+    accumulate: int = within(1, 1, 1_000_000)  # parts of a batch, computed one after another
     lr: float = within(1e-3, 0, 10, above=True)
     warmup: int = within(500, 0, MAX_COUNT)  # steps of linear warm-up; then a cosine to lr_final
     lr_final: float = within(0.02, 0, 1)  # as a share of lr
@@ -176,6 +181,7 @@ class DistillConfig:
 
     steps: int = within(2000, 1, MAX_COUNT)
     batch: int = within(32, 1, 1_000_000)
+    accumulate: int = within(1, 1, 1_000_000)  # parts of a batch, computed one after another
     lr: float = within(1e-3, 0, 10, above=True)
     lr_d: float = within(3e-4, 0, 10, above=True)
     warmup: int = within(100, 0, MAX_COUNT)

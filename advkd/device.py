@@ -67,6 +67,23 @@ def products_as_convolutions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
+    """Within `with`, convolutions and products of float32 on a CUDA device round what they multiply
+    to TF32's 11 bits, or none does; kernels of this package follow. The settings come back."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Within `with`, the same work on a CUDA device gives the same bits; on a CPU it does anyway.
 

@@ -21,10 +21,13 @@ class Workers:
     shares are fixed by their number, and summed in order: the same number gives the same bits.
     """
 
-    def __init__(self, threads: int, device: torch.device):
+    def __init__(self, threads: int, device: torch.device, accumulate: int = 1):
+        """`accumulate` cuts each worker's share into so many, taken one after another."""
         if threads < 0:
             raise ValueError(f"threads={threads} is negative")
-        self.count = 1
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate} is below 1")
+        self.count, self.accumulate = 1, accumulate
         self._threads_before = torch.get_num_threads()
         if device.type == "cpu":
             self.count = threads or self._threads_before
@@ -32,8 +35,8 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.count)
 
     def shares(self, batch: int) -> list[slice]:
-        """Slices of a batch, one per worker (fewer if the batch is smaller than that)."""
-        size = -(-batch // self.count)
+        """Slices of a batch: `accumulate` per worker, fewer if the batch is smaller than that."""
+        size = -(-batch // (self.count * self.accumulate))
         return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
     def gradients(
@@ -48,17 +51,23 @@ class Workers:
         order, and named 0-d tensors to log, whose means over the batch are returned.
         """
         shares = self.shares(batch)
-        if torch._C._len_torch_dispatch_stack() > 0:  # a mode sees the work of its own thread only
-            results = list(map(gradients_of, shares))
-        else:
-            results = list(self._pool.map(gradients_of, shares))
+        # A dispatch mode and a stream are those of a thread, which one worker does without.
+        alone = self.count == 1 or torch._C._len_torch_dispatch_stack() > 0
+        results = map(gradients_of, shares) if alone else self._pool.map(gradients_of, shares)
         weights = [(share.stop - share.start) / batch for share in shares]
-        total = torch._foreach_mul(list(results[0][0]), weights[0])
-        for (gradients, _), weight in zip(results[1:], weights[1:], strict=True):
-            torch._foreach_add_(total, list(gradients), alpha=weight)
+        total: list[Tensor] | None = None
+        logs = []
+        for weight in weights:
+            gradients, logged = next(results)
+            if total is None:
+                total = list(torch._foreach_mul(list(gradients), weight))
+            else:
+                torch._foreach_add_(total, list(gradients), alpha=weight)
+            del gradients  # of shares taken one after another, only the sum is kept
+            logs.append(logged)
+        assert total is not None
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = _laid_as(parameter, gradient)
-        logs = [logged for _, logged in results]
         return {key: _mean([logged[key] for logged in logs], weights) for key in logs[0]}
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -395,7 +395,8 @@ def write_trajectories(folder: Path) -> None:
 def read_trajectories(folder: Path) -> None:
     store = Trajectories(folder, 4)
     indices = torch.arange(4)
-    store.targets(indices)
+    for k in range(store.K):
+        store.targets(indices, k)
     store.x_T(indices)
     store.labels(indices)
 

@@ -16,12 +16,14 @@ from advkd.parallel import Workers
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 64])
-def test_shares_are_the_batch_in_order(count: int, batch: int) -> None:
-    with Workers(count, CPU) as workers:
+def test_shares_are_the_batch_in_order(count: int, batch: int, accumulate: int) -> None:
+    with Workers(count, CPU, accumulate) as workers:
         shares = workers.shares(batch)
-    assert len(shares) <= count
+    assert len(shares) <= count * accumulate
+    assert max(share.stop - share.start for share in shares) == -(-batch // (count * accumulate))
     assert [i for share in shares for i in range(batch)[share]] == list(range(batch))
     assert all(share.stop > share.start for share in shares)
 
@@ -32,8 +34,8 @@ def regression() -> tuple[nn.Module, Tensor, Tensor]:
     return net, torch.randn(7, 2, 6, 6).double(), torch.randn(7, 1, 2, 2).double()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_gradients_and_logs_are_those_of_the_whole_batch(count: int) -> None:
+@pytest.mark.parametrize(("count", "accumulate"), [(1, 1), (2, 1), (3, 1), (1, 3), (2, 2)])
+def test_gradients_and_logs_are_those_of_the_whole_batch(count: int, accumulate: int) -> None:
     net, x, target = regression()
     parameters = list(net.parameters())
 
@@ -44,7 +46,7 @@ def test_gradients_and_logs_are_those_of_the_whole_batch(count: int) -> None:
         loss = loss_of(share)
         return torch.autograd.grad(loss, parameters), {"loss": loss.detach()}
 
-    with Workers(count, CPU) as workers:
+    with Workers(count, CPU, accumulate) as workers:
         logged = workers.gradients(gradients_of, len(x), iter(parameters))
     loss = loss_of(slice(None))
     expected = torch.autograd.grad(loss, parameters)
@@ -97,7 +99,8 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize(("count", "batch"), [(1, 8), (4, 1), (2, 8)])
 def test_shares_run_in_the_callers_thread_where_a_mode_watches_it(count: int, batch: int) -> None:
-    """A dispatch mode sees the work of its own thread only; without one there are others for it."""
+    """A dispatch mode sees the work of its own thread only, and so does a CUDA stream, which one
+    worker serves; without them there are other threads for the work."""
     threads = []
 
     def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -107,7 +110,7 @@ def test_shares_run_in_the_callers_thread_where_a_mode_watches_it(count: int, ba
     parameters = [nn.Parameter(torch.zeros(2))]
     with Workers(count, CPU) as workers:
         workers.gradients(gradients_of, batch, parameters)
-        assert threading.get_ident() not in threads
+        assert (threading.get_ident() in threads) == (count == 1)
         threads.clear()
         with Watching():
             workers.gradients(gradients_of, batch, parameters)
@@ -154,4 +157,6 @@ def test_a_negative_number_of_threads_is_an_error(set_threads) -> None:
     set_threads(2)
     with pytest.raises(ValueError, match="threads=-1"):
         Workers(-1, CPU)
+    with pytest.raises(ValueError, match="accumulate=0 is below 1"):
+        Workers(1, CPU, 0)
     assert torch.get_num_threads() == 2

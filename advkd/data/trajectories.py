@@ -118,11 +118,12 @@ class Trajectories:
     def K(self) -> int:
         return len(self.index.saved)
 
-    def targets(self, indices: Tensor) -> Tensor:
-        """x^(1) .. x^(K) of the images `indices` (B,): (B, K, C, S, S) float32."""
+    def targets(self, indices: Tensor, k: int) -> Tensor:
+        """The targets of head k (0 .. K-1, or -1 for the last) of the images `indices` (B,):
+        (B, C, S, S) of the store's dtype."""
         size = self.index.shard
-        rows = [self._maps[i // size][i % size] for i in indices.tolist()]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
+        rows = [self._maps[i // size][i % size, k] for i in indices.tolist()]
+        return torch.from_numpy(np.stack(rows))
 
     def x_T(self, indices: Tensor) -> Tensor:
         """The noise these images grew from: (B, C, S, S) float32, channels_last."""

@@ -134,17 +134,26 @@ def step_rows(table: StepTable, saved: Sequence[int], target: str) -> Tensor:
 
 
 def captured(
-    function: Callable[[], Tensor], device: torch.device
+    function: Callable[[], Tensor],
+    device: torch.device,
+    *,
+    stream: torch.cuda.Stream | None = None,
+    warm_up: int = _WARM_UP,
+    pool: Any = None,
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Capture what a function launches on the device: the CUDA graph, and the tensor it writes.
 
-    An exception, of the function or of CUDA, leaves no capture under way and no memory taken.
+    `stream` and `pool` are where, if not on the stream of all captures and in memory of its own;
+    `warm_up` times the function is carried out before. An exception, of the function or of CUDA,
+    leaves no capture under way and no memory taken.
     """
     with _capturing:
-        stream = _side_stream(device)
+        stream = _side_stream(device) if stream is None else stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            found = _captured_on(stream, function, device)
+            for _ in range(warm_up):
+                function()
+            found = _captured_on(stream, function, device, pool)
         torch.cuda.current_stream(device).wait_stream(stream)
     return found
 
@@ -156,15 +165,13 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _captured_on(
-    stream: torch.cuda.Stream, function: Callable[[], Tensor], device: torch.device
+    stream: torch.cuda.Stream, function: Callable[[], Tensor], device: torch.device, pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`captured`, on the current stream."""
-    for _ in range(_WARM_UP):
-        function()
     stream.synchronize()
     torch.cuda.empty_cache()  # the graph's memory is a pool of its own
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    pool = torch.cuda.graph_pool_handle()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     try:
         # Other threads may go on to use CUDA.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")

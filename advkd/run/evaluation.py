@@ -61,7 +61,8 @@ def _sampled_images(run: Run) -> ImageSet:
     """What stands in for training images where there are none: what the trajectories end in."""
     count = min(2000, run.config.trajectory.num)
     store = Trajectories(run.path / "trajectories", count)
-    ends = [store.targets(part)[:, -1].clamp(-1, 1) for part in torch.arange(count).split(50)]
+    parts = torch.arange(count).split(50)
+    ends = [store.targets(part, -1).float().clamp(-1, 1) for part in parts]
     return ImageSet(torch.cat(ends).numpy(), None, "samples of the teacher")
 
 

@@ -22,10 +22,6 @@ class Augmentation(NamedTuple):
     corners: Tensor
     side: int
 
-    def to(self, device: torch.device) -> Augmentation:
-        """The same on another device."""
-        return Augmentation(self.offsets.to(device), self.corners.to(device), self.side)
-
     def share(self, part: slice) -> Augmentation:
         """Those of one worker's images."""
         return Augmentation(self.offsets[part], self.corners[part], self.side)

@@ -10,7 +10,8 @@ import contextlib
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,60 @@ def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
 
 def _files_of(folder: Path, name: str) -> list[Path]:
     return [*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*.tmp")]
+
+
+class CheckpointWriter:
+    """Writes a training's checkpoints from snapshots, in a thread, one at a time.
+
+    The training goes on while a snapshot is serialized, hashed and written. An error of the thread
+    is raised by the next call; at the end of `with` it waits until the last one is on disk.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._folder, self._name = folder, name
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._memory: dict[str, Tensor] = {}  # of snapshots, which are all alike
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Take a snapshot and let it be written, once the one before it is."""
+        self.wait()
+        tensors = {name: self._copied(name, value) for name, value in checkpoint.tensors.items()}
+        for device in {value.device for value in checkpoint.tensors.values()}:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # its copies are under way
+        snapshot = replace(checkpoint, tensors=tensors)
+        self._writing = self._pool.submit(save_checkpoint, self._folder, self._name, snapshot)
+
+    def _copied(self, name: str, value: Tensor) -> Tensor:
+        memory = self._memory.get(name)
+        if memory is None:
+            memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._memory[name] = memory
+        return memory.copy_(value.detach(), non_blocking=True)
+
+    def check(self) -> None:
+        """Raise the error of the last write, if it has one by now."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last snapshot is on disk, or raise what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:  # else what ended the training is what matters
+                raise
+        finally:
+            self._pool.shutdown()
 
 
 def latest_checkpoint(folder: Path, name: str) -> Checkpoint | None:

@@ -15,7 +15,7 @@ noise of the same label y (`diversity`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,19 +26,23 @@ from advkd import device
 from advkd.config import Config, ConfigError, DistillConfig
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
+from advkd.device import autocast
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.parallel import Workers
 from advkd.pretrained import save_student
 from advkd.training import losses
 from advkd.training.augment import Augmentation
-from advkd.training.batches import Batch, Batches
+from advkd.training.batches import Batch, Batches, Drawn, Labeled
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.diversity import missing_distance, typical_of_data
 from advkd.training.ema import Ema
-from advkd.training.loop import Training, run_training
+from advkd.training.graphs import Steps
+from advkd.training.inputs import Ahead, on_device
+from advkd.training.loop import Training, Value, run_training
 from advkd.training.losses import find_loss, generator_gradient
 from advkd.training.schedule import active_heads, adversary_heads, head_weights, learning_rate
+from advkd.training.settings import rated_on, set_rate
 from advkd.training.streams import generator_at, global_seed
 
 STAGE = "distill"
@@ -73,6 +77,11 @@ def check_settings(settings: DistillConfig, K: int) -> None:
         )
 
 
+def _widened(x: Tensor) -> Tensor:
+    """x, in float32 where autocast made it narrower."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 class Adversary(NamedTuple):
     """The discriminator's side of a step, before any gradient is taken."""
 
@@ -90,6 +99,11 @@ class StepPlan(NamedTuple):
     seen: dict[int, float]
     penalize: tuple[int, ...]
     apart: int = 0  # by which weight images of a label are held apart (0: not)
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for plans that compute the same."""
+        return self._replace(seen=tuple(self.seen.items()))  # type: ignore[arg-type]
 
 
 class Distillation(Training):
@@ -114,7 +128,9 @@ class Distillation(Training):
         self.adversary_start = round(self.settings.adversary_after * self.settings.steps)
         self.device = device.resolve(config.run.device)
         real = None if self.paired or not self.settings.real_images else images
-        self.batches = Batches(config, trajectories, real, self.device)
+        self.batches = Batches(config, trajectories, real)
+        self.inputs = Ahead(self.drawn, self.device)
+        self.autocast = "on" if config.run.dtype == "bfloat16" else "off"
         with global_seed(config.run.seed, self.device):
             student = Student(config.student, size, C, index.target, index.num_classes)
             D = Discriminator(
@@ -128,7 +144,7 @@ class Distillation(Training):
         self.ema = Ema(self.student, self.settings.ema)
         betas = (self.settings.beta1, self.settings.beta2)
         self.optimizer, self.optimizer_d = (
-            torch.optim.Adam(net.parameters(), betas=betas, fused=True)
+            rated_on(self.device, torch.optim.Adam(net.parameters(), betas=betas, fused=True))
             for net in (self.student, self.discriminator)
         )
         self.modules = {
@@ -137,11 +153,38 @@ class Distillation(Training):
             "d": self.discriminator,
         }
         self.optimizers = {"optimizer": self.optimizer, "optimizer_d": self.optimizer_d}
+        self.steps = Steps(
+            self.device, [self.optimizer, self.optimizer_d], config.run.compile == "graph"
+        )
 
     def batch(self, step: int) -> Batch:
-        """The batch that belongs to `step`."""
+        """The batch that belongs to `step`, with the targets that the step takes."""
+        return self.made(on_device(self.drawn(step), self.device))
+
+    def drawn(self, step: int) -> Drawn:
+        """What this batch is made of, on the host."""
+        plan = self.plan(step)
         fresh = not self.paired and step >= self.adversary_start
-        return self.batches.at(step, fresh, self.plan(step).apart > 0)
+        return self.batches.drawn(step, self.targets_of(plan), fresh, plan.apart > 0)
+
+    def made(self, drawn: Drawn) -> Batch:
+        """The batch made of what is drawn, where that lies."""
+        return self.batches.made(drawn)
+
+    def targets_of(self, plan: StepPlan) -> list[int]:
+        """The heads whose targets a step takes: to reconstruct, and as D's real images."""
+        last = len(self.stages) - 1
+        shown = {*plan.seen, *plan.penalize}
+        if self.batches.images is not None:
+            shown.discard(last)
+        reconstructed = range(plan.heads) if plan.reconstruct else ()
+        return sorted({*reconstructed, *shown})
+
+    def states(self, given: Labeled, depth: int | None = None) -> list[Tensor]:
+        """The images of the student's heads, in float32 whatever computes them."""
+        with autocast(self.autocast, self.device):
+            images = self.student.states(given.x, given.y, depth)
+        return [_widened(image) for image in images]
 
     def logits(self, batch: Batch, k: int, fake: Tensor) -> tuple[Tensor, Tensor]:
         """D's logits (B,) of the real images of head k, and of the student's, in one call."""
@@ -150,7 +193,9 @@ class Distillation(Training):
         real, fake = self._as_seen(batch.of_real, real, k), self._as_seen(batch.of_fake, fake, k)
         y = None if y_real is None or y_fake is None else torch.cat([y_real, y_fake])
         x_T = torch.cat([batch.x_T, batch.x_T]) if self.paired else None
-        of_real, of_fake = self.discriminator(torch.cat([real, fake]), x_T, k, y).chunk(2)
+        with autocast(self.autocast, self.device):
+            logits = self.discriminator(torch.cat([real, fake]), x_T, k, y)
+        of_real, of_fake = _widened(logits).chunk(2)
         return of_real, of_fake
 
     def _as_seen(self, augmentation: Augmentation | None, x: Tensor, k: int) -> Tensor:
@@ -218,7 +263,8 @@ class Distillation(Training):
     def squared_slope(
         self, batch: Batch, x: Tensor, y: Tensor | None, k: int, augmentation: Augmentation | None
     ) -> Tensor:
-        """E|grad_x D(x)|^2 at images x of head k, which D sees moved and covered."""
+        """E|grad_x D(x)|^2 at images x of head k, which D sees moved and covered; in float32
+        throughout, for it is differentiated twice."""
         x = x.detach().requires_grad_()
         seen = self._as_seen(augmentation, x, k)
         logits = self.discriminator(seen, batch.x_T if self.paired else None, k, y)
@@ -228,7 +274,7 @@ class Distillation(Training):
     def diversity(self, batch: Batch, images: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """lambda_div max(0, d_y - |xhat^(K) - xhat'^(K)|), and the maximum to log."""
         assert batch.other is not None
-        other = self.student.states(batch.other.x, batch.other.y)[-1]
+        other = self.states(batch.other)[-1]
         y = batch.other.y
         typical = self.typical if y is None else self.typical[y]
         missing = missing_distance(images[-1], other, typical).mean()
@@ -244,14 +290,14 @@ class Distillation(Training):
         outputs: list[Tensor] = []  # what the student is differentiated through
         images: list[Tensor] = []
         if plan.reconstruct or batch.fresh is None:
-            images = self.student.states(batch.x_T, batch.y, depth=plan.heads)
+            images = self.states(Labeled(batch.x_T, batch.y), plan.heads)
         if plan.reconstruct:
             rec, logged = self.reconstruction(batch, images)
             outputs = [rec * plan.reconstruct]
         if not plan.seen:
             return list(torch.autograd.grad(outputs, of_g, **_UNUSED_IS_ZERO)), logged
         if batch.fresh is not None:
-            images = self.student.states(batch.fresh.x, batch.fresh.y, depth=plan.heads)
+            images = self.states(batch.fresh, plan.heads)
         (loss_d, fakes, ratios), logged_d = self.adversary(batch, images, plan.seen)
         logged |= logged_d
         if plan.penalize:
@@ -288,32 +334,40 @@ class Distillation(Training):
         apart = s.div_every if s.lambda_div and last and step % s.div_every == 0 else 0
         return StepPlan(heads, reconstruct, seen, tuple(penalized), apart)
 
-    def step(self, step: int, workers: Workers) -> dict[str, float]:
+    def step(self, step: int, workers: Workers) -> dict[str, Value]:
         """One step of both networks, or of the student alone; returns values to log."""
         s = self.settings
-        batch, plan = self.batch(step), self.plan(step)
+        plan = self.plan(step)
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
-        networks = {"grad_g": (self.student, self.optimizer, lr)}
+        set_rate(self.optimizer, lr)
         if plan.seen:  # D has a warm-up of its own
             since = step - self.adversary_start
             after = s.steps - self.adversary_start
-            lr_d = learning_rate(since, s.lr_d, s.warmup, after, s.lr_final)
-            networks["grad_d"] = (self.discriminator, self.optimizer_d, lr_d)
+            set_rate(self.optimizer_d, learning_rate(since, s.lr_d, s.warmup, after, s.lr_final))
+        self.ema.at(step)
+        values = self.steps(
+            plan.kind, self.inputs(step), lambda drawn: self.carried_out(drawn, plan, step, workers)
+        )
+        return {**values, "lr": lr}
+
+    def carried_out(
+        self, drawn: Drawn, plan: StepPlan, step: int, workers: Workers
+    ) -> dict[str, Value]:
+        """The device's part of a step: its batch, the gradients and what they move."""
+        s, batch = self.settings, self.made(drawn)
+        networks = {"grad_g": (self.student, self.optimizer)}
+        if plan.seen:
+            networks["grad_d"] = (self.discriminator, self.optimizer_d)
 
         def gradients_of(share: slice) -> tuple[list[Tensor], dict[str, Tensor]]:
             return self.gradients(batch.share(share), plan)
 
-        parameters = [p for network, _, _ in networks.values() for p in network.parameters()]
+        parameters = [p for network, _ in networks.values() for p in network.parameters()]
         values = workers.gradients(gradients_of, s.batch, parameters)
-        for name, (network, _, _) in networks.items():
+        for name, (network, _) in networks.items():
             values[name] = torch.nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip)
-        logged = self.read_finite(values, step)  # before anything changes
-        for _, optimizer, rate in networks.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        self.ema.update(self.student, step)
-        return {**logged, "lr": lr}
+        optimizers = [optimizer for _, optimizer in networks.values()]
+        return self.update(values, step, optimizers, self.student)
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         """The last active head's losses and its logit gap."""
@@ -338,10 +392,7 @@ def distill_student(
     on disk.
     """
     training = Distillation(config, trajectories, images)
-    s = config.distill
-    seconds = run_training(
-        training, run, s.steps, s.log_every, s.checkpoint_every, config.run.threads
-    )
+    seconds = run_training(training, run, config.distill, config.run)
     training.ema.model.class_names = class_names
     save_student(training.ema.model, run / "student")
     drop_checkpoints(run / "checkpoints", STAGE)

@@ -50,7 +50,7 @@ def typical_of_data(
     of = trajectories.num if images is None else len(images)
     rows = torch.randperm(of, generator=generator)[:_LOOKED_AT]
     if images is None:
-        parts = [trajectories.targets(part)[:, -1] for part in rows.split(50)]
+        parts = [trajectories.targets(part, -1).float() for part in rows.split(50)]
         return typical_distances(torch.cat(parts), trajectories.labels(rows), num_classes)
     y = None
     if num_classes is not None and images.labels is not None:

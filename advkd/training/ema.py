@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from advkd.training.settings import set_to, setting_on
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -20,11 +22,21 @@ class Ema(Generic[Network]):
     def __init__(self, model: Network, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self._weight = setting_on(next(model.parameters()).device)
+
+    def at(self, step: int) -> None:
+        """Let `update` move the average as far as belongs to `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        self._weight = set_to(self._weight, 1 - decay)
 
     @torch.no_grad()
-    def update(self, model: Network, step: int) -> None:
-        """Move the average toward the network's parameters after `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, model: Network, bad: Tensor | None = None) -> None:
+        """Move the average toward the network's parameters; not where the flag `bad` (0-d) is 1."""
         averaged: list[Tensor] = list(self.model.parameters())
         current: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        if not isinstance(self._weight, Tensor):
+            torch._foreach_lerp_(averaged, current, self._weight)
+            return
+        moves = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(moves, self._weight if bad is None else self._weight * (1 - bad))
+        torch._foreach_add_(averaged, list(moves))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from advkd.config import RunConfig
 from advkd.console import Interrupted, StopSignals, progress_bar
-from advkd.device import deterministic
+from advkd.device import deterministic, tensor_float32
 from advkd.files import load_strictly, write_bytes
 from advkd.parallel import Workers
+from advkd.training import settings as device_settings
 from advkd.training.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     latest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
-    save_checkpoint,
 )
+from advkd.training.ema import Ema
+from advkd.training.inputs import Ahead
 
 
 class TrainingError(RuntimeError):
@@ -54,10 +60,43 @@ class MetricsLog:
             log.write(json.dumps({"stage": self.stage, "step": step, **rounded}) + "\n")
 
 
-def on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Named 0-d tensors of one device as numbers, in one transfer: a step's only wait for a GPU."""
-    numbers: list[float] = torch.stack(list(values.values())).tolist()
-    return dict(zip(values, numbers, strict=True))
+Value = float | Tensor  # of a step: a number, or a 0-d tensor that the host has not read
+
+
+def on_host(values: Sequence[Tensor]) -> list[float]:
+    """0-d tensors of one device as numbers, in one transfer: the only wait for a GPU."""
+    return torch.stack(list(values)).tolist() if values else []
+
+
+class Readings:
+    """Values of steps, which stay on the device until all of them are read together."""
+
+    def __init__(self, stage: str, latest: Mapping[str, float]):
+        """`latest` are those of the steps before; not every step has every one."""
+        self._stage, self._latest = stage, dict(latest)
+        self._waiting: list[tuple[int, Mapping[str, Value]]] = []
+
+    def add(self, step: int, values: Mapping[str, Value]) -> None:
+        """Keep the values of a step."""
+        self._waiting.append((step, values))
+
+    def read(self) -> dict[str, float]:
+        """The latest number of each name. TrainingError names the first that is not finite, of all
+        steps since the last reading."""
+        waiting, self._waiting = self._waiting, []
+        tensors = [v for _, of in waiting for v in of.values() if isinstance(v, Tensor)]
+        numbers = iter(on_host(tensors))
+        for step, values in waiting:
+            for name, value in values.items():
+                number = next(numbers) if isinstance(value, Tensor) else value
+                if not math.isfinite(number):
+                    raise TrainingError(
+                        f"{name} is {number} at step {step} of stage {self._stage}; the last good "
+                        "checkpoint is kept: lower the learning rate (--set, with --redo for this "
+                        "stage)"
+                    )
+                self._latest[name] = number
+        return dict(self._latest)
 
 
 class Training(abc.ABC):
@@ -67,26 +106,53 @@ class Training(abc.ABC):
     device: torch.device
     modules: dict[str, nn.Module]  # a checkpoint names their tensors `KEY.NAME`
     optimizers: dict[str, torch.optim.Optimizer]
+    ema: Ema[Any]
+    inputs: Ahead[Any]  # what each step takes from the host
 
     @abc.abstractmethod
-    def step(self, step: int, workers: Workers) -> dict[str, float]:
-        """Carry out one step; returns values to log (not every step needs to have every one)."""
+    def step(self, step: int, workers: Workers) -> dict[str, Value]:
+        """Carry out one step; returns values to log (not every step needs to have every one).
+
+        On a GPU it waits for nothing: a step with a value that is not finite changes nothing, and
+        `Readings` finds it. On a CPU it raises TrainingError.
+        """
 
     @abc.abstractmethod
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         """The few of the values that stand beside the progress bar."""
 
-    def read_finite(self, values: Mapping[str, Tensor], step: int) -> dict[str, float]:
-        """A step's values as numbers; TrainingError names the first that is not finite."""
-        numbers = on_host(values)
-        for name, number in numbers.items():
-            if not math.isfinite(number):
-                raise TrainingError(
-                    f"{name} is {number} at step {step} of stage {self.stage}; the last good "
-                    "checkpoint is kept: lower the learning rate (--set, with --redo for this "
-                    "stage)"
-                )
-        return numbers
+    def close(self) -> None:
+        """End the thread that draws inputs ahead; no further step is then possible."""
+        self.inputs.close()
+
+    def update(
+        self,
+        values: Mapping[str, Tensor],
+        step: int,
+        optimizers: Sequence[torch.optim.Optimizer],
+        averaged: nn.Module,
+    ) -> dict[str, Value]:
+        """Move weights by their gradients and then the average, and return the step's values.
+
+        Where one of these is not finite nothing moves: on a CPU TrainingError says so at once,
+        elsewhere a flag makes the device pass over the step.
+        """
+        if device_settings.is_host(self.device):
+            readings = Readings(self.stage, {})
+            readings.add(step, values)
+            found: dict[str, Value] = {**readings.read()}
+            bad = None
+        else:
+            found = {**values}
+            bad = (~torch.stack(list(values.values())).isfinite().all()).float()
+        for optimizer in optimizers:
+            if bad is not None:
+                optimizer.found_inf = bad  # type: ignore[attr-defined]  # which fused Adam reads
+            optimizer.step()
+            if bad is not None:
+                optimizer.found_inf = None  # type: ignore[attr-defined]
+        self.ema.update(averaged, bad)
+        return found
 
     def checkpoint(self, step: int, seconds: float, logged: dict[str, float]) -> Checkpoint:
         """All of the training's state after `step` steps, and the values logged last."""
@@ -112,40 +178,65 @@ class Training(abc.ABC):
             restore_optimizer(optimizer, checkpoint.tensors, prefix, where)
 
 
-def run_training(
-    training: Training, run: Path, steps: int, log_every: int, checkpoint_every: int, threads: int
-) -> float:
+class Paced(Protocol):
+    """The settings of a training that its loop follows."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+
+
+def run_training(training: Training, run: Path, settings: Paced, of_run: RunConfig) -> float:
     """Carry a training to its last step, from the start or on from its last checkpoint in `run`.
 
     Returns the seconds it took, interrupted parts included; the checkpoints stay. Raises
     TrainingError on a value that is not finite and Interrupted after a signal, both with the state
     on disk.
     """
-    stage, folder = training.stage, run / "checkpoints"
+    stage, folder, steps = training.stage, run / "checkpoints", settings.steps
     start, before = 0, 0.0
     values: dict[str, float] = {}
     found = latest_checkpoint(folder, stage)
     if found is not None:
         training.restore(found, folder)
         start, before = found.step, float(found.values["seconds"])
-        values |= found.values["logged"]  # not every step computes every one
-    log = MetricsLog(run / "metrics.jsonl", stage, start)
+        values |= found.values["logged"]
+    log, readings = MetricsLog(run / "metrics.jsonl", stage, start), Readings(stage, values)
     began = time.monotonic()
     with (
+        contextlib.closing(training),
         StopSignals() as stop,
         deterministic(training.device),
-        Workers(threads, training.device) as workers,
+        tensor_float32(training.device, of_run.tf32),
+        Workers(of_run.threads, training.device, settings.accumulate) as workers,
         progress_bar(stage, steps, start) as bar,
+        CheckpointWriter(folder, stage) as writer,
     ):
+        saved = began
         for done in range(start + 1, steps + 1):
-            values |= training.step(done - 1, workers)
+            readings.add(done - 1, training.step(done - 1, workers))
             bar.update()
+            writer.check()
+            logs = done % settings.log_every == 0 or done == steps
+            due = time.monotonic() - saved >= 60 * of_run.checkpoint_minutes
+            saves = due and done % settings.checkpoint_every == 0
+            saves = saves or stop.requested or done == steps
+            if logs or saves:
+                values = readings.read()  # the device has done the step, and all before it are good
             seconds = before + time.monotonic() - began
-            if done % log_every == 0 or done == steps:
+            if logs:
                 log.write(done, seconds=seconds, **values)
                 bar.set_postfix(training.brief(values))
-            if done % checkpoint_every == 0 or stop.requested or done == steps:
-                save_checkpoint(folder, stage, training.checkpoint(done, seconds, values))
-            if stop.requested:  # also after the last step: the stages that follow may take minutes
+            if saves:
+                writer.save(training.checkpoint(done, seconds, values))
+                saved = time.monotonic()
+            # Also after the last step: the stages that follow may take minutes.
+            if saves and stop.requested:
+                writer.wait()
                 raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}")
     return before + time.monotonic() - began

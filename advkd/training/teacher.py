@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +20,18 @@ from advkd.parallel import Workers
 from advkd.pretrained import load_teacher, save_teacher
 from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.ema import Ema
-from advkd.training.loop import Training, run_training
+from advkd.training.graphs import Steps
+from advkd.training.inputs import Ahead, on_device
+from advkd.training.loop import Training, Value, run_training
 from advkd.training.schedule import learning_rate
+from advkd.training.settings import rated_on, set_rate
 from advkd.training.streams import generator_at, global_seed, mixed_seed
 
 STAGE = "teacher"
 STREAM = "teacher"  # of a batch's random numbers; its name is part of the bits
 DROPOUT_STREAM = "dropout"
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]  # clean images, noise, times, labels
 
 # Settings of a network or schedule that its weights do not depend on.
 _NOT_LEARNED = {
@@ -71,19 +77,26 @@ class TeacherTraining(Training):
         unet = unet.to(self.device)
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.unet, self.settings.ema)
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             betas=(0.9, self.settings.beta2),
             weight_decay=self.settings.weight_decay,
             fused=True,
         )
+        self.optimizer = rated_on(self.device, optimizer)
         self.modules = {"unet": self.unet, "ema": self.ema.model}
         self.optimizers = {"optimizer": self.optimizer}
+        self.steps = Steps(self.device, [self.optimizer], config.run.compile == "graph")
         alpha_bar = self.unet.schedule.alpha_bar
         self.alpha_bar = torch.tensor(alpha_bar, dtype=torch.float32, device=self.device)
+        self.inputs = Ahead(self.drawn, self.device)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The clean images, noise, times and labels that belong to `step`."""
+    def batch(self, step: int) -> Batch:
+        """The clean images, noise, times and labels that belong to `step`, on the device."""
+        return on_device(self.drawn(step), self.device)
+
+    def drawn(self, step: int) -> Batch:
+        """The same on the host."""
         generator = generator_at(self.config.run.seed, step, STREAM)
         B = self.settings.batch
         indices = torch.randint(len(self.images), (B,), generator=generator).numpy()
@@ -93,8 +106,8 @@ class TeacherTraining(Training):
         t = torch.randint(len(self.alpha_bar), (B,), generator=generator)
         y = None
         if self.unet.class_embedding is not None and self.images.labels is not None:
-            y = torch.as_tensor(self.images.labels[indices], device=self.device)
-        return x_0.to(self.device), eps.to(self.device), t.to(self.device), y
+            y = torch.from_numpy(self.images.labels[indices])
+        return x_0, eps, t, y
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The simple loss of a batch or a share of it: a 0-d tensor."""
@@ -105,27 +118,30 @@ class TeacherTraining(Training):
         target = prediction_target(self.unet.schedule.prediction_type, x_0, eps, alpha_bar)
         return F.mse_loss(predicted.float(), target)
 
-    def step(self, step: int, workers: Workers) -> dict[str, float]:
+    def step(self, step: int, workers: Workers) -> dict[str, Value]:
         """One optimizer step; returns values to log."""
         s = self.settings
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        batch = self.batch(step)
-        parameters = list(self.unet.parameters())
+        set_rate(self.optimizer, lr)
+        self.ema.at(step)
+        with global_seed(mixed_seed(self.config.run.seed, step, DROPOUT_STREAM), self.device):
+            values = self.steps(
+                STAGE, self.inputs(step), lambda batch: self.carried_out(batch, step, workers)
+            )
+        return {**values, "lr": lr}
+
+    def carried_out(self, batch: Batch, step: int, workers: Workers) -> dict[str, Value]:
+        """The device's part of a step: its gradients and what they move."""
+        s, parameters = self.settings, list(self.unet.parameters())
 
         def gradients_of(share: slice) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
             x_0, eps, t, y = batch
             loss = self.loss(x_0[share], eps[share], t[share], None if y is None else y[share])
             return torch.autograd.grad(loss, parameters), {"loss": loss.detach()}
 
-        with global_seed(mixed_seed(self.config.run.seed, step, DROPOUT_STREAM), self.device):
-            values = workers.gradients(gradients_of, s.batch, parameters)
+        values = workers.gradients(gradients_of, s.batch, parameters)
         values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
-        logged = self.read_finite(values, step)  # before anything changes
-        self.optimizer.step()
-        self.ema.update(self.unet, step)
-        return {**logged, "lr": lr}
+        return self.update(values, step, [self.optimizer], self.unet)
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         """The loss."""
@@ -185,10 +201,9 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     that is not finite and Interrupted after a signal, both with the state on disk.
     """
     training = TeacherTraining(config, images)
-    s = config.teacher
     # Dropout has one generator, whose numbers several threads would take in any order.
-    threads = 1 if config.unet.dropout else config.run.threads
-    seconds = run_training(training, run, s.steps, s.log_every, s.checkpoint_every, threads)
+    of_run = dataclasses.replace(config.run, threads=1) if config.unet.dropout else config.run
+    seconds = run_training(training, run, config.teacher, of_run)
     save_teacher(training.ema.model, run / "teacher")
     drop_checkpoints(run / "checkpoints", STAGE)
     return seconds

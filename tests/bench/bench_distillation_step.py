@@ -23,6 +23,7 @@ from advkd.parallel import Workers
 from advkd.pretrained import load_teacher
 from advkd.training.batches import Batch, Labeled
 from advkd.training.distill import Distillation
+from advkd.training.inputs import Ahead
 
 from .measuring import Contender, Contest
 
@@ -55,7 +56,8 @@ def prepared(part: str, store: Trajectories) -> tuple[Distillation, list[int]]:
     first = -(-training.adversary_start // length) * length
     steps = [0] if part == PARTS[0] else list(range(first, first + length))
     batches = {step: training.batch(step) for step in steps}
-    training.batch = batches.__getitem__  # type: ignore[method-assign]
+    training.drawn, training.made = (lambda step: step), batches.__getitem__  # type: ignore
+    training.inputs = Ahead(training.drawn, training.device)
     return training, steps
 
 

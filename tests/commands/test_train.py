@@ -36,6 +36,7 @@ name = "tiny"
 [run]
 threads = 2
 device = "cpu"
+checkpoint_minutes = 0
 [data]
 size = 8
 flip = false

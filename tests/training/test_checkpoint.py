@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -41,9 +42,11 @@ from advkd.files import (
     write_json,
     write_tensors,
 )
+from advkd.training import checkpoint as checkpoint_module
 from advkd.training.checkpoint import (
     KEPT,
     Checkpoint,
+    CheckpointWriter,
     drop_checkpoints,
     latest_checkpoint,
     optimizer_tensors,
@@ -424,6 +427,49 @@ def test_what_a_crash_left_half_written_goes(tmp_path: Path) -> None:
     (tmp_path / "stage-00000003.safetensors").write_bytes(b"never closed")
     save_checkpoint(tmp_path, "stage", checkpoint(5))
     assert files(tmp_path) == ["stage-00000005.json", "stage-00000005.safetensors"]
+
+
+def test_a_snapshot_is_of_its_moment_and_one_is_written_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training goes on, and changes its tensors, while a slow disk takes the snapshot."""
+    weight = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    may_write, events = threading.Event(), []
+
+    def slow(folder: Path, name: str, given: Checkpoint) -> None:
+        assert may_write.wait(60)
+        events.append(f"writes {given.step}")
+        save_checkpoint(folder, name, given)
+        events.append(f"wrote {given.step}")
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", slow)
+    states = []
+    with CheckpointWriter(tmp_path, "stage") as writer:
+        for step in (1, 2):
+            states.append(weight.clone())
+            writer.save(Checkpoint(step, {"weight": weight}, {}))
+            events.append(f"goes on from {step}")
+            weight.mul_(2)
+            writer.check()
+            may_write.set()
+        assert events.index("goes on from 1") < events.index("writes 1")
+        assert events.index("wrote 1") < events.index("goes on from 2")
+    assert events.index("writes 2") < events.index("wrote 2")
+    for step, state in enumerate(states, 1):
+        tensors = read_tensors(tmp_path / f"stage-{step:08d}.safetensors")
+        assert torch.equal(tensors["weight"], state)
+
+
+def test_the_writers_error_is_raised_unless_another_ends_the_training(tmp_path: Path) -> None:
+    broken = Checkpoint(1, {"weight": torch.ones(1)}, {"no JSON": object()})
+    with pytest.raises(TypeError, match="JSON"), CheckpointWriter(tmp_path, "stage") as writer:
+        writer.save(broken)
+    with pytest.raises(TypeError, match="JSON"), CheckpointWriter(tmp_path, "stage") as writer:
+        writer.save(broken)
+        writer.save(broken)
+    with pytest.raises(KeyError), CheckpointWriter(tmp_path, "stage") as writer:
+        writer.save(broken)
+        raise KeyError
 
 
 SAVING = """

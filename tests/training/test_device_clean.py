@@ -1,14 +1,16 @@
 """Whole training steps on device `meta`, where no tensor has a value to read.
 
-What mixes devices, or reads a value back to the host inside a step, fails here as it would break
-or stall on a GPU. The one transfer that ends a step, `on_host`, is replaced and counted.
+What mixes devices, reads a value back to the host or waits for a copy inside a step, fails here as
+it would break or stall on a GPU. Two steps of a kind must do the same operations on the same
+shapes, as a CUDA graph would repeat them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,26 +23,28 @@ from torch.utils._pytree import tree_leaves
 from advkd import device
 from advkd.data.trajectories import Trajectories
 from advkd.parallel import Workers
-from advkd.training import loop, teacher
+from advkd.training import distill, loop, teacher
+from advkd.training.checkpoint import CheckpointWriter
 from advkd.training.distill import Distillation
-from advkd.training.loop import Training
+from advkd.training.loop import Training, run_training
 from advkd.training.teacher import TeacherTraining
 
 from .tiny import changed, photos, squares, teacher_config
 
 META = torch.device("meta")
+COPIES = {"copy_", "_to_copy"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}
 
 
 class NoReads(TorchDispatchMode):
     """Fails whatever would make the host wait for the device or take the two for one.
 
-    It counts the operations on the device.
+    `operations` are those on the device: by name, with the shapes of what they are given.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.operations: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -49,41 +53,43 @@ class NoReads(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         out = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if any(x.is_meta for x in given):
-            self.operations += 1
+        on_device = [x.is_meta for x in given]
+        if any(x.is_meta for x in [*given, *made]):
+            shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in given)
+            self.operations.append(f"{func} {shapes}")
             if name in READS or any(not x.is_meta for x in made):
                 raise AssertionError(f"{func} reads from the device")
-            if any(not x.is_meta for x in given) and name != "copy_":
-                raise AssertionError(f"{func} mixes devices")
+            if not all(on_device):
+                if name not in COPIES or (any(on_device) and name != "copy_"):
+                    raise AssertionError(f"{func} mixes devices")
+                if not ((kwargs or {}).get("non_blocking") or args[2:] == (True,)):
+                    raise AssertionError(f"{func} waits for a copy")
         return out
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Makes `meta` a device to train on; returns the names of the values read in each step."""
-    found: list[list[str]] = []
-
-    def on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
-        assert all(value.is_meta and value.dim() == 0 for value in values.values())
-        found.append(list(values))
-        return dict.fromkeys(values, 0.5)
-
+@pytest.fixture(autouse=True)
+def trains_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `meta` a device to train on."""
     fused = _foreach_utils._get_fused_kernels_supported_devices()
     optimizer = sys.modules["torch.optim.optimizer"]  # not to be had as an attribute
     supported = "_get_fused_kernels_supported_devices"
     monkeypatch.setattr(optimizer, supported, lambda: [*fused, "meta"])
-    monkeypatch.setattr(loop, "on_host", on_host)
+    for adam in ("_fused_adam_", "_fused_adamw_"):  # lacks a rate that is a tensor of `meta`
+        monkeypatch.setattr(torch, adam, lambda *args, **kwargs: None)
     monkeypatch.setattr(device, "resolve", lambda name: META)
-    monkeypatch.setattr(teacher, "autocast", lambda mode, device: contextlib.nullcontext())
-    return found
+    for module in (teacher, distill):  # torch has none for `meta`
+        monkeypatch.setattr(module, "autocast", lambda mode, device: contextlib.nullcontext())
 
 
-def carry_out(training: Training, steps: Sequence[int]) -> None:
+def operations_of(training: Training, step: int) -> list[str]:
+    """What a step does on the device, its values left there."""
     assert {p.device for net in training.modules.values() for p in net.parameters()} == {META}
-    for step in steps:
-        with Workers(0, META) as workers, NoReads() as mode:
-            training.step(step, workers)
-        assert mode.operations > 300
+    with Workers(0, META) as workers, NoReads() as mode:
+        values = training.step(step, workers)
+    on_device = [value for value in values.values() if isinstance(value, Tensor)]
+    assert len(on_device) == len(values) - 1  # all but the learning rate
+    assert all(value.is_meta and value.dim() == 0 for value in on_device)
+    return mode.operations
 
 
 @pytest.mark.parametrize(
@@ -94,9 +100,11 @@ def carry_out(training: Training, steps: Sequence[int]) -> None:
         (["unet.dropout=0.1", "schedule.prediction_type=v_prediction"], False),
     ],
 )
-def test_a_teachers_step(reads: list[list[str]], overrides: list[str], labels: bool) -> None:
-    carry_out(TeacherTraining(teacher_config(*overrides), squares(labels)), [0])
-    assert reads == [["loss", "grad_norm"]]
+def test_a_teachers_step(overrides: list[str], labels: bool) -> None:
+    training = TeacherTraining(teacher_config(*overrides), squares(labels))
+    operations_of(training, 0)  # in which the optimizer takes its memory
+    first, second = (operations_of(training, step) for step in (1, 2))
+    assert len(first) > 300 and first == second
 
 
 @pytest.mark.parametrize(
@@ -104,19 +112,43 @@ def test_a_teachers_step(reads: list[list[str]], overrides: list[str], labels: b
     [
         ({"adversary": "fresh", "adversary_after": 0.25}, True),
         ({"adversarial_loss": "relativistic", "schedule": "progressive", "rho": "l2"}, False),
+        ({"adversary": "fresh", "lambda_div": 1.0, "translate": 1, "cutout": 3}, False),
     ],
 )
 def test_a_distillations_step(
-    request: pytest.FixtureRequest, reads: list[list[str]], changes: dict[str, Any], classes: bool
+    request: pytest.FixtureRequest, changes: dict[str, Any], classes: bool
 ) -> None:
-    """A step without D where it enters late, one with the last head alone, one with all and R1."""
+    """Each kind of step: without D where it enters late, with the last head, with all, with R1."""
     store: Trajectories = request.getfixturevalue("store_with_classes" if classes else "store")
-    training = Distillation(changed(**changes), store, photos(classes))
-    carry_out(training, [1, 5, 6])
-    assert len(reads) == 3
-    assert ("grad_d" in reads[0]) == ("adversary_after" not in changes)
-    assert "grad_d" in reads[1] and "r1" not in reads[1] and "adv_1" not in reads[1]
-    assert {"grad_d", "r1", "adv_1"} <= {*reads[2]}
+    training = Distillation(changed(steps=72, **changes), store, photos(classes))
+    operations_of(training, 71)  # in which the optimizers take their memory
+    kinds: dict[str, list[list[str]]] = {}
+    for step in range(72):
+        known = kinds.setdefault(str(training.plan(step)), [])
+        if len(known) < 2:
+            known.append(operations_of(training, step))
+    assert len(kinds) >= 4
+    for plan, (first, second) in kinds.items():
+        assert len(first) > 300 and first == second, plan
+
+
+def test_a_training_reads_all_its_values_when_it_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One transfer for `log_every` steps, and one before each checkpoint."""
+    read: list[int] = []
+
+    def on_host(values: Sequence[Tensor]) -> list[float]:
+        read.append(len(values))
+        return [0.5] * len(values)
+
+    monkeypatch.setattr(loop, "on_host", on_host)
+    monkeypatch.setattr(CheckpointWriter, "save", lambda writer, checkpoint: None)
+    training = TeacherTraining(teacher_config(), squares())
+    every = ["teacher.steps=7", "teacher.log_every=3", "teacher.checkpoint_every=5"]
+    config = teacher_config(*every)
+    run_training(training, tmp_path, config.teacher, config.run)
+    assert read == [2 * steps for steps in (3, 2, 1, 1)]
 
 
 def read(x: Tensor) -> Any:
@@ -129,6 +161,8 @@ def read(x: Tensor) -> Any:
         read,
         lambda x: bool(x.isfinite().all()),
         lambda x: x.cpu(),
+        lambda x: torch.ones(3).to(META),
+        lambda x: x.copy_(torch.ones(3)),
         lambda x: x[x > 0],
         lambda x: x + torch.ones(3),
         lambda x: torch.cat([x, torch.ones(3)]),

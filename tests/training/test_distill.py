@@ -21,7 +21,7 @@ from advkd.files import read_tensors
 from advkd.parallel import Workers
 from advkd.pretrained import load_student
 from advkd.training import distill
-from advkd.training.batches import Batch, Labeled
+from advkd.training.batches import Batch, Drawn, Labeled
 from advkd.training.checkpoint import latest_checkpoint
 from advkd.training.distill import Distillation, StepPlan, distill_student
 from advkd.training.loop import TrainingError
@@ -36,15 +36,17 @@ def in_float64(
     training = Distillation(config, store, images)
     training.student.double()
     training.discriminator.double()
-    batch = training.batch(0)
+    fresh = not training.paired
+    drawn = training.batches.drawn(0, range(3), fresh, training.plan(0).apart > 0)
+    batch = training.made(drawn)
 
     def doubled(given: Labeled | None) -> Labeled | None:
         return Labeled(given.x.double(), given.y) if given else None
 
-    targets = [x.double() for x in batch.targets]
+    targets = {k: x.double() for k, x in batch.targets.items()}
     extra = doubled(batch.fresh), doubled(batch.images)
     moved = batch.of_real, batch.of_fake, doubled(batch.other)
-    return training, Batch(batch.x_T.double(), targets, batch.y, *extra, *moved)
+    return training, Batch(batch.x_T.double(), targets, batch.y, batch.last, *extra, *moved)
 
 
 def everything(training: Distillation, seen: dict[int, float] | None = None) -> StepPlan:
@@ -230,7 +232,8 @@ def test_real_images_must_fit(store: Trajectories, store_with_classes: Trajector
 def test_r1_is_the_plain_formula(store: Trajectories) -> None:
     training, batch = in_float64(CONFIG, store)
     total = 0.0
-    for k, (x, weight) in enumerate(zip(batch.targets, training.weights, strict=True)):
+    for k, weight in enumerate(training.weights):
+        x = batch.targets[k]
         for i in range(len(x)):  # one image after the other, by finite differences in one direction
             image = x[i : i + 1].clone().requires_grad_()
             logit = training.discriminator(image, batch.x_T[i : i + 1], k)
@@ -391,12 +394,13 @@ def test_workers_and_their_number_change_rounding_only(store: Trajectories) -> N
 def test_a_batch_is_resized_targets_of_its_own_noise(store: Trajectories) -> None:
     training = Distillation(CONFIG, store)
     batch = training.batch(3)
-    assert [tuple(x.shape) for x in batch.targets] == [(6, 1, 4, 4), (6, 1, 4, 4), (6, 1, 8, 8)]
+    shapes = {k: tuple(x.shape) for k, x in batch.targets.items()}
+    assert shapes == {0: (6, 1, 4, 4), 1: (6, 1, 4, 4), 2: (6, 1, 8, 8)}
     every = store.x_T(torch.arange(24))
     rows = [int((every == x).flatten(1).all(dim=1).nonzero()) for x in batch.x_T]
-    targets = store.targets(torch.tensor(rows))
-    assert torch.equal(batch.targets[2], targets[:, 2])
-    torch.testing.assert_close(batch.targets[0], F.avg_pool2d(targets[:, 0], 2))
+    assert torch.equal(batch.targets[2], store.targets(torch.tensor(rows), 2))
+    smaller = F.avg_pool2d(store.targets(torch.tensor(rows), 0), 2)
+    torch.testing.assert_close(batch.targets[0], smaller)
     assert torch.equal(training.batch(3).x_T, batch.x_T)
     assert not torch.equal(training.batch(4).x_T, batch.x_T)
 
@@ -442,7 +446,7 @@ def test_it_learns_to_reconstruct(store: Trajectories, tmp_path: Path) -> None:
     student = load_student(tmp_path / "student")
     indices = torch.arange(24)
     with torch.no_grad():
-        error = student(store.x_T(indices)) - store.targets(indices)[:, -1]
+        error = student(store.x_T(indices)) - store.targets(indices, -1)
     assert huber(error, 0.1) < 0.6 * first["rec_3"]
 
 
@@ -575,16 +579,16 @@ def test_two_runs_agree_bit_for_bit(
 def test_a_loss_that_is_not_finite_stops_with_the_step(
     store: Trajectories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch_of = Distillation.batch
+    drawn_for = Distillation.drawn
 
-    def batch(self: Distillation, step: int) -> Batch:
-        batch = batch_of(self, step)
+    def drawn(self: Distillation, step: int) -> Drawn:
+        found = drawn_for(self, step)
         if step == 9:
-            batch.targets[1][0, 0, 0, 0] = float("inf")
-        return batch
+            found.targets[1][0, 0, 0, 0] = float("inf")
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Distillation, "batch", batch)
+        patch.setattr(Distillation, "drawn", drawn)
         with pytest.raises(TrainingError, match=r"rec_2 is inf at step 9.*checkpoint"):
             distill_student(CONFIG, store, tmp_path)
     found = latest_checkpoint(tmp_path / "checkpoints", "distill")

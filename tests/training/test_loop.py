@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from advkd.config import DistillConfig, RunConfig
 from advkd.console import StopSignals, progress_bar
 from advkd.device import deterministic
 from advkd.parallel import Workers
+from advkd.training import checkpoint as checkpoint_module
+from advkd.training import loop
+from advkd.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from advkd.training.ema import Ema
-from advkd.training.loop import MetricsLog, Training, TrainingError, run_training
+from advkd.training.inputs import Ahead
+from advkd.training.loop import (
+    MetricsLog,
+    Readings,
+    Training,
+    TrainingError,
+    Value,
+    on_host,
+    run_training,
+)
 
 
 def test_ema_follows_the_parameters() -> None:
@@ -29,7 +45,8 @@ def test_ema_follows_the_parameters() -> None:
     for step in range(200):
         with torch.no_grad():
             model.weight.fill_(float(step))
-        ema.update(model, step)
+        ema.at(step)
+        ema.update(model)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     torch.testing.assert_close(ema.model.weight, torch.full((1, 2), expected))
@@ -91,30 +108,85 @@ class Toy(Training):
     def __init__(self, device: str):
         self.device = torch.device(device)
         self.modules, self.optimizers = {}, {}
+        self.inputs = Ahead(lambda step: (), torch.device("cpu"))
         self.observed: list[tuple[Any, ...]] = []
 
-    def step(self, step: int, workers: Workers) -> dict[str, float]:
+    def step(self, step: int, workers: Workers) -> dict[str, Value]:
         self.observed.append(repeatability())
-        return self.read_finite({"loss": torch.tensor(float(step)), "x": torch.tensor(2.0)}, step)
+        return {"loss": torch.tensor(float(step)), "x": torch.tensor(2.0)}
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         return {"loss": f"{values['loss']}"}
 
 
-def test_the_first_value_that_is_not_finite_ends_a_training() -> None:
-    toy = Toy("cpu")
-    assert toy.read_finite({"a": torch.tensor(1.5), "b": torch.tensor(-2.0)}, 3) == {
-        "a": 1.5,
-        "b": -2.0,
-    }
+def test_values_are_read_together_and_the_first_that_is_not_finite_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transfers: list[int] = []
+
+    def counted(values: Sequence[Tensor]) -> list[float]:
+        transfers.append(len(values))
+        return on_host(values)
+
+    monkeypatch.setattr(loop, "on_host", counted)
+    readings = Readings("toy", {"b": 7.0})
+    readings.add(3, {"a": torch.tensor(1.5), "lr": 0.5})
+    readings.add(4, {"a": torch.tensor(-2.0), "c": torch.tensor(0.25)})
+    assert transfers == []
+    assert readings.read() == {"a": -2.0, "b": 7.0, "c": 0.25, "lr": 0.5}
+    assert transfers == [3]
+    assert readings.read() == {"a": -2.0, "b": 7.0, "c": 0.25, "lr": 0.5}
     for bad in ("nan", "inf", "-inf"):
-        values = {"a": torch.tensor(1.5), "b": torch.tensor(float(bad)), "c": torch.tensor(1 / 0.3)}
-        with pytest.raises(TrainingError, match=rf"^b is {bad} at step 3 of stage toy; "):
-            toy.read_finite(values, 3)
+        readings.add(5, {"a": torch.tensor(1.5)})
+        readings.add(6, {"a": torch.tensor(1.5), "b": torch.tensor(float(bad)), "c": math.nan})
+        readings.add(7, {"a": torch.tensor(math.nan)})
+        with pytest.raises(TrainingError, match=rf"^b is {bad} at step 6 of stage toy; "):
+            readings.read()
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [4, 8, 10]), (1.0, [8, 10]), (9.0, [10])])
+def test_checkpoints_are_some_minutes_apart(
+    minutes: float, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a training whose steps take ten seconds, as the loop's clock has it."""
+    toy, now, written = Toy("cpu"), [0.0], []
+
+    def slow(step: int, workers: Workers) -> dict[str, Value]:
+        now[0] += 10.0
+        return {"loss": 1.0}
+
+    toy.step = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        CheckpointWriter, "save", lambda writer, checkpoint: written.append(checkpoint.step)
+    )
+    settings = DistillConfig(steps=10, checkpoint_every=4)
+    run_training(toy, tmp_path, settings, RunConfig(checkpoint_minutes=minutes))
+    assert written == steps
+
+
+def test_what_fails_in_the_writer_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next step, and not only when the training ends; the checkpoint before it stays."""
+    toy, original = Toy("cpu"), checkpoint_module.save_checkpoint
+
+    def full(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+        if checkpoint.step > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(folder, name, checkpoint)
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", full)
+    settings = DistillConfig(steps=1000, checkpoint_every=1)
+    with pytest.raises(OSError, match="No space left"):
+        run_training(toy, tmp_path, settings, RunConfig(checkpoint_minutes=0.0))
+    assert len(toy.observed) <= 3
+    found = latest_checkpoint(tmp_path / "checkpoints", "toy")
+    assert found is not None and found.step == 1
 
 
 def repeatability() -> tuple[Any, ...]:
-    """All of torch's settings that `deterministic` changes."""
+    """All of torch's settings that a training changes."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -122,17 +194,19 @@ def repeatability() -> tuple[Any, ...]:
         torch.backends.cudnn.benchmark,
         torch.utils.deterministic.fill_uninitialized_memory,
         os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
     )
 
 
 def test_a_training_on_cuda_is_repeatable_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
     before = repeatability()
     toy = Toy("cuda")  # whose steps need no GPU
-    run_training(toy, tmp_path, 2, 1, 2, 0)
-    assert toy.observed == [(True, True, True, False, False, ":4096:8")] * 2
+    run_training(toy, tmp_path, DistillConfig(steps=2, log_every=1), RunConfig(tf32=False))
+    assert toy.observed == [(True, True, True, False, False, ":4096:8", False, False)] * 2
     assert repeatability() == before
     toy = Toy("cpu")
-    run_training(toy, tmp_path / "cpu", 1, 1, 2, 0)
+    run_training(toy, tmp_path / "cpu", DistillConfig(steps=1), RunConfig())
     assert toy.observed == [before]
 
 
@@ -143,7 +217,7 @@ def test_what_the_user_asked_of_torch_is_not_weakened(monkeypatch: pytest.Monkey
     try:
         before = repeatability()
         with pytest.raises(KeyError), deterministic(torch.device("cuda")):
-            assert repeatability() == (True, False, True, False, False, ":16:8")
+            assert repeatability()[:6] == (True, False, True, False, False, ":16:8")
             raise KeyError
         assert repeatability() == before
         assert before[:4] == (True, False, torch.backends.cudnn.deterministic, True)

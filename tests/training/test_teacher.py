@@ -183,7 +183,7 @@ def test_dropout_follows_the_runs_seed_and_leaves_the_users_generator_alone() ->
         config = teacher_config("unet.dropout=0.5", f"run.seed={run_seed}")
         training = TeacherTraining(config, squares())
         batch = TeacherTraining(teacher_config(), squares()).batch(0)  # the same for all
-        training.batch = lambda step: batch  # type: ignore[method-assign]
+        training.inputs = lambda step: batch
         training.unet.load_state_dict(
             TeacherTraining(teacher_config(), squares()).unet.state_dict()
         )

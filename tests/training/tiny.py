@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 TEACHER = [
     "run.threads=1",
     "run.device=cpu",
+    "run.checkpoint_minutes=0",
     "data.size=8",
     "data.flip=true",
     "unet.sample_size=8",
@@ -56,7 +57,7 @@ UNET = UNetConfig(
     norm_num_groups=4,
 )
 CONFIG = Config(
-    run=RunConfig(device="cpu"),
+    run=RunConfig(device="cpu", checkpoint_minutes=0.0),
     data=DataConfig(size=8),
     unet=UNET,
     trajectory=TrajectoryConfig(num=24, steps=6, dtype="float32", shard=12),
