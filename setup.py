@@ -32,7 +32,10 @@ CSRC = ROOT / "csrc"
 # The normals and the sampling step have the same bits in every instruction set, on every GPU and in
 # torch, so there each operation is rounded on its own. Elsewhere in csrc/cpu and csrc/cuda a
 # multiplication and an addition may be contracted, which only saves a rounding.
-UNCONTRACTED_SOURCES = ("cpu/philox.cpp", "cpu/sampling_step.cpp", "cuda/philox.cu", "cuda/sampling_step.cu")
+UNCONTRACTED_SOURCES = (
+    *("cpu/philox.cpp", "cpu/sampling_step.cpp"),
+    *("cuda/philox.cu", "cuda/sampling_step.cu"),
+)
 # Of builds without threads and of browsers (csrc/CMakeLists.txt, tests/wasm).
 ELSEWHERE = ("single_thread.cpp", "wasm.cpp")
 X86_ISA_FLAGS = {

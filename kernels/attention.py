@@ -131,6 +131,7 @@ _WHOLE_FORWARD = Variant("forward", True, 64, 32, 256, 256, False, 4, 2)
 _TF32_FORWARD = Variant("forward", False, 64, 64, 64, 256, True, 8, 2)
 _TF32X3_FORWARD = Variant("forward", False, 64, 32, 32, 256, True, 8, 2)
 _HOPPER = (9, 0)
+_SPILLS = (_FLOAT_DKDV[1], "tf32")  # on Blackwell, with masks
 # Many queries fill the machine even in taller tiles, which read k and v half as often.
 _TALL_FORWARD = (
     Variant("forward", True, 128, 32, 64, 64, False, 8, 2),
@@ -186,12 +187,12 @@ def pick(
             target (99 KB of shared memory, 64 KB on AMD), but for those of one precision.
     """
     half, head_dim = dtype != torch.float32, shape[4]
+    precision = precision_of(kernel, dtype, capability)
     if kernel == "forward":
-        precision = precision_of(kernel, dtype, capability)
         of_shape = _half_forward(shape) if half else _float_forward(shape, precision, capability)
         if of_shape is not None:
             return of_shape
-    group = _BY_HEAD_DIM[kernel, half]
+    group = [v for v in _BY_HEAD_DIM[kernel, half] if (v, precision) != _SPILLS]
     return next((v for v in group if head_dim <= v.out_d), group[-1])
 
 
@@ -239,6 +240,8 @@ def _is_picked(variant: Variant, precision: str, even_rows: bool, even_d: bool) 
     """Whether `pick` can pick it for lengths and a head dimension that are even, or not."""
     if variant in (_WHOLE_FORWARD, _TF32X3_FORWARD):
         return even_rows and (even_d or variant == _WHOLE_FORWARD)
+    if (variant, precision) == _SPILLS:
+        return False
     return not (precision == "tf32" and variant == _FLOAT_FORWARD[2] and not even_d)
 
 

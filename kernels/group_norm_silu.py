@@ -359,6 +359,8 @@ def _with_rows(x: Tensor) -> tuple[Tensor, int]:
             row *= x.shape[axis]
         if x.stride() == tuple(wide):
             return x, x.stride(-1)
+    if x.dim() > 2 and x.stride(1) == 1 and not x.is_contiguous():
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     x, last = _dense(x)
     return x, x.shape[1] if last else 0
 

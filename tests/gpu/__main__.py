@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
-import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,8 +21,7 @@ import torch
 
 from advkd import info, ops
 
-from ..bench import report as tables
-from . import bench
+from . import bench, training_speed
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "tests"
@@ -66,31 +65,18 @@ def sections(skip: list[str], failed: list[str]) -> Iterator[str]:
         yield "\n## Benchmarks\n\nNone while tests fail."
         return
     yield "\n## Benchmarks\n"
-    yield from bench.images_per_second()
-    yield ""
-    yield from bench.launch_overhead()
-    yield ""
-    yield from bench.host_time()
-    yield ""
-    yield from bench.device_time()
-    yield "\n## Kernels\n"
-    yield from kernels(failed)
-
-
-def kernels(failed: list[str]) -> Iterator[str]:
-    """The tables of the kernels' own benchmarks."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "bench.json"
-        status, text = run(
-            sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--benchmark-only",
-            f"--benchmark-json={out}", "tests/bench/bench_group_norm_silu.py",
-            "tests/bench/bench_attention.py",
-        )  # fmt: skip
-        failed += ["benchmarks of the kernels"] * (status != 0)
-        if status:
-            yield fenced(text)
-        if out.exists() and out.stat().st_size:
-            yield fenced(tables.text(tables.records_of(out)))
+    tables = {
+        "loops": bench.images_per_second, "students": bench.students, "host": bench.host_time,
+        "launches": bench.launch_overhead, "device": bench.device_time,
+        "kernels": bench.kernel_time, "trainings": training_speed.images_per_second,
+    }  # fmt: skip
+    for name, lines in tables.items():
+        try:
+            yield from lines()
+        except Exception as error:  # the other tables are worth having
+            failed.append(f"benchmark of {name}")
+            yield fenced("".join(traceback.format_exception(error)[-8:]))
+        yield ""
 
 
 def without_device(missing: str, failed: list[str]) -> Iterator[str]:

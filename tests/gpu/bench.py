@@ -1,6 +1,7 @@
-"""Images a second of ddpm-cifar10-32's architecture on a GPU, ours against other loops, where the
-device's time goes, and what a step and a call of an op cost the host. `python -m tests.gpu` calls
-it; random weights take as long as trained ones.
+"""Images a second of ddpm-cifar10-32's architecture and of the students on a GPU, ours against
+other loops, where the device's time goes, what each kernel takes beside what memory allows, and
+what a step and a call of an op cost the host. `python -m tests.gpu` calls it; random weights take
+as long as trained ones.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,12 @@ from advkd.config import load_preset
 from advkd.diffusion import Schedule, ddim_table
 from advkd.engine import cuda as cuda_engine
 from advkd.engine.cuda import Buffers, CudaEngine
+from advkd.engine.device_pass import joined
 from advkd.engine.noise import Noise, Purpose
+from advkd.models.student import Student
 from advkd.models.unet import UNet, config_to_diffusers
 from advkd.ops import use_backend
+from advkd.pretrained import load_student
 
 STEPS, ROUNDS = 50, 3
 CASES = ((torch.float32, 64), (torch.bfloat16, 1), (torch.bfloat16, 256))
@@ -122,6 +127,43 @@ def images_per_second() -> Iterator[str]:
             )
 
 
+STUDENTS = ("fashion-mnist-student", "avatars-student")
+STUDENT_CASES = ((torch.float32, 1), (torch.float32, 256), (torch.bfloat16, 256))
+
+
+@torch.inference_mode()
+def students() -> Iterator[str]:
+    """Lines of a table: a call of the engine, the noise on the device."""
+    yield "| student | dtype | batch | ms ours | torch eager | torch.compile | images/s ours |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in STUDENTS:
+        for dtype, batch in STUDENT_CASES:
+            student = load_student(f"zoo:{name}").cuda().to(dtype)
+            took = student_seconds(student.to(memory_format=torch.channels_last), batch)
+            cells = " | ".join(f"{t * 1e3:.3f}" for t in took)
+            yield f"| {name} | {str(dtype)[6:]} | {batch} | {cells} | {batch / took[0]:.0f} |"
+
+
+def student_seconds(student: Student, batch: int) -> list[float]:
+    """Of a call of our engine, of the modules, and of torch.compile's function."""
+    size = (student.size, student.size)
+    x = NOISE.x_T(torch.arange(batch).cuda(), (student.channels, *size))
+    y = torch.zeros(batch, dtype=torch.int64, device="cuda") if student.num_classes else None
+    narrow, engine = x.to(next(student.parameters()).dtype), CudaEngine.make(student, size, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(student, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    calls: list[tuple[str | None, Callable[[], object]]] = [
+        (None, lambda: engine.run(x, y)),
+        ("reference", lambda: student(narrow, y)),
+        ("reference", lambda: compiled(narrow, y)),
+    ]
+    took = []
+    for backend, call in calls:
+        with use_backend(backend):
+            took.append(seconds(lambda _, call=call: [call() for _ in range(20)], x) / 20)
+    return took
+
+
 @torch.inference_mode()
 def launch_overhead() -> Iterator[str]:
     """What a step costs beside the network: the loop over a network of one element's copy."""
@@ -145,6 +187,7 @@ def launch_overhead() -> Iterator[str]:
 # Words in the names of kernels, in the order in which they are looked for.
 KINDS = (
     ("attention", ("attention", "flash", "softmax")),
+    ("bias and residual", ("bias_residual",)),
     ("GroupNorm-SiLU", ("group_norm", "rowwisemoments")),
     ("convolution", ("conv", "fprop", "implicit", "cudnn", "winograd", "nchw", "nhwc")),
     ("matrix product", ("gemm", "cutlass", "nvjet", "splitk")),
@@ -159,10 +202,9 @@ def device_time() -> Iterator[str]:
     yield "|---" * (len(kinds) + 4) + "|"
     longest = []
     for dtype, batch in CASES:
-        unet = teacher(dtype)
-        x = torch.randn(batch, 3, 32, 32, device="cuda", dtype=dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        kernels = kernels_of(lambda unet=unet, x=x: unet(x, 300))
+        engine = CudaEngine.make(teacher(dtype), (32, 32), batch)
+        x = torch.randn(batch, 3, 32, 32, device="cuda")
+        kernels = kernels_of(lambda engine=engine, x=x: engine.run(x, t=300))
         spent = dict.fromkeys([*kinds, "the rest"], 0.0)
         for name, (microseconds, _) in kernels.items():
             spent[kind_of(name)] += microseconds / 1e3
@@ -199,12 +241,122 @@ def kernels_of(run: Callable[[], object]) -> dict[str, tuple[float, int]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
+def by_graph(calls: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of a call on the device: the median of replays of a graph of all of them, whose
+    inputs are others, so that the cache holds none."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    took = []
+    for _ in range(7):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        took.append(first.elapsed_time(last) / len(calls) * 1e3)
+    return statistics.median(took[1:])
+
+
+# (channels, side) of the maps that a pass normalizes, and batches.
+NORMS = ((128, 32), (256, 32), (384, 32), (256, 16), (384, 16), (512, 16), (256, 8), (256, 4))
+BATCHES = ((torch.float32, 64), (torch.bfloat16, 256))
+APART = 150 << 20  # bytes of all inputs, three times the largest cache of today
+
+
+@torch.inference_mode()
+def kernel_time() -> Iterator[str]:
+    """Lines of tables: each kernel, what the bytes that it must move take, and torch's."""
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    half = len(big) // 2
+    copied = by_graph([lambda: big[:half].copy_(big[half:])] * 3)
+    rate = len(big) / copied  # bytes a microsecond, read and written
+    yield f"A copy on the device moves {rate / 1e6:.2f} TB/s, read and written."
+    yield "\n| kernel | map | dtype | batch | microseconds | at the copy's rate | torch's |"
+    yield "|---|---|---|---|---|---|---|"
+    for dtype, batch in BATCHES:
+        for channels, side in NORMS:
+            yield norm_row(dtype, batch, channels, side, rate)
+    for dtype, batch in BATCHES:
+        yield join_row(dtype, batch, rate)
+    yield "\n| attention, 256 tokens, head of 256 | batch | microseconds | TFLOP/s | torch's |"
+    yield "|---|---|---|---|---|"
+    for dtype, batch in BATCHES:
+        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("",):
+            yield attention_row(dtype, batch, precision)
+
+
+def maps(dtype: torch.dtype, batch: int, channels: int, side: int) -> list[Tensor]:
+    """Maps that together fill more than a cache."""
+    one = batch * channels * side * side * torch.finfo(dtype).bits // 8
+    count = max(2, min(16, APART // one))
+    shape = (count, batch, side, side, channels)
+    return list(torch.randn(shape, device="cuda").to(dtype).permute(0, 1, 4, 2, 3))
+
+
+def norm_row(dtype: torch.dtype, batch: int, channels: int, side: int, rate: float) -> str:
+    xs = maps(dtype, batch, channels, side)
+    weight = torch.ones(channels, device="cuda", dtype=dtype)
+    ours = by_graph([lambda x=x: ops.group_norm_silu(x, weight, weight, 32, 1e-5) for x in xs])
+    theirs = by_graph([lambda x=x: F.silu(F.group_norm(x, 32, weight, weight)) for x in xs])
+    floor = 2 * xs[0].numel() * xs[0].element_size() / rate
+    times = " | ".join(f"{t:.1f}" for t in (ours, floor, theirs))
+    of = f"{channels}x{side}x{side} | {str(dtype)[6:]} | {batch}"
+    return f"| GroupNorm-SiLU | {of} | {times} |"
+
+
+def join_row(dtype: torch.dtype, batch: int, rate: float) -> str:
+    xs = maps(dtype, batch, 256, 16)
+    bias = torch.ones(256, device="cuda", dtype=dtype)
+    pairs = list(zip(xs, [*xs[1:], xs[0]], strict=True))
+    rows = [(x.permute(0, 2, 3, 1), r.permute(0, 2, 3, 1)) for x, r in pairs]
+    outs = [torch.empty_like(x) for x, _ in rows]
+    ours = by_graph(
+        [lambda x=x, r=r, out=out: joined(x, bias, r, 1.0, out)
+         for (x, r), out in zip(rows, outs, strict=True)]
+    )  # fmt: skip
+    theirs = by_graph([lambda x=x, r=r: x + bias[:, None, None] + r for x, r in pairs])
+    floor = 3 * xs[0].numel() * xs[0].element_size() / rate
+    times = " | ".join(f"{t:.1f}" for t in (ours, floor, theirs))
+    return f"| bias and residual | 256x16x16 | {str(dtype)[6:]} | {batch} | {times} |"
+
+
+def attention_row(dtype: torch.dtype, batch: int, precision: str) -> str:
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    qkv = [torch.randn(3, batch, 1, 256, 256, device="cuda").to(dtype) for _ in range(4)]
+    try:
+        matmul.fp32_precision = precision or before
+        ours = by_graph([lambda x=x: ops.attention(*x) for x in qkv])
+        theirs = by_graph([lambda x=x: F.scaled_dot_product_attention(*x) for x in qkv])
+    finally:
+        matmul.fp32_precision = before
+    name = f"{str(dtype)[6:]}{' by tf32' if precision == 'tf32' else ''}"
+    rate = 4 * batch * 256**3 / ours / 1e6
+    return f"| {name} | {batch} | {ours:.1f} | {rate:.0f} | {theirs:.1f} |"
+
+
 @torch.no_grad()
 def host_time() -> Iterator[str]:
     """What calls of the fused ops cost the host, on tensors so small that the device waits."""
     x = torch.randn(2, 32, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     weight, q = torch.ones(32, device="cuda"), torch.randn(2, 1, 64, 32, device="cuda")
+    tracked = x.clone().requires_grad_()
+
+    @torch.enable_grad()
+    def both_ways(norm: Callable[[Tensor], Tensor]) -> object:
+        return torch.autograd.grad(norm(tracked), tracked, x)
+
     calls: dict[str, Callable[[], object]] = {
+        "group_norm_silu, forward and backward": lambda: both_ways(
+            lambda x: ops.group_norm_silu(x, weight, weight, 8, 1e-5)
+        ),
+        "torch's, forward and backward": lambda: both_ways(
+            lambda x: F.silu(F.group_norm(x, 8, weight, weight, 1e-5))
+        ),
         "group_norm_silu": lambda: ops.group_norm_silu(x, weight, weight, 8, 1e-5),
         "torch's group_norm and silu": lambda: F.silu(F.group_norm(x, 8, weight, weight, 1e-5)),
         "attention": lambda: ops.attention(q, q, q),

@@ -17,11 +17,13 @@ from advkd import ops
 from advkd.config import load_preset
 from advkd.diffusion import Schedule, ddim_table
 from advkd.engine import cuda as cuda_engine
+from advkd.engine import device_pass
 from advkd.engine.cuda import Buffers, CudaEngine, Loop
 from advkd.engine.lowering import LoweringError
 from advkd.engine.noise import Noise, Purpose
+from advkd.engine.sampling import generate
 from advkd.models.unet import UNet
-from advkd.pretrained import load_teacher
+from advkd.pretrained import load_student, load_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_emulation"))
 from harness import eager, expected, time_embeddings, toy
@@ -157,6 +159,45 @@ def test_autocast_does_not_reach_it() -> None:
         assert torch.equal(engine.sample(table, NOISE, indices, saved=[5]), want)
 
 
+@pytest.mark.parametrize("name", ["zoo:fashion-mnist-student", "zoo:avatars-student"])
+@pytest.mark.parametrize("exit_at", [None, 1])
+def test_students_make_the_cpus_images(name: str, exit_at: int | None) -> None:
+    on_cpu, on_cuda = load_student(name), load_student(name).cuda()
+    want = generate(on_cpu, 20, 5, exit_at=exit_at)
+    got = generate(on_cuda, 20, 5, exit_at=exit_at)
+    assert difference(got, want) < 1e-4
+    some = generate(on_cuda, 3, 5, exit_at=exit_at, first=17, batch=2)
+    assert difference(some, got[17:]) < 1e-4
+    half = generate(on_cuda.bfloat16(), 20, 5, exit_at=exit_at)
+    assert difference(half, want) < 5e-2
+
+
+def test_new_weights_need_no_new_engine() -> None:
+    """Those that the graph reads in their places, and those that are made of several."""
+    unet = cifar10()
+    engine = CudaEngine.make(unet, SIZE, 2)
+    x = torch.randn(2, 3, *SIZE, device="cuda")
+    before = engine.run(x, t=300)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.data.mul_(1.05)
+        want = unet(x, 300)
+    assert difference(engine.run(x, t=300), want) < 1e-3 < difference(before, want)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 7, 5), (1, 28, 28)])
+def test_noise_of_a_gpu_has_the_cpus_bits(
+    shape: tuple[int, int, int], layout: torch.memory_format
+) -> None:
+    indices = torch.tensor([5, 1, (1 << 40) + 7])
+    want = ops.philox_normal(9, indices, 0xFFFFFFFF, shape, memory_format=layout)
+    got = ops.philox_normal(
+        9, indices.cuda(), 0xFFFFFFFF, shape, memory_format=layout, backend="fused"
+    )
+    assert got.stride() == want.stride() and torch.equal(got.cpu(), want)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_second_gpu_samples_the_firsts_images() -> None:
     table, indices = ddim_table(Schedule(), 5), torch.arange(4)
@@ -169,19 +210,19 @@ def test_a_second_gpu_samples_the_firsts_images() -> None:
 
 
 def test_a_failed_capture_leaves_torch_sane(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network reads a value back, which no capture allows; then all goes on as before."""
+    """The pass reads a value back, which no capture allows; then all goes on as before."""
     unet = cifar10()
     table, indices = ddim_table(unet.schedule, 5), torch.arange(4)
     want = CudaEngine.make(unet, SIZE, 4).sample(table, NOISE, indices, saved=[5])
     torch.cuda.empty_cache()
-    before, denoise = torch.cuda.memory_reserved(), UNet.denoise
+    before, group_norm = torch.cuda.memory_reserved(), device_pass.group_norm
 
-    def reading(self: UNet, x: Tensor, temb: Tensor) -> Tensor:
-        out = denoise(self, x, temb)
+    def reading(*arguments: Any) -> Tensor:
+        out = group_norm(*arguments)
         return out * (1 if float(out.sum()) == float(out.sum()) else 2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(UNet, "denoise", reading)
+        patched.setattr(device_pass, "group_norm", reading)
         with pytest.raises(LoweringError, match="could not be captured"):
             CudaEngine.make(unet, SIZE, 4)
     torch.cuda.synchronize()

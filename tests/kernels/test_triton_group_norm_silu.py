@@ -232,7 +232,8 @@ def test_the_cases_take_both_ways_and_all_kinds_of_tiles() -> None:
         pixels = int(torch.Size(sides).numel())
         if batch:
             itemsize = 4 if c["dtype"] == "float32" else 2
-            problem = module.Problem(batch, channels, pixels, c["groups"], c["last"], itemsize)
+            row = channels if c["last"] else 0
+            problem = module.Problem(batch, channels, pixels, c["groups"], c["last"], itemsize, row)
             picked = [module.pick(kernel, problem, (0, 0)) for kernel in module.KERNELS]
             taken |= {(v.kernel, v.last, v.channels) for v in picked if v is not None}
     assert taken >= {
@@ -265,6 +266,59 @@ def test_infinity_and_nan_stay_in_their_group_as_in_torch() -> None:
     results = interpret(NONFINITE, json.dumps(cases))
     assert len(results) == 12
     assert all(results), results
+
+
+WITHIN = """
+# (B, C, H, W), groups, channels of the tensor around x, the first of x, dtype; whether each image
+# has numbers of its own that are added.
+def found(shape, groups, total, first, dtype, by_image, device="cpu"):
+    torch.manual_seed(1)
+    B, C, H, W = shape
+    whole = torch.randn(B, H, W, total).to(device, getattr(torch, dtype)).permute(0, 3, 1, 2)
+    x = whole[:, first : first + C]
+    added = (3 * torch.randn(B, 2 * C).to(device))[:, :C] if by_image else torch.randn(C).to(device)
+    weight, bias = torch.randn(2, C).to(device)
+    y, mean, rstd = module.forward(x, (weight, bias, None, None), groups, EPS, True, added)
+    wide = (x.double() + added.double().view(-1, C, 1, 1)).requires_grad_(False)
+    truth = formula(wide, weight.double(), bias.double(), None, None, groups, True)
+    flat = wide.reshape(B, groups, -1)
+    mean_error = float((mean - flat.mean(2)).abs().max())
+    variance = flat.var(2, correction=0)
+    rstd_error = float((rstd * (variance + EPS).sqrt() - 1).abs().max())
+    step = torch.finfo(x.dtype).eps if dtype != "float32" else 2.0**-18
+    error = float(((y.double() - truth).abs() / (step * (1 + truth.abs()))).max())
+    dense = y.permute(0, 2, 3, 1).is_contiguous()
+    return bool(dense and y.dtype == x.dtype), max(mean_error, rstd_error), error
+"""
+
+WITHIN_CASES = [
+    ((2, 8, 4, 4), 2, 8, 0, "float32", False),
+    ((2, 8, 4, 4), 2, 24, 8, "float32", False),
+    ((2, 8, 5, 3), 4, 24, 16, "float16", True),
+    ((1, 12, 7, 5), 4, 20, 4, "float32", True),
+    ((2, 6, 3, 5), 3, 7, 1, "float32", True),  # begins at no 16 bytes
+    ((1, 8, 33, 40), 2, 16, 8, "float32", True),  # in two passes
+    ((1, 16, 8, 8), 4, 48, 32, "bfloat16", False),
+]
+
+
+def test_channels_of_a_wider_tensor_and_what_is_added_to_them() -> None:
+    script = WITHIN + "print(json.dumps([found(*c) for c in json.loads(sys.argv[1])]))"
+    results = interpret(script, json.dumps(WITHIN_CASES))
+    for given, (alike, statistics, error) in zip(WITHIN_CASES, results, strict=True):
+        assert alike, given
+        assert statistics < 1e-5, (given, statistics)
+        assert error < 1.01, (given, error)
+
+
+@pytest.mark.gpu
+def test_channels_of_a_wider_tensor_on_a_device() -> None:
+    namespace: dict[str, Any] = {"module": module}
+    exec(COMMON + WITHIN, namespace)
+    large = ((3, 128, 32, 32), 32, 384, 128, "bfloat16", True)
+    for given in (*WITHIN_CASES, large, ((2, 128, 128, 128), 32, 256, 128, "float32", False)):
+        alike, statistics, error = namespace["found"](*given, device="cuda")
+        assert alike and statistics < 1e-5 and error < 1.01, given
 
 
 def test_a_group_that_is_too_large_is_refused() -> None:
