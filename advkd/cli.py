@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from advkd import device
 from advkd.console import Interrupted
 from advkd.files import CheckpointError
 from advkd.training.loop import TrainingError
@@ -58,6 +59,31 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)"
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare --device."""
+    parser.add_argument(
+        "--device", default="auto", metavar="D",
+        help="auto (default: a GPU if there is one), cpu, cuda or cuda:N",
+    )  # fmt: skip
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Declare --dtype."""
+    parser.add_argument(
+        "--dtype", choices=tuple(device.DTYPES), default="float32",
+        help="in which a network computes on a GPU (default float32, multiplied as TF32)",
+    )  # fmt: skip
+
+
+def place_of(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that --device and --dtype name; ValueError for a half type on the
+    CPU."""
+    place = device.resolve(args.device)
+    if place.type == "cpu" and args.dtype != "float32":
+        raise ValueError(f"--dtype {args.dtype} is for a GPU; on the CPU networks take float32")
+    return place, device.DTYPES[args.dtype]
 
 
 def use_threads(threads: int) -> None:

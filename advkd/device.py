@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+Network = TypeVar("Network", bound=nn.Module)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -36,6 +40,17 @@ def resolve(name: str) -> torch.device:
 
 def _why_no_cuda() -> str:
     return "sees no CUDA device" if torch.version.cuda else "was built without CUDA"
+
+
+def placed(network: Network, device: torch.device, dtype: torch.dtype | None = None) -> Network:
+    """Move a network to a device and a dtype (None: its own), and return it.
+
+    On CUDA its weights become channels_last, as the convolutions there read them.
+    """
+    network.to(device, dtype)
+    if device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def autocast(mode: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

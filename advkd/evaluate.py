@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advkd.cli import add_threads, guarded, use_threads
-from advkd.config import EvaluateConfig
+from advkd import device
+from advkd.cli import add_device, add_threads, guarded, use_threads
+from advkd.config import EvaluateConfig, override
 from advkd.console import StopSignals, progress_bar
 from advkd.data import DataError, Dataset, find, for_shape, load_images
 from advkd.data.registry import DEFAULT, default_dataset
 from advkd.data.split import RealImages, hold_out, real_images
+from advkd.device import placed
 from advkd.engine.interface import input_shape
 from advkd.evaluation.features import (
     FeatureNet,
@@ -104,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-crop", action="store_true", default=None, help="resize both sides, cut nothing off"
     )
+    add_device(p)
     add_threads(p)
     return p
 
@@ -130,7 +133,10 @@ def mode_of(args: argparse.Namespace) -> str:
 
 def evaluate_run(args: argparse.Namespace) -> None:
     """Evaluate a run's teacher and student by the run's configuration."""
-    run = Run(args.run, stored_config(args.run))
+    config = stored_config(args.run)
+    if args.device != "auto":
+        config = override(config, [f'run.device="{args.device}"'])
+    run = Run(args.run, config)
     with run.opened():
         for stage in ("teacher", "distill"):
             if not run.is_done(stage):
@@ -151,8 +157,11 @@ def compare_networks(args: argparse.Namespace) -> None:
     num = NUM if args.num is None else args.num
     blocks = BLOCKS if args.blocks is None else args.blocks
     check_blocks(num, blocks)
-    student = None if args.student is None else load_student(args.student)
-    teacher = None if args.teacher is None else load_teacher(args.teacher, args.scheduler)
+    place = device.resolve(args.device)
+    student = None if args.student is None else placed(load_student(args.student), place)
+    teacher = None
+    if args.teacher is not None:
+        teacher = placed(load_teacher(args.teacher, args.scheduler), place)
     channels, size = _shape(student, teacher)
     dataset = find(args.data) if args.data else for_shape(size, channels)
     source = dataset or args.data
@@ -161,6 +170,7 @@ def compare_networks(args: argparse.Namespace) -> None:
             f"no data set ships with {size}x{size} pixels and {channels} channels: give --data"
         )
     net, features = _features(args.features, dataset, size, channels)
+    net = placed(net, place)
     images = real_images(source, size, channels, not args.no_crop)
     steps = TEACHER_STEPS if args.teacher_steps is None else args.teacher_steps
     reference = images_reference(net, images.train, images.held_out)
@@ -234,8 +244,9 @@ def fit(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{loss:.3f}")
 
         net = fit_features(
-            images.train, settings=settings, held_out=images.held_out, progress=report
-        )
+            images.train, settings=settings, held_out=images.held_out, progress=report,
+            device=device.resolve(args.device),
+        )  # fmt: skip
     save_features(net, args.out)
     count = f"{len(images.held_out):,} held-out images"
     if net.num_classes is None:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advkd.cli import add_threads, guarded, use_threads
+from advkd.cli import add_device, add_dtype, add_threads, guarded, place_of, use_threads
 from advkd.config import SAMPLERS, nearest
 from advkd.console import StopSignals, progress_bar
 from advkd.data.source import brief
+from advkd.device import placed
 from advkd.engine.interface import input_shape
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=SAMPLERS, help="teacher: default ddim; ddpm = all steps")
     p.add_argument("--scheduler", metavar="FOLDER", help="teacher: where scheduler_config.json is")
     p.add_argument("--size", type=int, metavar="S", help="teacher that names none: pixels a side")
+    add_device(p)
+    add_dtype(p)
     add_threads(p)
     return p
 
@@ -69,8 +72,9 @@ def parser() -> argparse.ArgumentParser:
 def sample(args: argparse.Namespace) -> None:
     """Sample the images, write them and say so in one line."""
     _check(args)
+    place = place_of(args)
     use_threads(args.threads)
-    model = _load(args)
+    model = placed(_load(args), *place)
     channels = input_shape(model, None if args.size is None else (args.size, args.size))[0]
     png = args.out or (None if args.npz else Path("samples.png"))
     if png is not None and channels not in (1, 3):

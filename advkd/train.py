@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from advkd.cli import add_threads, guarded, use_threads
+from advkd.cli import add_device, add_threads, guarded, use_threads
 from advkd.config import (
     Config,
     ConfigError,
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--features", metavar="FOLDER", help="a feature network to evaluate by")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key")
     p.add_argument("--seed", type=int, help="seed of the run (default 0)")
+    add_device(p)
     add_threads(p)
     return p
 
@@ -155,6 +156,7 @@ def _assignments(args: argparse.Namespace) -> list[str]:
         "trajectory.num": args.trajectories,
         "run.seed": args.seed,
         "run.threads": args.threads or None,
+        "run.device": None if args.device == "auto" else _quoted(args.device),
     }
     given = [f"{key}={_quoted(_resolved(path))}" for key, path in paths.items() if path is not None]
     return given + [f"{key}={value}" for key, value in plain.items() if value is not None]

@@ -34,12 +34,14 @@ from advkd.engine.interface import (
 from advkd.engine.lowering import Lowering, LoweringError
 from advkd.engine.networks import lower_student, lower_time, lower_unet
 from advkd.engine.noise import Noise
+from advkd.engine.plan import INPUT, Builder, lay_out
 from advkd.models import layers
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 
 CHUNK = 10  # steps between two looks at Ctrl-C and at callbacks
-MAX_PIXELS = 256 * 32 * 32  # of a captured pass, unless it is of one image; more take several
+MAX_PIXELS = 1 << 20  # of a captured pass, unless it is of one image; more take several
+_MEMORY_SHARE = 4  # a captured pass takes at most one part in so many of the memory that is free
 _MAX_CHANNELS = 128  # of an image, in csrc/cuda/sampling_step.h
 _WARM_UP = 3  # passes before the capture, in which libraries choose their algorithms
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -200,9 +202,31 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for torch's current stream on the device."""
-    torch.cuda.current_stream(device).synchronize()
+def recorded(device: torch.device) -> torch.cuda.Event:
+    """An event at which all that torch's current stream has to do is done."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def after(event: torch.cuda.Event | None, device: torch.device) -> None:
+    """Let torch's current stream wait for an event, if there is one; the host goes on."""
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device that nothing has taken."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _most_images(plan: Builder, like: Tensor) -> int:
+    """The images of a captured pass at most: a power of two that fills a GPU and fits memory."""
+    source = plan.buffers[INPUT]
+    by_pixels = MAX_PIXELS // (source.height * source.width)
+    bytes_of_image = lay_out(plan.buffers, plan.ops) * like.element_size()
+    by_memory = free_memory(like.device) // _MEMORY_SHARE // max(1, bytes_of_image)
+    return 1 << max(0, min(by_pixels, by_memory).bit_length() - 1)
 
 
 class CudaEngine(Engine):
@@ -238,7 +262,7 @@ class CudaEngine(Engine):
         cls, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None = None
     ) -> CudaEngine:
         """Capture a network for inputs of `size` (H, W) and `batch` images at a time, or as many as
-        MAX_PIXELS allows.
+        fill a GPU and fit its memory.
 
         Raises LoweringError for whatever fails on the way, such as memory that does not suffice or
         a driver that is too old; ValueError for a size or a head that the network does not have.
@@ -248,9 +272,8 @@ class CudaEngine(Engine):
         if batch < 1:
             raise ValueError(f"batch={batch} is below 1")
         input_shape(model, size)
-        most = 1 << max(0, (MAX_PIXELS // (size[0] * size[1])).bit_length() - 1)
         try:
-            return cls(model, size, min(batch, most), exit_at)
+            return cls(model, size, batch, exit_at)
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
         # Raised out here, so that no traceback holds the memory of the attempt.
@@ -261,15 +284,16 @@ class CudaEngine(Engine):
         self, model: UNet | Student, size: tuple[int, int], batch: int, exit_at: int | None
     ):
         weight = next(model.parameters())
-        self.name = f"cuda graph for batch {batch}"
         self.shape = input_shape(model, size)
         self.classes = model.num_classes
-        self.batch = batch
+        self._last: torch.cuda.Event | None = None  # after which the buffers are free again
         self._turns, self._busy = threading.RLock(), False
         # What the graph reads must stay; the network itself may go, since engines are cached by it.
         self._tensors = [*model.parameters(), *model.buffers()]
         with _undisturbed(weight):
             low = self._lowered(model, size, exit_at, weight)
+            self.batch = batch = min(batch, _most_images(low.plan, weight))
+            self.name = f"cuda graph for batch {batch}"
             self._network = DevicePass(low.plan)
             self._buffers = buffers = Buffers.allocate(
                 (batch, *self.shape), low.plan.conditioning, weight.dtype, weight.device
@@ -277,23 +301,31 @@ class CudaEngine(Engine):
             self._labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
             labels = None if self.classes is None else self._labels
             x, times = buffers.x_in.permute(0, 2, 3, 1), buffers.time_embedding
-            network = self._network
+            network, is_student = self._network, self.schedule is None
 
-            def pass_() -> Tensor:
+            def network_pass() -> Tensor:
+                if is_student:  # has no other pass that could wait for it
+                    network.refresh()
                 return network(x, times, labels).permute(0, 3, 1, 2)
 
-            self._graph, self._model_out = captured(pass_, weight.device)
+            with products_as_convolutions():
+                self._graph, self._model_out = captured(network_pass, weight.device)
             if self.schedule is not None:
                 graph = self._graph.raw_cuda_graph()
                 self._loop = Loop(_extension(), buffers, graph, self._model_out)
+
+    @property
+    def device(self) -> torch.device:
+        """The network's."""
+        return self._buffers.x_t.device
 
     def _lowered(
         self, model: UNet | Student, size: tuple[int, int], exit_at: int | None, like: Tensor
     ) -> Lowering:
         """The network's plan, and for a teacher that of what it makes of the time."""
         if isinstance(model, Student):
-            return lower_student(model, size, self.batch, 1, exit_at, like)
-        low = lower_unet(model, size, self.batch, 1, like)
+            return lower_student(model, size, 1, 1, exit_at, like)
+        low = lower_unet(model, size, 1, 1, like)
         self.schedule, self._config = model.schedule, model.config
         self._time = DevicePass(lower_time(low, model))
         return low
@@ -316,8 +348,9 @@ class CudaEngine(Engine):
         shape = (len(x), *self._model_out.shape[1:])
         out = torch.empty(shape, dtype=torch.float32, device=device)
         with self._turn(), _undisturbed(buffers.x_t):
-            self._network.refresh()
+            after(self._last, device)
             if t is not None:
+                self._network.refresh()
                 buffers.time_embedding.copy_(self._time_embeddings([t])[0])
             for part in self._parts(len(x)):
                 count = len(x[part])
@@ -326,7 +359,7 @@ class CudaEngine(Engine):
                     self._labels[:count].copy_(y[part])
                 self._graph.replay()
                 out[part].copy_(self._model_out[:count])
-            synchronize(device)
+            self._last = recorded(device)
         return out
 
     def sample(
@@ -357,6 +390,7 @@ class CudaEngine(Engine):
         parts = self._parts(len(indices))
         with self._turn():
             with _undisturbed(self._buffers.x_t):
+                after(self._last, device)
                 self._network.refresh()
                 embeddings = self._time_embeddings(table.timesteps)
             for part in parts:
@@ -403,7 +437,8 @@ class CudaEngine(Engine):
             config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift,
         )  # fmt: skip
         self._time.refresh()
-        found = self._time(sinusoids[:, None, None, :].to(x_in.dtype))[:, 0, 0, :].float()
+        with products_as_convolutions():
+            found = self._time(sinusoids[:, None, None, :].to(x_in.dtype))[:, 0, 0, :].float()
         return nn.functional.pad(found, (0, len(self._buffers.time_embedding) - found.shape[1]))
 
 
@@ -449,13 +484,11 @@ def _unsuited(model: UNet | Student) -> str | None:
 
 @contextmanager
 def _undisturbed(tensor: Tensor) -> Iterator[None]:
-    """The tensor's device current, without autograd and autocast, products as exact as
-    convolutions; the caller's state comes back."""
+    """The tensor's device current, without autograd and autocast; the caller's state comes back."""
     with (
         torch.inference_mode(),
         torch.autocast(tensor.device.type, enabled=False),
         torch.cuda.device_of(tensor),
-        products_as_convolutions(),
     ):
         yield
 

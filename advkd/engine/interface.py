@@ -37,6 +37,11 @@ class Engine(abc.ABC):
     schedule: Schedule | None = None  # the noise schedule of a teacher; a student has none
     network: UNet | Student | None = None  # kept alive by an engine that a user holds
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where noise for it is best made."""
+        return torch.device("cpu")
+
     @classmethod
     @abc.abstractmethod
     def unavailable(cls, model: UNet | Student) -> str | None:

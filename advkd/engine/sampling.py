@@ -15,10 +15,12 @@ from torch import Tensor
 from advkd.config import SAMPLERS
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.engine.cache import engine_for
-from advkd.engine.interface import Engine, check_labels
+from advkd.engine.interface import Engine, check_labels, input_shape
 from advkd.engine.noise import MAX_STEPS, Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
+
+CUDA_PIXELS = 1 << 20  # of a batch on a GPU: 1024 images of 32x32
 
 Callback = Callable[[int, int], object]  # (network passes done, passes in all); may raise to stop
 
@@ -53,7 +55,7 @@ def generate(
     exit_at: int | None = None,
     size: int | None = None,
     first: int = 0,
-    batch: int = 64,
+    batch: int | None = None,
     threads: int = 0,
     purpose: Purpose = Purpose.SAMPLING,
     callback: Callback | None = None,
@@ -64,9 +66,12 @@ def generate(
     A student makes each in one network pass (`exit_at` leaves early), a teacher by `sampler` in
     `steps` steps. `y` (num,) int64 are labels for a class-conditional model; without them they are
     sampled from the seed. `size` is the pixels of a side, for a teacher whose configuration names
-    none. `batch` images are sampled at once, on `threads` threads (0: as many as torch has).
+    none. `batch` images are sampled at once (None: 64, or on CUDA as many as fill a GPU), on
+    `threads` threads (0: as many as torch has).
     `model` may be an engine of `advkd.compile`. Raises ValueError for what the model cannot do.
     """
+    if batch is None:
+        batch = usual_batch(model, size)
     _check_numbers(num, first, batch, threads)
     noise = Noise(seed, purpose)
     engine = _engine_of(model, min(num, batch), exit_at, size)
@@ -81,7 +86,8 @@ def generate(
     def sample(part: slice) -> Tensor:
         labels = None if y is None else y[part]
         if table is None:
-            image = engine.run(noise.x_T(numbers[part], engine.shape), labels, threads=threads)
+            x_T = noise.x_T(numbers[part].to(engine.device), engine.shape)
+            image = engine.run(x_T, labels, threads=threads)
             passes.add()
             return image.cpu()
         last = [len(table)]
@@ -93,6 +99,19 @@ def generate(
     if not images:
         return torch.empty((0, *engine.shape), dtype=torch.float32, device="cpu")
     return torch.cat(images).clamp(-1, 1).contiguous()
+
+
+def usual_batch(model: UNet | Student | Engine, size: int | None = None) -> int:
+    """How many images are sampled at once: 64, or on a GPU what fills one, which is more for small
+    images (`size` pixels a side, for a teacher whose configuration names none)."""
+    on = model.device if isinstance(model, Engine) else next(model.parameters()).device
+    if on.type != "cuda":
+        return 64
+    if isinstance(model, Engine):
+        shape = model.shape
+    else:
+        shape = input_shape(model, None if size is None else (size, size))
+    return max(1, CUDA_PIXELS // (shape[1] * shape[2]))
 
 
 def _check_numbers(num: int, first: int, batch: int, threads: int) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from advkd.config import MAX_CLASSES, MAX_SIDE
 from advkd.data.source import ImageSet
+from advkd.device import placed
 from advkd.files import (
     CheckpointError,
     load_strictly,
@@ -286,6 +287,7 @@ def fit_features(
     settings: FitSettings | None = None,
     held_out: ImageSet | None = None,
     progress: Callable[[int, float], None] | None = None,
+    device: torch.device | None = None,
 ) -> FeatureNet:
     """Fit a `FeatureNet`: an autoencoder, and a classifier too where images have 2 labels or more.
 
@@ -294,6 +296,7 @@ def fit_features(
     held_out: labeled images whose accuracy goes into the record; they are not fitted to.
     progress: called with (step, loss) after every step. The global random state is left alone;
     the same arguments, machine and thread count give the same weights.
+    device: where it is fitted, and where it lies afterwards; None for the CPU.
     Raises ValueError where the loss stops being finite.
     """
     settings = settings or FitSettings()
@@ -301,6 +304,7 @@ def fit_features(
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # the CPU's alone
         net = FeatureNet(images.channels, images.size, num_classes, decodes=True)
+        net = net if device is None else placed(net, device)
         _fit(net, images, settings, progress)
     net.record = {
         "data": images.source,
@@ -352,13 +356,14 @@ def _fit_loss(
     chosen = rng.integers(0, len(images), settings.batch_size)
     mirrored = rng.random(settings.batch_size) < 0.5 if settings.flip else None
     offsets = rng.integers(0, 2 * settings.shift + 1, (2, settings.batch_size))
-    x = _shifted(images.batch(chosen, mirrored), offsets, settings.shift)
+    device = next(net.parameters()).device
+    x = _shifted(images.batch(chosen, mirrored), offsets, settings.shift).to(device)
     output = net(x.contiguous(memory_format=torch.channels_last))
     loss = x.new_zeros(())
     if output.images is not None:
         loss = loss + F.mse_loss(output.images, x)
     if output.logits is not None and images.labels is not None:
-        labels = torch.from_numpy(images.labels[chosen])
+        labels = torch.from_numpy(images.labels[chosen]).to(device)
         loss = _RECONSTRUCTION * loss + F.cross_entropy(output.logits, labels)
     return loss
 

@@ -242,7 +242,9 @@ def _sampled(
     model: UNet | Student, first: int, num: int, seed: int, steps: int, callback: Callback | None
 ) -> torch.Tensor:
     """Images of a network from the noise of evaluations, as `generate` gives them."""
-    batch = TEACHER_BATCH if isinstance(model, UNet) else STUDENT_BATCH
+    batch: int | None = TEACHER_BATCH if isinstance(model, UNet) else STUDENT_BATCH
+    if next(model.parameters()).is_cuda:
+        batch = None  # as many as fill the device
     return generate(
         model,
         num,

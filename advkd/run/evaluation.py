@@ -8,6 +8,7 @@ import torch
 
 from advkd.data import Dataset, ImageSet
 from advkd.data.trajectories import Trajectories
+from advkd.device import placed
 from advkd.evaluation.features import (
     FeatureNet,
     FitSettings,
@@ -53,7 +54,7 @@ def features_of(run: Run) -> FeatureNet:
         return net
     train = _sampled_images(run) if images is None else images.train
     settings = FitSettings(steps=FEATURE_STEPS, flip=config.data.flip)
-    save_features(fit_features(train, settings=settings), own)
+    save_features(fit_features(train, settings=settings, device=run.device), own)
     return load_features(own)
 
 
@@ -82,7 +83,7 @@ def figures_of_run(run: Run, fresh: bool = False) -> RunFigures:
     is stored in the run's folder.
     """
     settings, images = run.config.evaluate, run.images()
-    teacher, student, net = run.teacher(), run.student(), features_of(run)
+    teacher, student, net = run.teacher(), run.student(), placed(features_of(run), run.device)
     num, steps, own = settings.num, settings.teacher_steps, run.path / "evaluation"
     with sampling_bar(3 if images is None else 2) as report:
         if images is None:

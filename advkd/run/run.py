@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from advkd import device
 from advkd.config import Config, ConfigError
 from advkd.data import Dataset, find
 from advkd.data.registry import default_dataset, for_teacher
 from advkd.data.split import RealImages, real_images, with_clusters
+from advkd.device import placed
 from advkd.evaluation.protocol import images_hash
 from advkd.files import read_json, write_json
 from advkd.models.student import Student
@@ -22,6 +24,7 @@ class Run(RunFolder):
 
     def __init__(self, path: Path, config: Config):
         super().__init__(path, config)
+        self.device = device.resolve(config.run.device)
         self._images: RealImages | None = None
 
     @property
@@ -79,9 +82,9 @@ class Run(RunFolder):
         return unet
 
     def teacher(self) -> UNet:
-        """The run's own copy of the teacher."""
-        return load_teacher(self.path / "teacher")
+        """The run's own copy of the teacher, on the run's device."""
+        return placed(load_teacher(self.path / "teacher"), self.device)
 
     def student(self) -> Student:
-        """The run's student."""
-        return load_student(self.path / "student")
+        """The run's student, on the run's device."""
+        return placed(load_student(self.path / "student"), self.device)

@@ -149,7 +149,7 @@ def make_report(run: Run) -> float:
 def model_file_of(run: Run) -> bytes | str:
     """The student's model file, or why it has none, as a clause."""
     try:
-        return model_bytes(run.student())
+        return model_bytes(run.student().cpu())
     except LoweringError as error:
         return str(error)
 
@@ -165,9 +165,9 @@ def pictures_of(run: Run, steps: int) -> Pictures:
     saved = saved_steps(len(table), len(sizes))
     engine = engine_for(teacher, PICTURED, size=(student.size, student.size))
     target = run.config.trajectory.target
-    states = engine.sample(table, noise, numbers, y, saved=saved, target=target).unbind(1)
-    x_T = noise.x_T(numbers, (student.channels, student.size, student.size))
-    heads = student.states(x_T, y)
+    states = engine.sample(table, noise, numbers, y, saved=saved, target=target).cpu().unbind(1)
+    x_T = noise.x_T(numbers.to(run.device), (student.channels, student.size, student.size))
+    heads = [x.cpu() for x in student.states(x_T, None if y is None else y.to(run.device))]
     data = None
     if images is not None:
         train = images.train

@@ -32,6 +32,7 @@ from advkd.engine.sampling import generate
 from advkd.models.layers import ResnetBlock
 from advkd.models.unet import UNet
 from advkd.ops import _backend
+from advkd.pretrained import load_student
 
 SIZE = (8, 8)
 NOISE = Noise(11, Purpose.SAMPLING)
@@ -87,7 +88,8 @@ def emulated(cuda: Any, monkeypatch: pytest.MonkeyPatch, set_threads: Any) -> It
     monkeypatch.setattr(ops, "extension", cuda)
     monkeypatch.setattr(cuda_engine, "captured", captured)
     monkeypatch.setattr(cuda_engine, "current_stream", lambda device: stream)
-    monkeypatch.setattr(cuda_engine, "synchronize", lambda device: None)
+    monkeypatch.setattr(cuda_engine, "recorded", lambda device: None)
+    monkeypatch.setattr(cuda_engine, "free_memory", lambda device: 1 << 30)
     yield SimpleNamespace(cuda=cuda, functions=functions)
     functions.clear()
     gc.collect()
@@ -382,6 +384,8 @@ def test_sizes_of_batches_are_few(emulated: Any, monkeypatch: pytest.MonkeyPatch
     assert [CudaEngine.batch_for(n) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 128]
     monkeypatch.setattr(cuda_engine, "MAX_PIXELS", 5 * 8 * 8)
     assert [CudaEngine.make(teacher(), SIZE, n).batch for n in (1, 4, 8)] == [1, 4, 4]
+    monkeypatch.setattr(cuda_engine, "free_memory", lambda device: 1 << 10)
+    assert CudaEngine.make(teacher(), SIZE, 8).batch == 1
 
 
 class Counting(ResnetBlock):
@@ -500,3 +504,35 @@ def test_a_refused_capture_warns_once_and_torch_samples(
     assert len(warned) == 1
     want = eager(unet, table_of(unet, 3), NOISE, torch.arange(2)).clamp(-1, 1)
     assert all((each - want).abs().max() < 1e-4 for each in images)
+
+
+STUDENT = "zoo:fashion-mnist-student"
+
+
+@pytest.mark.parametrize("exit_at", [None, 1])
+def test_a_student_is_one_captured_pass(first_choice: Any, exit_at: int | None) -> None:
+    student = load_student(STUDENT)
+    engine = cache.engine_for(student, 3, exit_at=exit_at)
+    assert isinstance(engine, CudaEngine) and engine.batch == 4
+    y = torch.tensor([0, 9, 4, 4, 1, 3])
+    x = NOISE.x_T(torch.arange(6), (1, 28, 28))
+    with torch.no_grad():
+        want = student(x, y, exit_at)
+    assert (engine.run(x, y) - want).abs().max() < 1e-4
+    with torch.no_grad():  # those that are read in their places, and those that are made of them
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+        changed = student(x, y, exit_at)
+    assert (engine.run(x, y) - changed).abs().max() < 1e-4 < (changed - want).abs().max()
+    with pytest.raises(ValueError, match="a student takes none"):
+        engine.run(x, y, t=3)
+    images = generate(student, 6, 11, y=y, exit_at=exit_at)
+    assert (images - changed.clamp(-1, 1)).abs().max() < 1e-4
+
+
+def test_a_student_in_half_precision(first_choice: Any) -> None:
+    student = load_student(STUDENT)
+    want = generate(student, 4, 3)
+    got = generate(student.bfloat16(), 4, 3)
+    assert isinstance(cache.engine_for(student, 4), CudaEngine)
+    assert 0 < (got - want).abs().mean() < 0.05
