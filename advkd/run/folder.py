@@ -29,7 +29,7 @@ _DEPENDS = {
     "evaluate": ("evaluate",),
     "report": (),
 }
-_HARMLESS = ("log_every", "checkpoint_every")  # keys that change no result
+_HARMLESS = ("log_every", "checkpoint_every", "recompute")  # keys that change no result
 _FOLDERS = {
     "teacher": "teacher",
     "trajectories": "trajectories",

@@ -439,6 +439,58 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path: Path) -> None:
     assert all(np.isfinite(entry["loss"]) for entry in metrics(tmp_path))
 
 
+def kept_for_the_gradient(training: TeacherTraining) -> int:
+    """Bytes that a loss keeps until its gradient is taken."""
+    kept: dict[int, int] = {}
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(counted, lambda tensor: tensor):
+        loss = training.loss(*training.batch(0))
+        return sum(kept.values()) if loss.requires_grad else 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_take_less_memory_and_change_no_bit(dropout: float) -> None:
+    found, kept = [], []
+    for recompute in ("false", "true"):
+        config = teacher_config(f"unet.dropout={dropout}", f"teacher.recompute={recompute}")
+        training = TeacherTraining(config, squares())
+        kept.append(kept_for_the_gradient(training))
+        torch.manual_seed(7)
+        with Workers(1, CPU) as workers:
+            for step in range(2):
+                training.step(step, workers)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.manual_seed(7)))
+        found.append(training.unet.state_dict())
+    assert_same_weights(*found)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_parts_of_a_batch_give_its_gradient(tmp_path: Path) -> None:
+    """One after the other, as the loop takes them where a batch does not fit into memory."""
+    sizes: list[int] = []
+    original = TeacherTraining.loss
+
+    def counted(self: TeacherTraining, x_0: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(len(x_0))
+        return original(self, x_0, *others)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherTraining, "loss", counted)
+        for parts in (1, 4):
+            config = teacher_config(f"teacher.accumulate={parts}", "teacher.steps=1")
+            train_teacher(config, squares(), tmp_path / str(parts))
+            found.append(metrics(tmp_path / str(parts))[0])
+    assert sizes == [6, 2, 2, 2]  # in fourths of at most 2, the last being empty
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+    assert found[1]["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=1e-4)
+
+
 def test_gradients_are_clipped_to_the_norm() -> None:
     training = TeacherTraining(teacher_config("teacher.grad_clip=0.01"), squares())
     with Workers(1, CPU) as workers:
