@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +491,22 @@ def test_parts_of_a_batch_give_its_gradient(tmp_path: Path) -> None:
     assert sizes == [6, 2, 2, 2]  # in fourths of at most 2, the last being empty
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
     assert found[1]["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=1e-4)
+
+
+def test_a_closed_training_gives_its_memory_back_at_once() -> None:
+    """A distillation follows it on the same GPU, and the garbage collector comes when it likes."""
+    gc.collect()
+    gc.disable()
+    try:
+        training = TeacherTraining(teacher_config(), squares())
+        with Workers(1, CPU) as workers:
+            training.step(0, workers)
+        training.close()
+        weight = weakref.ref(training.unet.conv_in.weight)
+        del training
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:
