@@ -135,6 +135,7 @@ class TeacherConfig:
     beta2: float = within(0.99, 0, 0.999999)
     grad_clip: float = within(1.0, 0, 1e9, above=True)
     ema: float = within(0.999, 0, 1)
+    recompute: bool = False  # activations in the backward pass, block by block, to save memory
     autocast: str = one_of("auto", ("auto", "on", "off"))  # bfloat16; auto: where hardware has it
     log_every: int = within(50, 1, MAX_COUNT)
     checkpoint_every: int = within(1000, 1, MAX_COUNT)
@@ -150,7 +151,7 @@ class TrajectoryConfig:
     eta: float = within(0.0, 0, 1)
     target: str = one_of("denoised", TARGETS)  # denoised: clean estimates x0_hat; state: x_t
     dtype: str = one_of("float16", ("float16", "float32"))  # of the store
-    shard: int = within(250, 1, 1_000_000)  # images sampled at once and stored in one file
+    shard: int = within(250, 1, 1_000_000)  # images sampled at once, into a file; 1 GiB at most
 
 
 @dataclass(frozen=True)

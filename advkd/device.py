@@ -88,14 +88,15 @@ def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
+    before = products.fp32_precision, convolutions.conv.fp32_precision
     try:
-        cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+        products.fp32_precision = "tf32" if allowed else "ieee"
+        convolutions.conv.fp32_precision = products.fp32_precision
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        products.fp32_precision, convolutions.conv.fp32_precision = before
 
 
 @contextlib.contextmanager

@@ -389,7 +389,7 @@ def write_trajectories(folder: Path) -> None:
     torch.manual_seed(0)
     unet = UNet(UNET, Schedule(num_train_timesteps=50)).eval()
     settings = TrajectoryConfig(num=4, shard=2, steps=2)
-    sample_trajectories(unet, folder, index_of(unet, settings, 2, 0, 8), 4, threads=1)
+    sample_trajectories(unet, folder, index_of(unet, settings, 2, 0, 8, (4, 8)), 4, threads=1)
 
 
 def read_trajectories(folder: Path) -> None:

@@ -1,16 +1,20 @@
 """The store of a teacher's trajectories: what a student learns from.
 
-A folder of memory-mapped shards `shard-NNNNN.npy`, (n, K, C, S, S), closed one by one by a JSON
-with their checksum, under an `index.json` that says which teacher, seed and times made them. x_T
-and labels are not stored: they follow from (seed, image number).
+A folder of memory-mapped shards `shard-NNNNN.npy`, closed one by one by a JSON with their checksum,
+under an `index.json` that says which teacher, seed and times made them. Each target is stored at
+the size of the head that learns it: a shard is (n, P), an image's K targets one after the other. A
+store without sizes, as earlier versions left them, has all at full size, (n, K, C, S, S). x_T and
+labels are not stored: they follow from (seed, image number).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,9 +45,11 @@ from advkd.files import (
     tensors_hash,
     write_json,
 )
+from advkd.models.layers import area_resized
 from advkd.models.unet import UNet
 
 INDEX = "index.json"
+MAX_SHARD = 1 << 30  # bytes of a shard's targets as they are sampled, in float32 at full size
 
 
 class _Stopped(Exception):
@@ -63,10 +69,29 @@ class TrajectoryIndex:
     target: str = one_of("denoised", TARGETS)
     saved: tuple[int, ...] = within((), 1, 1_000_000)  # steps after which a target is stored
     shape: tuple[int, ...] = within((), 1, MAX_SIDE)  # (C, S, S)
+    sizes: tuple[int, ...] = within((), 1, MAX_SIDE)  # pixels of each target's side; empty = S
     dtype: str = one_of("float16", ("float16", "float32"))
     shard: int = within(1, 1, 1_000_000)
     num_classes: int | None = within(None, 1, MAX_CLASSES)
     engine: str = "eager"  # by name; images of two engines differ in their last bits
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The pixels of each target's side."""
+        return self.sizes or (self.shape[-1],) * len(self.saved)
+
+    @property
+    def places(self) -> list[slice]:
+        """Where in an image's row each target is."""
+        ends = list(accumulate((self.shape[0] * side**2 for side in self.sides), initial=0))
+        return [slice(*place) for place in pairwise(ends)]
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """The shape of a shard's array."""
+        if self.sizes:
+            return self.shard, self.places[-1].stop
+        return self.shard, len(self.saved), *self.shape
 
     @property
     def noise(self) -> Noise:
@@ -75,10 +100,17 @@ class TrajectoryIndex:
 
 
 def index_of(
-    unet: UNet, settings: TrajectoryConfig, K: int, seed: int, size: int
+    unet: UNet,
+    settings: TrajectoryConfig,
+    K: int,
+    seed: int,
+    size: int,
+    sizes: Sequence[int] = (),
 ) -> TrajectoryIndex:
-    """The index of the store that these settings ask for, of K targets, evenly spaced.
+    """The index of the store that these settings ask for, of K targets, evenly spaced, each stored
+    at one of the K `sizes`, or at full size.
 
+    A shard has fewer images than `settings.shard` where these would take more than MAX_SHARD bytes.
     Raises ConfigError for what the teacher cannot give.
     """
     if unet.config.sample_size not in (None, size):
@@ -88,6 +120,8 @@ def index_of(
     N = len(table)
     if K > N:
         raise ConfigError(f"{K} submodules need at least as many steps, not {N}")
+    shape = input_shape(unet, (size, size))
+    shard = max(1, min(settings.shard, MAX_SHARD // (4 * K * math.prod(shape))))
     return TrajectoryIndex(
         teacher=tensors_hash(unet.state_dict()),
         schedule=asdict(unet.schedule),
@@ -97,11 +131,12 @@ def index_of(
         eta=settings.eta if settings.sampler == "ddim" else 1.0,
         target=settings.target,
         saved=tuple(saved_steps(N, K)),
-        shape=input_shape(unet, (size, size)),
+        shape=shape,
+        sizes=tuple(sizes),
         dtype=settings.dtype,
-        shard=settings.shard,
+        shard=shard,
         num_classes=unet.num_classes,
-        engine=engine_for(unet, settings.shard, size=(size, size)).name,
+        engine=engine_for(unet, shard, size=(size, size)).name,
     )
 
 
@@ -112,7 +147,8 @@ class Trajectories:
         self.index = _read_index(folder)
         self.num = num
         shards = range(-(-num // self.index.shard))
-        self._maps = [_opened(folder, i, self.index) for i in shards]
+        maps = [_opened(folder, i, self.index) for i in shards]
+        self._rows = [found.reshape(self.index.shard, -1) for found in maps]
 
     @property
     def K(self) -> int:
@@ -120,10 +156,10 @@ class Trajectories:
 
     def targets(self, indices: Tensor, k: int) -> Tensor:
         """The targets of head k (0 .. K-1, or -1 for the last) of the images `indices` (B,):
-        (B, C, S, S) of the store's dtype."""
-        size = self.index.shard
-        rows = [self._maps[i // size][i % size, k] for i in indices.tolist()]
-        return torch.from_numpy(np.stack(rows))
+        (B, C, r, r) of the store's dtype, r = `index.sides[k]`. No other head's are read."""
+        shard, place, side = self.index.shard, self.index.places[k], self.index.sides[k]
+        rows = [self._rows[i // shard][i % shard, place] for i in indices.tolist()]
+        return torch.from_numpy(np.stack(rows)).view(len(rows), -1, side, side)
 
     def x_T(self, indices: Tensor) -> Tensor:
         """The noise these images grew from: (B, C, S, S) float32, channels_last."""
@@ -142,6 +178,8 @@ def _read_index(folder: Path) -> TrajectoryIndex:
         raise CheckpointError(f"{path} is no index of trajectories: {error}") from None
     if len(index.shape) != 3 or not index.saved:
         raise CheckpointError(f"{path} is no index of trajectories: shape or saved is wrong")
+    if len(index.sides) != len(index.saved) or any(index.shape[-1] % r for r in index.sides):
+        raise CheckpointError(f"{path} is no index of trajectories: sizes are wrong")
     return index
 
 
@@ -174,10 +212,10 @@ def _check_shard(folder: Path, number: int) -> None:
 
 
 def _opened(folder: Path, number: int, index: TrajectoryIndex) -> np.ndarray:
-    """A shard, memory-mapped: (shard, K, C, S, S). CheckpointError if it is not that."""
+    """A shard, memory-mapped. CheckpointError if it is not what the index says."""
     _check_shard(folder, number)
     path = _shard_path(folder, number)
-    shape = (index.shard, len(index.saved), *index.shape)
+    shape = index.shard_shape
     try:
         found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises whatever its parser makes of the header
@@ -202,7 +240,8 @@ def _is_whole(folder: Path, number: int) -> bool:
 def open_store(folder: Path, wanted: TrajectoryIndex) -> TrajectoryIndex:
     """Begin a store, or check that the one there is the wanted one; ConfigError if it is not.
 
-    Returns its index: a store goes on with the engine that began it.
+    Returns its index: a store goes on with the engine that began it, and one without sizes as it
+    is.
     """
     if not (folder / INDEX).exists():
         if any(folder.glob("shard-*.npy")):
@@ -210,6 +249,8 @@ def open_store(folder: Path, wanted: TrajectoryIndex) -> TrajectoryIndex:
         write_json(folder / INDEX, asdict(wanted))
         return wanted
     found = _read_index(folder)
+    if not found.sizes:
+        wanted = replace(wanted, sizes=())
     if replace(found, engine=wanted.engine) != wanted:
         theirs, ours = asdict(found), asdict(wanted)
         differing = [key for key in ours if ours[key] != theirs[key] and key != "engine"]
@@ -297,17 +338,24 @@ def _sample_shards(
 ) -> None:
     """Sample shards and write them, each as soon as it is whole."""
     table = table_of(unet.schedule, index.sampler, index.steps, index.eta)
-    shape = (index.shard, len(index.saved), *index.shape)
+    whole = (index.shard, len(index.saved), *index.shape)
+    dtype = getattr(torch, index.dtype)
 
     def sample(number: int) -> None:
         first = number * index.shard
         indices = torch.arange(first, first + index.shard, dtype=torch.int64, device="cpu")
-        out = torch.empty(shape, dtype=getattr(torch, index.dtype), device="cpu")
+        sampled_as = torch.float32 if index.sizes else dtype  # averaged before it is rounded
+        out = torch.empty(whole, dtype=sampled_as, device="cpu")
         engine.sample(
             table, index.noise, indices, index.noise.labels(indices, index.num_classes),
             saved=index.saved, target=index.target, out=out, threads=threads,
             on_step=progress.on_step, poll=progress.poll,
         )  # fmt: skip
+        if index.sizes:
+            rows = torch.empty(index.shard_shape, dtype=dtype, device="cpu")
+            for k, (place, side) in enumerate(zip(index.places, index.sides, strict=True)):
+                rows[:, place] = area_resized(out[:, k], side).flatten(1)
+            out = rows
         _write(folder, number, out.numpy())
 
     for _ in engine.map(sample, missing, threads):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from advkd.config import UNetConfig, build
 from advkd.diffusion import Schedule
@@ -181,7 +182,8 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """`layers_per_block` + 1 residual blocks, each with a skip, then a doubling unless last."""
+    """`layers_per_block` + 1 residual blocks, each with one of the `skips`, then a doubling unless
+    last."""
 
     def __init__(self, config: UNetConfig, kind: str, channels: tuple[int, int, int], last: bool):
         super().__init__()
@@ -195,8 +197,8 @@ class UpBlock(nn.Module):
         self.upsamplers = None if last else nn.ModuleList([Upsample(c_out)])
 
     def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, skips.pop()], dim=1), temb)
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            h = resnet(torch.cat([h, skip], dim=1), temb)
             if self.attentions is not None:
                 h = self.attentions[i](h)
         if self.upsamplers is not None:
@@ -242,6 +244,7 @@ class UNet(nn.Module):
         self.config = config
         self.schedule = Schedule() if schedule is None else schedule
         self.class_names: tuple[str, ...] | None = None
+        self.recompute = False  # of each block only what it passes on is kept for its gradient
         widths = config.block_out_channels
         hidden = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -310,13 +313,22 @@ class UNet(nn.Module):
         h = self.conv_in(2 * x_t - 1 if self.config.center_input_sample else x_t)
         skips = [h]
         for down in self.down_blocks:
-            h, new = down(h, temb)
+            h, new = self._passed(down, h, temb)
             skips += new
-        h = self.mid_block(h, temb)
+        h = self._passed(self.mid_block, h, temb)
         for up in self.up_blocks:
-            h = up(h, skips, temb)
+            own = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
+            h = self._passed(up, h, own, temb)
         out: Tensor = self.conv_out(self.conv_norm_out(h))
         return out
+
+    def _passed(self, block: nn.Module, *given: Any) -> Any:
+        """What a block makes of its inputs; with `recompute` made a second time for the gradient,
+        dropout's numbers included."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(*given)
+        dropout = self.training and self.config.dropout > 0
+        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=dropout)
 
 
 def check_unet(config: UNetConfig) -> None:

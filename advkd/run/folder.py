@@ -29,7 +29,8 @@ _DEPENDS = {
     "evaluate": ("evaluate",),
     "report": (),
 }
-_HARMLESS = ("log_every", "checkpoint_every")  # keys that change no result
+# Keys that change no result.
+_HARMLESS = ("log_every", "checkpoint_every", "checkpoint_minutes", "compile", "recompute")
 _FOLDERS = {
     "teacher": "teacher",
     "trajectories": "trajectories",

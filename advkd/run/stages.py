@@ -86,9 +86,8 @@ def make_trajectories(run: Run) -> float:
     folder = run.path / "trajectories"
     earlier = folder / "seconds.json"  # of earlier calls that were stopped
     began = time.monotonic() - (seconds_in(earlier) if earlier.is_file() else 0.0)
-    index = index_of(
-        unet, settings, len(run.config.student.stages), run.config.run.seed, run.config.data.size
-    )
+    sizes, seed = run.config.student.stages, run.config.run.seed
+    index = index_of(unet, settings, len(sizes), seed, run.config.data.size, sizes)
     with StopSignals() as stop, progress_bar("trajectories", settings.num, unit="image") as bar:
 
         def report(done: int, total: int) -> None:

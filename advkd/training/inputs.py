@@ -48,25 +48,28 @@ class Ahead(Generic[Tree]):
     """
 
     def __init__(self, draw: Callable[[int], Tree], device: torch.device):
-        self._draw, self._device = draw, device
+        self._draw: Callable[[int], Tree] | None = draw
+        self._device = device
         self._next: tuple[int, Future[Tree]] | None = None
         self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
 
     def __call__(self, step: int) -> Tree:
         """What `step` takes, on the host; drawing it may have raised any exception."""
+        assert self._draw is not None, "these inputs are closed"
         if self._pool is None:
             return self._draw(step)
         ready = self._next
         if ready is None or ready[0] != step:
-            ready = step, self._pool.submit(self._pinned, step)
-        self._next = step + 1, self._pool.submit(self._pinned, step + 1)
+            ready = step, self._pool.submit(self._pinned, self._draw, step)
+        self._next = step + 1, self._pool.submit(self._pinned, self._draw, step + 1)
         return ready[1].result()
 
-    def _pinned(self, step: int) -> Tree:
+    def _pinned(self, draw: Callable[[int], Tree], step: int) -> Tree:
         with torch.cuda.device(self._device):  # memory is pinned for the current device
-            return mapped(Tensor.pin_memory, self._draw(step))
+            return mapped(Tensor.pin_memory, draw(step))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and let go of what draws: a training, and with it a device's memory."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self._draw = self._next = None

@@ -77,6 +77,7 @@ class TeacherTraining(Training):
         unet = unet.to(self.device)
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.unet, self.settings.ema)
+        self.unet.recompute = self.settings.recompute
         optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             betas=(0.9, self.settings.beta2),

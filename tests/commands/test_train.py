@@ -261,7 +261,9 @@ def test_another_configuration_is_refused(
 def test_keys_that_change_no_result_are_no_other_configuration(
     copy: Path, command: list[str]
 ) -> None:
-    changes = ["--set", "distill.log_every=7", "--set", "teacher.checkpoint_every=2"]
+    keys = ("distill.log_every=7", "teacher.checkpoint_every=2", "run.checkpoint_minutes=7")
+    keys += ("run.compile=off", "teacher.recompute=true")
+    changes = [word for key in keys for word in ("--set", key)]
     assert main([*command, *changes, "--runs", str(copy.parent)]) == 0
     assert stored_config(copy).distill.log_every == 7
 

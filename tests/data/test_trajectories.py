@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from advkd.engine.cache import engine_for
 from advkd.engine.noise import FIRST_FRESH, Noise, Purpose
 from advkd.engine.sampling import table_of
 from advkd.files import CheckpointError, write_json
+from advkd.models.layers import area_resized
 from advkd.models.unet import UNet
 
 SETTINGS = TrajectoryConfig(num=10, steps=4, dtype="float32", shard=4)
@@ -65,8 +67,8 @@ def unet() -> UNet:
     return small_unet()
 
 
-def index(unet: UNet, **changes: Any) -> TrajectoryIndex:
-    return index_of(unet, dataclasses.replace(SETTINGS, **changes), K, SEED, 8)
+def index(unet: UNet, sizes: tuple[int, ...] = (), **changes: Any) -> TrajectoryIndex:
+    return index_of(unet, dataclasses.replace(SETTINGS, **changes), K, SEED, 8, sizes)
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -105,6 +107,57 @@ def test_files_of_a_store(store: Path) -> None:
     shard = np.load(store / "shard-00002.npy", allow_pickle=False)
     assert shard.shape == (4, K, 1, 8, 8)  # sampled whole, also where num ends in its middle
     assert shard.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_targets_are_stored_at_the_sizes_of_their_heads(
+    store: Path, unet: UNet, tmp_path: Path, dtype: str
+) -> None:
+    """Averaged in float32, then rounded; what a head does not learn from is not stored."""
+    wanted = index(unet, (2, 8), dtype=dtype)
+    found = sample_trajectories(unet, tmp_path, wanted, 10, threads=1)
+    assert found is not None and found.index == wanted
+    shard = np.load(tmp_path / "shard-00000.npy", allow_pickle=False)
+    assert shard.shape == (4, 2 * 2 + 8 * 8) and shard.dtype == dtype
+    whole, chosen = Trajectories(store, 10), torch.tensor([9, 0, 5, 0])
+    for k, side in enumerate((2, 8)):
+        targets = found.targets(chosen, k)
+        expected = area_resized(whole.targets(chosen, k), side).to(getattr(torch, dtype))
+        assert targets.shape == (4, 1, side, side) and torch.equal(targets, expected)
+    assert torch.equal(found.targets(chosen, -1), found.targets(chosen, 1))
+
+
+def test_a_store_without_sizes_goes_on_as_it_is(store: Path, unet: UNet, tmp_path: Path) -> None:
+    """Earlier versions left one; one with sizes is not taken for one with others."""
+    sample_trajectories(unet, tmp_path, index(unet), 3, threads=1)
+    content = json.loads((tmp_path / INDEX).read_text())
+    del content["sizes"]  # which they did not know
+    write_json(tmp_path / INDEX, content)
+    found = sample_trajectories(unet, tmp_path, index(unet, (4, 8)), 10, threads=1)
+    assert found is not None and found.index.sides == (8, 8)
+    assert shards(tmp_path) == shards(store)
+    other = tmp_path / "other"
+    sample_trajectories(unet, other, index(unet, (4, 8)), 3)
+    for sizes in ((2, 8), ()):
+        with pytest.raises(ConfigError, match=r"other trajectories \(they differ in sizes\)"):
+            sample_trajectories(unet, other, index(unet, sizes), 3)
+
+
+def test_a_shard_stays_below_a_size(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advkd.data.trajectories, "MAX_SHARD", 3 * K * 8 * 8 * 4 + 1)
+    assert [index(unet, shard=n).shard for n in (1, 3, 4, 1000)] == [1, 3, 3, 3]
+    monkeypatch.setattr(advkd.data.trajectories, "MAX_SHARD", 1)
+    assert index(unet).shard == 1
+
+
+@pytest.mark.parametrize("sizes", [[8], [4, 8, 8], [3, 8], [16, 8], [0, 8]])
+def test_sizes_that_cannot_be_are_an_error(
+    store: Path, unet: UNet, tmp_path: Path, sizes: list[int]
+) -> None:
+    content = json.loads((store / INDEX).read_text())
+    write_json(tmp_path / INDEX, {**content, "sizes": sizes})
+    with pytest.raises(CheckpointError, match=r"index\.json is no index of trajectories: .*sizes"):
+        Trajectories(tmp_path, 10)
 
 
 def test_two_threads_sample_the_same_bits(store: Path, unet: UNet, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_captured_steps_do_what_eager_ones_do(kind: str, store: Trajectories) ->
 def test_a_step_never_waits_for_the_device(kind: str, store: Trajectories, compile: str) -> None:
     training = made(kind, store, f"run.compile={compile}")
     with at_work(training) as workers:
-        for step in range(STEPS):  # compiles, captures
+        for step in [*range(STEPS)] * 2:  # compiles, captures
             training.step(step, workers)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -126,7 +126,7 @@ def test_bfloat16_trains_like_float32(kind: str, store: Trajectories) -> None:
         }
         losses[dtype] = values["loss" if kind == "teacher" else "rec_3"]
     assert not torch.equal(*losses.values())
-    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.1, atol=0.02)
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.02, atol=1e-3)
 
 
 def test_accumulated_gradients_are_the_batchs(store: Trajectories) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from advkd.config import Config, ConfigError, StudentConfig
 from advkd.console import Interrupted, StopSignals
@@ -21,13 +24,14 @@ from advkd.files import read_tensors
 from advkd.parallel import Workers
 from advkd.pretrained import load_student
 from advkd.training import distill
+from advkd.training import losses as losses_module
 from advkd.training.batches import Batch, Drawn, Labeled
 from advkd.training.checkpoint import latest_checkpoint
 from advkd.training.distill import Distillation, StepPlan, distill_student
 from advkd.training.loop import TrainingError
 from advkd.training.losses import huber
 
-from .tiny import CONFIG, CPU, changed, metrics, photos
+from .tiny import CONFIG, CPU, changed, metrics, photos, sampled
 
 
 def in_float64(
@@ -353,6 +357,62 @@ def test_what_is_covered_gets_no_gradient(store: Trajectories) -> None:
     assert torch.equal(gradient != 0, sources != 0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"adversary": "fresh", "lambda_div": 1.0}], ids=str)
+def test_bfloat16_serves_the_networks_and_float32_the_losses(
+    store: Trajectories, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The penalty, which is differentiated twice, has float32 throughout; so have all weights."""
+    given = changed(**changes)
+    penalties, losses = [], []
+    slope, rho = Distillation.squared_slope, losses_module.RECONSTRUCTION["huber"]
+
+    def watched_slope(self: Distillation, *arguments: Any) -> Tensor:
+        with Dtypes() as seen:
+            found = slope(self, *arguments)
+        penalties.append(seen.found)
+        return found
+
+    def watched_rho(error: Tensor, delta: float) -> Tensor:
+        losses.append(error.dtype)
+        return rho(error, delta)
+
+    monkeypatch.setattr(Distillation, "squared_slope", watched_slope)
+    monkeypatch.setitem(losses_module.RECONSTRUCTION, "huber", watched_rho)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = dataclasses.replace(given.run, dtype=dtype)
+        training = Distillation(dataclasses.replace(given, run=run), store, photos(False))
+        plan = training.plan(0)
+        assert plan.penalize and plan.reconstruct and len(plan.seen) == 3
+        with Dtypes() as seen:
+            gradients, values = training.gradients(training.batch(0), plan)
+        assert (torch.bfloat16 in seen.found) == (dtype == "bfloat16")
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        found[dtype] = torch.cat([gradient.flatten() for gradient in gradients]), values
+    assert {*losses} == {torch.float32} and penalties
+    assert all(torch.bfloat16 not in of for of in penalties)
+    (exact, expected), (rounded, values) = found["float32"], found["bfloat16"]
+    # bfloat16 keeps 8 bits; errors of some layers add up.
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+    for name, value in expected.items():
+        assert value == pytest.approx(float(values[name]), rel=0.1, abs=0.02), name
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes of all that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found |= {x.dtype for x in tree_leaves(out) if isinstance(x, Tensor)}
+        return out
+
+
 def test_a_new_distillation_leaves_the_users_generator_alone(store: Trajectories) -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -403,6 +463,48 @@ def test_a_batch_is_resized_targets_of_its_own_noise(store: Trajectories) -> Non
     torch.testing.assert_close(batch.targets[0], smaller)
     assert torch.equal(training.batch(3).x_T, batch.x_T)
     assert not torch.equal(training.batch(4).x_T, batch.x_T)
+
+
+def test_a_step_reads_the_targets_that_it_takes(
+    store: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of heads that are not active, nor the last head's where images replace them."""
+    read: list[int] = []
+    targets = Trajectories.targets
+
+    def counted(self: Trajectories, indices: Tensor, k: int) -> Tensor:
+        read.append(k)
+        return targets(self, indices, k)
+
+    monkeypatch.setattr(Trajectories, "targets", counted)
+
+    def read_by(steps: Sequence[int], **changes: Any) -> list[list[int]]:
+        training = Distillation(changed(**changes), store, photos(False))
+        found = []
+        for step in steps:
+            read.clear()
+            training.batch(step)
+            found.append([*read])
+        return found
+
+    assert read_by([0, 3, 6], schedule="progressive") == [[0], [0, 1], [0, 1, 2]]
+    fresh = {"adversary": "fresh", "rec_every": 2, "r1_every": 3}
+    assert read_by([1, 2, 3], **fresh) == [[], [0, 1, 2], [0, 1]]
+    assert read_by([1], **fresh, real_images=False) == [[2]]
+    assert read_by([1], lambda_rec=0.0) == [[2]]
+
+
+def test_it_is_trained_alike_by_targets_of_full_size(store: Trajectories, tmp_path: Path) -> None:
+    """To the bit where they are stored in float32: they are averaged either way."""
+    smaller = sampled(tmp_path, sizes=CONFIG.student.stages)
+    weights = []
+    for given in (store, smaller):
+        training = Distillation(CONFIG, given)
+        with Workers(1, CPU) as workers:
+            for step in range(3):
+                training.step(step, workers)
+        weights.append(weights_of(training))
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
 
 
 def test_another_number_of_heads_than_targets_is_an_error(store: Trajectories) -> None:

@@ -194,8 +194,8 @@ def repeatability() -> tuple[Any, ...]:
         torch.backends.cudnn.benchmark,
         torch.utils.deterministic.fill_uninitialized_memory,
         os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
     )
 
 
@@ -203,7 +203,7 @@ def test_a_training_on_cuda_is_repeatable_and_leaves_torch_as_it_was(tmp_path: P
     before = repeatability()
     toy = Toy("cuda")  # whose steps need no GPU
     run_training(toy, tmp_path, DistillConfig(steps=2, log_every=1), RunConfig(tf32=False))
-    assert toy.observed == [(True, True, True, False, False, ":4096:8", False, False)] * 2
+    assert toy.observed == [(True, True, True, False, False, ":4096:8", "ieee", "ieee")] * 2
     assert repeatability() == before
     toy = Toy("cpu")
     run_training(toy, tmp_path / "cpu", DistillConfig(steps=1), RunConfig())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +439,74 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path: Path) -> None:
     train_teacher(teacher_config("teacher.autocast=on", "teacher.steps=3"), squares(), tmp_path)
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
     assert all(np.isfinite(entry["loss"]) for entry in metrics(tmp_path))
+
+
+def kept_for_the_gradient(training: TeacherTraining) -> int:
+    """Bytes that a loss keeps until its gradient is taken."""
+    kept: dict[int, int] = {}
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(counted, lambda tensor: tensor):
+        loss = training.loss(*training.batch(0))
+        return sum(kept.values()) if loss.requires_grad else 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_take_less_memory_and_change_no_bit(dropout: float) -> None:
+    found, kept = [], []
+    for recompute in ("false", "true"):
+        config = teacher_config(f"unet.dropout={dropout}", f"teacher.recompute={recompute}")
+        training = TeacherTraining(config, squares())
+        kept.append(kept_for_the_gradient(training))
+        torch.manual_seed(7)
+        with Workers(1, CPU) as workers:
+            for step in range(2):
+                training.step(step, workers)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.manual_seed(7)))
+        found.append(training.unet.state_dict())
+    assert_same_weights(*found)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_parts_of_a_batch_give_its_gradient(tmp_path: Path) -> None:
+    """One after the other, as the loop takes them where a batch does not fit into memory."""
+    sizes: list[int] = []
+    original = TeacherTraining.loss
+
+    def counted(self: TeacherTraining, x_0: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(len(x_0))
+        return original(self, x_0, *others)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherTraining, "loss", counted)
+        for parts in (1, 4):
+            config = teacher_config(f"teacher.accumulate={parts}", "teacher.steps=1")
+            train_teacher(config, squares(), tmp_path / str(parts))
+            found.append(metrics(tmp_path / str(parts))[0])
+    assert sizes == [6, 2, 2, 2]  # in fourths of at most 2, the last being empty
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+    assert found[1]["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=1e-4)
+
+
+def test_a_closed_training_gives_its_memory_back_at_once() -> None:
+    """A distillation follows it on the same GPU, and the garbage collector comes when it likes."""
+    gc.collect()
+    gc.disable()
+    try:
+        training = TeacherTraining(teacher_config(), squares())
+        with Workers(1, CPU) as workers:
+            training.step(0, workers)
+        training.close()
+        weight = weakref.ref(training.unet.conv_in.weight)
+        del training
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

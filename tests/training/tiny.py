@@ -95,12 +95,14 @@ def photos(labels: bool, size: int = 8) -> ImageSet:
     return ImageSet(pixels, np.arange(20, dtype=np.int64) % 3 if labels else None, "photos")
 
 
-def sampled(folder: Path, num_classes: int | None = None) -> Trajectories:
+def sampled(
+    folder: Path, num_classes: int | None = None, sizes: tuple[int, ...] = ()
+) -> Trajectories:
     """The trajectories that CONFIG asks for, of a teacher without training."""
     torch.manual_seed(0)
     config = dataclasses.replace(UNET, num_class_embeds=num_classes)
     unet = UNet(config, Schedule(num_train_timesteps=20)).eval().requires_grad_(False)
-    index = index_of(unet, CONFIG.trajectory, 3, 0, 8)
+    index = index_of(unet, CONFIG.trajectory, 3, 0, 8, sizes)
     store = sample_trajectories(unet, folder, index, CONFIG.trajectory.num, threads=1)
     assert store is not None
     return store
