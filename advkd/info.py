@@ -1,4 +1,5 @@
-"""`python -m advkd.info`: versions, the instruction set, and which backend serves each op.
+"""`python -m advkd.info`: versions, the instruction set, which backend serves each op, and what
+would serve each stage of a run on --device.
 
 With --plan FOLDER, the plan of a teacher or a student for the CPU engine: its operations, their
 sizes and FLOPs, with --time what each takes here, and the classes of a class-conditional network.
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from advkd import ops
-from advkd.cli import guarded
+from advkd import device, ops
+from advkd.cli import add_device, guarded
 from advkd.data.source import MAX_NAMED, brief
 from advkd.deploy.model_file import describe_file
 from advkd.engine.cpu import describe, lower
@@ -35,8 +36,8 @@ def _version(package: str) -> str:
         return "not installed" if importlib.util.find_spec(package) is None else "unknown"
 
 
-def report() -> Iterator[str]:
-    """The lines that the command prints."""
+def report(place: torch.device | None = None) -> Iterator[str]:
+    """The lines that the command prints; `place` is the device of a run (None: auto)."""
     for name in ("advkd", "torch", "triton", "numpy"):
         yield f"{name:<10} {_version(name)}"
     yield f"{'python':<10} {platform.python_version()} on {platform.machine()}"
@@ -59,6 +60,23 @@ def report() -> Iterator[str]:
     width = max(len(op) for op, _, _ in rows)
     for op, backend, reason in rows:
         yield f"{op:<{width}}  {backend}" + (f"  ({reason})" if reason else "")
+    yield ""
+    yield from _stages(device.resolve("auto") if place is None else place)
+
+
+def _stages(place: torch.device) -> Iterator[str]:
+    """What serves the stages of a run on a device."""
+    missing = _backend.asked_reference()
+    if place.type == "cpu":
+        missing = missing or _backend.extension_missing
+        training, sampling = "torch and the fused ops", "the C++ engine"
+    else:
+        missing = missing or ops.cuda_missing()
+        training, sampling = "torch, a CUDA graph for each kind of step", "CUDA graphs of plans"
+    sampling = f"torch  ({missing})" if missing else sampling
+    yield f"a run on {place}:"
+    yield f"{'teacher, distill':<30}  {training}"
+    yield f"{'trajectories, evaluate, report':<30}  {sampling}"
 
 
 def plan_report(source: str, batch: int, timed: bool) -> Iterator[str]:
@@ -93,9 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="of the plan (default 1)")
     parser.add_argument("--time", action="store_true", help="measure the plan's operations")
+    add_device(parser)
     args = parser.parse_args(argv)
-    lines = plan_report(args.plan, args.batch, args.time) if args.plan else report()
-    return guarded(lambda: print("\n".join(lines)))
+
+    def lines() -> Iterator[str]:
+        if args.plan:
+            return plan_report(args.plan, args.batch, args.time)
+        return report(device.resolve(args.device))
+
+    return guarded(lambda: print("\n".join(lines())))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ def test_the_report_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
         assert ops.extension.isa() in out
 
 
+def test_what_would_serve_a_run_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--device", "cpu"]) == 0
+    run = capsys.readouterr().out.split("a run on cpu:")[1]
+    assert ("the C++ engine" in run) == (ops.extension is not None)
+    assert info.main(["--device", "cuda:99"]) == 1
+    assert "'cuda:99' does not exist" in capsys.readouterr().err
+
+
 def test_a_missing_extension_is_explained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,9 @@ def test_more_channels_than_a_png_has(
     ("options", "message"),
     [
         (["--num", "0"], "--num 0 is below 1"),
+        (["--dtype", "bfloat16", "--device", "cpu"], "--dtype bfloat16 is for a GPU"),
+        (["--device", "cuda:99"], "'cuda:99' does not exist"),
+        (["--device", "gpu"], "'gpu' is not one of auto, cpu, cuda, cuda:N"),
         (["--seed", "-1"], "--seed -1 is not between 0 and 2^64 - 1"),
         (["--seed", str(1 << 64)], "is not between 0 and 2^64 - 1"),
         (["--first", "-1"], "--first -1 is not between 0 and"),
