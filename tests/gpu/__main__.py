@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 import traceback
@@ -28,18 +29,22 @@ TESTS = "tests"
 PARTS = ("tests", "sanitizer", "benchmarks")
 
 
-def run(*command: str) -> tuple[int, str]:
+def run(*command: str, **environment: str) -> tuple[int, str]:
     """The exit status and the last lines."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
     return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-40:])
 
 
 def pytest(*arguments: str) -> tuple[int, str]:
     """The tests marked `gpu`; several at a time with pytest-xdist, since Triton's compiler is what
-    they wait for."""
+    they wait for, each with few threads of the CPU, lest those of all get in each other's way."""
     if importlib.util.find_spec("xdist"):
         arguments = ("-n", "8", *arguments)
-    return run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", *arguments, TESTS)
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=5", *arguments)
+    return run(*command, TESTS, OMP_NUM_THREADS="2")
 
 
 def fenced(text: str) -> str:

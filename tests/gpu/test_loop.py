@@ -97,18 +97,23 @@ def test_the_teacher_samples_the_cpus_images(eta: float) -> None:
     assert difference(got[:, 1], eager(on_cpu, table, NOISE, indices)) < 2e-3
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [*zip(TYPES, (1e-3, 5e-2, 2e-1), strict=True)])
-def test_the_graph_samples_what_the_modules_sample(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_graph_samples_what_the_modules_sample(dtype: torch.dtype) -> None:
+    """Half types round elsewhere, and no more: it is as near to the network in float32."""
     unet = cifar10(dtype)
     table, indices = ddim_table(unet.schedule, 10, eta=0.0), torch.arange(4)
     engine = CudaEngine.make(unet, SIZE, 4)
     found = [engine.sample(table, NOISE, indices, saved=[10])[:, 0] for _ in range(2)]
     assert torch.equal(found[0], found[1])
-    assert difference(found[0], eager(unet, table, NOISE, indices)) < tolerance
     x = torch.randn(3, 3, *SIZE, device="cuda")
+    one_pass = engine.run(x, t=300)
     with torch.inference_mode():
-        want = unet(x.to(dtype), 300).float()
-    assert difference(engine.run(x, t=300), want) < tolerance
+        theirs = [eager(unet, table, NOISE, indices), unet(x.to(dtype), 300).float()]
+        unet = unet.float()
+        exact = [eager(unet, table, NOISE, indices), unet(x, 300)]
+    for got, their, truth in zip((found[0], one_pass), theirs, exact, strict=True):
+        allowed = 1e-3 if dtype == torch.float32 else 1.5 * difference(their, truth)
+        assert difference(got, truth) < allowed
 
 
 def test_a_contiguous_network_is_sampled_in_channels_last() -> None:
