@@ -48,6 +48,7 @@ EQUIVALENT = {
     "x0 > bound": "at the bound both give the bound",
     "pixel >= tile.width": "computes normals of no pixel, and none is used",
     "left < cut.width ?": "where they are equal both are the same",
+    "args.batch * blocks > 0x": "a batch of exactly so many blocks holds four terabytes",
     "if (queued < run.steps)": "records an event once more, after the last step",
 }
 
