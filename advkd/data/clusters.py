@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from advkd.data.source import DataError, ImageSet
+from advkd.data.sentences import DataError
+from advkd.data.source import ImageSet
 
 SIDE = 7  # pixels that a side is averaged down to before images are compared
 _AT_ONCE = 1000  # images made small at once

@@ -9,9 +9,11 @@ import os
 from pathlib import Path
 
 from advkd.config import nearest
+from advkd.data.hub import PREFIX, open_hub
 from advkd.data.readers import open_source
 from advkd.data.registry import dataset_names, find
-from advkd.data.source import DataError, ImageSet, Source
+from advkd.data.sentences import DataError
+from advkd.data.source import ImageSet, Source
 
 
 def load_images(
@@ -56,6 +58,8 @@ def probe(
         raise ValueError(f"size={size} is below 1")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels} is neither 1 nor 3")
+    if str(path).startswith(PREFIX):
+        return open_hub(str(path), size, channels, crop)
     found = find(path)
     if found is not None:
         return found.open("train", size=size, channels=channels, crop=crop)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from advkd.data import DataError, ImageSet
 from advkd.data.clusters import SIDE, Clusters, clustered, fit_clusters
-from advkd.data.source import DataError, ImageSet
 from advkd.data.split import hold_out, with_clusters
 
 
