@@ -156,7 +156,10 @@ class _File:
     def in_place(self, name: str, header: Header) -> np.ndarray | None:
         """The array memory-mapped; None where it is compressed. Compares an archive's checksum."""
         if header.fortran:
-            raise ValueError("its images do not lie one after another: numpy.ascontiguousarray")
+            raise ValueError(
+                "it is large and in Fortran order, where no image lies in one piece: store what "
+                "numpy.ascontiguousarray makes of it"
+            )
         if not self.is_archive:
             with self.path.open("rb") as file:
                 read_header(file)
@@ -285,17 +288,12 @@ class ArraySource(RawSource):
     def _stored(self) -> Iterator[Read]:
         """Rows of the array as they are stored."""
         file = _File(self.path)
-        if not self.header.fortran:
-            with file.rows(self.name, self.header) as rows:
-                yield rows
+        if self.header.fortran and self.header.nbytes <= IN_MEMORY:
+            array = file.read(self.name, self.header)
+            yield lambda start, stop: array[start:stop]
             return
-        if self.header.nbytes > IN_MEMORY:
-            raise file.unreadable(
-                "it is large and in Fortran order, where no image lies in one piece: store what "
-                "numpy.ascontiguousarray makes of it"
-            )
-        array = file.read(self.name, self.header)
-        yield lambda start, stop: array[start:stop]
+        with file.rows(self.name, self.header) as rows:
+            yield rows
 
     def _lowest(self, stored: Read) -> float:
         """The smallest of all floats; DataError where one is not finite, or out of range."""

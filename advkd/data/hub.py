@@ -97,7 +97,7 @@ def _loaded(datasets: Any, name: str) -> Any:
         if _TRAIN not in found and len(found) != 1:
             splits = ", ".join(sorted(found)) or "none"
             raise DataError(f"{name} has no split {_TRAIN!r} (found: {splits})")
-        found = found.get(_TRAIN) or next(iter(found.values()))
+        found = found[_TRAIN] if _TRAIN in found else next(iter(found.values()))
     return found
 
 

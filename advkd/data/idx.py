@@ -150,8 +150,10 @@ def _labels_beside(path: Path, count: int) -> np.ndarray | None:
     """Labels of the file named as this one but for `labels` and `idx1`, gzipped or not."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1")
     plain = name.removesuffix(".gz")
+    if name == path.name:  # what lies beside it is the same images
+        return None
     for beside in (path.with_name(plain), path.with_name(f"{plain}.gz")):
-        if beside != path and beside.is_file():
+        if beside.is_file():
             return checked_labels(_read_labels(beside), count, beside)
     return None
 

@@ -88,9 +88,7 @@ def _by_name(entries: Any, file: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
-            raise DataError(
-                f"{file} holds {brief(repr(entry), 80)} where [name, label] is expected"
-            )
+            raise DataError(f"{file} holds {brief(repr(entry), 80)} instead of [name, label]")
         name, label = entry
         if type(label) is not int or not -(2**63) <= label < 2**63:
             raise DataError(
