@@ -64,8 +64,6 @@ def open_hub(name: str, size: int | None, channels: int | None, crop: bool) -> P
     labels, classes = _labels(name, rows, datasets.ClassLabel)
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     pictures = HubPictures(name, rows, column)
-    if not len(pictures):
-        raise DataError(f"{name} holds no images")
     seen = survey(pictures, size, channels, crop)
     return PicturesSource(
         path=Path(name),
