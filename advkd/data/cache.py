@@ -140,6 +140,8 @@ class _Cache:
         missing = self.open_shards()
         count = -(-self.layout.shape[0] // self.layout.per_shard)
         unread = [n for n in range(count) if n not in self._whole and n not in missing]
+        if not unread:
+            return missing
         with (
             ThreadPoolExecutor(torch.get_num_threads()) as pool,
             progress_bar("check data", len(unread), unit="file") as bar,

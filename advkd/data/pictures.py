@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -78,8 +77,12 @@ def survey(pictures: Pictures, size: int | None, channels: int | None, crop: boo
     size or the channels that are None. Those of many are remembered in the cache."""
     if len(pictures) < MANY:
         return _surveyed(pictures, size, channels, crop)
+
+    def make() -> Survey:
+        with progress_bar("look at data", len(pictures), unit="image") as bar:
+            return _surveyed(pictures, size, channels, crop, bar.update)
+
     key = key_of("survey", pictures.fingerprint(), size, channels, crop)
-    make = functools.partial(_surveyed, pictures, size, channels, crop)
     found = remembered(key, lambda: asdict(make()))
     try:
         return _as_survey(found)
@@ -97,16 +100,16 @@ def _as_survey(found: dict[str, Any]) -> Survey:
 class _Heads:
     """Headers of all images: how often each occurs, and where first."""
 
-    def __init__(self, pictures: Pictures):
+    def __init__(self, pictures: Pictures, tick: Callable[[], object]):
+        """`tick` is called for every image."""
         self.pictures = pictures
         self.counts: dict[Head, int] = {}
         self.first: dict[Head, int] = {}
         self.sides = array("i")  # the shorter one of every image
         self.numeric: dict[str, array[int]] = {}  # which images are of each kind of numbers
-        with progress_bar("look at data", len(pictures), unit="image") as bar:
-            for number in range(len(pictures)):
-                self._add(number, read_head(pictures[number]))
-                bar.update()
+        for number in range(len(pictures)):
+            self._add(number, read_head(pictures[number]))
+            tick()
 
     def _add(self, number: int, head: Head) -> None:
         self.counts[head] = self.counts.get(head, 0) + 1
@@ -119,9 +122,15 @@ class _Heads:
         return self.pictures[min(self.first[head] for head in heads)]
 
 
-def _surveyed(pictures: Pictures, size: int | None, channels: int | None, crop: bool) -> Survey:
+def _surveyed(
+    pictures: Pictures,
+    size: int | None,
+    channels: int | None,
+    crop: bool,
+    tick: Callable[[], object] = lambda: None,
+) -> Survey:
     with quiet():
-        heads = _Heads(pictures)
+        heads = _Heads(pictures, tick)
         intervals = {
             kind: interval_of((pictures[number] for number in numbers), kind)
             for kind, numbers in heads.numeric.items()
