@@ -19,7 +19,8 @@ from advkd.data.source import ImageSet, Source
 def load_images(
     path: str | Path, *, size: int | None = None, channels: int | None = None, crop: bool = True
 ) -> ImageSet:
-    """Read a folder of images, a `.npz`/`.npy` array, an IDX file, gzipped or not, or a data set.
+    """Read a folder or a zip of images, a `.npz`/`.npy` array, an IDX file, gzipped or not, a data
+    set, or one of the hub.
 
     size: pixels of a side of the result; None keeps square images of one size up to 256 and else
         takes the largest of 32, 64, 128, 256 that no image's shorter side falls below (for images
@@ -38,7 +39,11 @@ def load_images(
     `train_images`, `arr_0` or the only array that can be images, and the labels `labels`, `y`,
     `y_train`, `train_labels` or `arr_1`.
     IDX: labels are read from the file beside it (`images` -> `labels`, `idx3` -> `idx1`).
+    Zip: as the folder that it was made of. Its, or a folder's, dataset.json gives the labels.
     Data set: the training split of a folder with a dataset.toml, or of a registered name.
+    Hub: `hf:NAME` or `hf:FOLDER`, by the library `datasets` (`advkd.data.hub`).
+
+    More than 256 MiB of pixels stay on disk and are read when a batch asks for them.
 
     `advkd.data.describe` puts into words what was taken and what was passed over. Raises
     DataError, naming the file, for whatever cannot be read or holds no finite image.
