@@ -14,7 +14,7 @@ from pathlib import Path
 
 from advkd.data.labels import LABELS_FILE, longest_list
 from advkd.data.pictures import PicturesSource
-from advkd.data.selection import Listing, Parts, passes_over_folder, select, source_of
+from advkd.data.selection import Listing, Parts, by_parts, passes_over_folder, select, source_of
 from advkd.data.sentences import DataError
 
 
@@ -38,29 +38,31 @@ def list_images(folder: Path) -> Listing:
             seen.add(identity)
             with os.scandir(place) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    _sort_in(entry, (*below, entry.name), found, folders, links)
+                    _sort_in(entry, below, found, folders, links)
         except OSError as error:
             raise DataError(f"{place} cannot be read: {error.strerror}") from error
-    found.files.sort()
+    found.files.sort(key=by_parts)
     return found
 
 
 def _sort_in(
     entry: os.DirEntry[str],
-    parts: Parts,
+    below: Parts,
     found: Listing,
     folders: deque[Parts],
     links: deque[Parts],
 ) -> None:
-    """Put one entry of a folder where it belongs."""
+    """Put one entry of the folder `below` where it belongs."""
     is_link = entry.is_symlink()
     if os.path.isdir(entry) if is_link else entry.is_dir():
         if passes_over_folder(entry.name):
             found.passed["hidden or system folders"] += 1
         else:
-            (links if is_link else folders).append(parts)
+            (links if is_link else folders).append((*below, entry.name))
     elif os.path.isfile(entry) if is_link else entry.is_file():  # False for a broken link
-        found.add(parts)
+        name = "/".join((*below, entry.name))
+        if found.takes(name):
+            found.files.append(name)
     elif entry.name.startswith("."):
         found.passed["hidden files"] += 1
     else:
@@ -68,27 +70,27 @@ def _sort_in(
 
 
 class FolderPictures:
-    """The image files of a folder, by their parts below it."""
+    """The image files of a folder, by their paths below it."""
 
-    def __init__(self, folder: Path, files: Sequence[Parts]):
+    def __init__(self, folder: Path, files: Sequence[str]):
         self._folder, self._files = folder, files
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, number: int) -> Path:
-        return self._folder.joinpath(*self._files[number])
+        return self._folder / self._files[number]
 
     def fingerprint(self) -> str:
         """A hash of the files' names, sizes and times; DataError where one is gone."""
         digest = hashlib.sha256(str(self._folder.resolve()).encode("utf-8", "surrogateescape"))
-        for parts in self._files:
-            path = os.path.join(self._folder, *parts)
+        for name in self._files:
+            path = os.path.join(self._folder, name)
             try:
                 status = os.stat(path)
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}") from error
-            line = f"{'/'.join(parts)}\0{status.st_size}\0{status.st_mtime_ns}\0"
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"
             digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -101,7 +103,8 @@ def open_folder(
     DataError where there is none, where one is broken, or where nothing tells size or channels.
     """
     chosen = select(path, listing, _listed_labels(path / LABELS_FILE, len(listing.files)))
-    return source_of(path, FolderPictures(path, chosen.files), chosen, size, channels, crop)
+    files = [listing.files[row] for row in chosen.rows]
+    return source_of(path, FolderPictures(path, files), chosen, size, channels, crop)
 
 
 def _listed_labels(file: Path, images: int) -> bytes | None:

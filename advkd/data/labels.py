@@ -50,11 +50,11 @@ def longest_list(images: int) -> int:
 
 
 def listed_labels(
-    content: bytes, chosen: Sequence[Sequence[str]], known: Sequence[Sequence[str]], file: Path
+    content: bytes, chosen: Sequence[str], known: Sequence[str], file: Path
 ) -> ListedLabels | None:
     """The labels of files that a `dataset.json` lists, {"labels": [["00000/a.png", 3], ...]}.
 
-    chosen: the parts of the files that are read; known: of all that are there.
+    chosen: the files that are read; known: all that are there.
     None where it is a list of something else. Raises DataError where a label is no whole number,
     where a file is listed that is not there, and where one is not listed.
     """
@@ -69,16 +69,15 @@ def listed_labels(
     if tree["labels"] is None:
         return ListedLabels(None)
     listed = _by_name(tree["labels"], file)
-    names = ["/".join(parts) for parts in chosen]
-    lacking = next((name for name in names if name not in listed), None)
+    lacking = next((name for name in chosen if name not in listed), None)
     if lacking is not None:
         raise DataError(f"{file} gives no label for {brief(lacking)}")
-    values = np.fromiter((listed[name] for name in names), np.int64, len(names))
-    for parts in known:
-        listed.pop("/".join(parts), None)
+    values = np.fromiter((listed[name] for name in chosen), np.int64, len(chosen))
+    for name in known:
+        listed.pop(name, None)
     if listed:
         raise DataError(f"{file} names {brief(next(iter(listed)))}, which is not there")
-    return ListedLabels(checked_labels(values, len(names), file))
+    return ListedLabels(checked_labels(values, len(chosen), file))
 
 
 def _by_name(entries: Any, file: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from advkd.data.picture import suffixes
 from advkd.data.pictures import Pictures, PicturesSource, survey
 from advkd.data.sentences import DataError, brief, plural
 
-Parts = tuple[str, ...]  # a file's path below the folder
+Parts = tuple[str, ...]  # a folder's path below the one that is read
 
 _SYSTEM_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found")
 _SPLIT_END = r"([ _-]?(images?|imgs?|data|set|split))?"
@@ -38,20 +39,29 @@ def passes_over_folder(name: str) -> bool:
 
 @dataclass
 class Listing:
-    """The image files of a folder or an archive, sorted; what is no image is counted by kind."""
+    """The image files of a folder or an archive, sorted; what is no image is counted by kind.
 
-    files: list[Parts] = field(default_factory=list)
+    A file is its path below the folder, with slashes: one string each, since there may be millions.
+    """
+
+    files: list[str] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
 
-    def add(self, parts: Parts) -> None:
-        """Put a file where it belongs by its name."""
-        suffix = os.path.splitext(parts[-1])[1].lower()
-        if parts[-1].startswith("."):
+    def takes(self, name: str) -> bool:
+        """Whether a file is an image by its name; one that is not is counted."""
+        suffix = os.path.splitext(name)[1].lower()
+        if name.rpartition("/")[2].startswith("."):
             self.passed["hidden files"] += 1
         elif suffix in suffixes():
-            self.files.append(parts)
+            return True
         else:
             self.passed[f"{suffix} files" if suffix else "files without a suffix"] += 1
+        return False
+
+
+def by_parts(name: str) -> str:
+    """A key that sorts files folder by folder."""
+    return name.replace("/", "\0")
 
 
 def _counted(counts: Counter[str]) -> str:
@@ -66,32 +76,51 @@ def _counted(counts: Counter[str]) -> str:
 class Split:
     """The training files of a listing, and what was left out of it."""
 
-    files: list[Parts] = field(default_factory=list)
-    folders: list[Parts] = field(default_factory=list)  # of each file, less the split's own
+    rows: array[int] = field(default_factory=lambda: array("q"))  # of the listing
+    folders: list[Parts] = field(default_factory=list)  # that hold them, less the split's own
+    places: array[int] = field(default_factory=lambda: array("q"))  # which folder holds each file
     left_out: Counter[str] = field(default_factory=Counter)  # files by the place left out
 
 
-def training_split(files: Sequence[Parts], where: Path) -> Split:
+def training_split(files: Sequence[str], where: Path) -> Split:
     """Keep the training files wherever folders named as splits lie side by side.
 
     DataError where held-out splits, and nothing else, lie side by side.
     """
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in files)
     children: dict[Parts, set[str]] = {}
-    for parts in files:
-        for depth in range(len(parts) - 1):
-            children.setdefault(parts[:depth], set()).add(parts[depth])
-    places = {place for place, names in children.items() if _has_splits(names, where, place)}
+    for folder in folders:
+        parts = _parts(folder)
+        for depth, name in enumerate(parts):
+            children.setdefault(parts[:depth], set()).add(name)
+    splits = {place for place, names in children.items() if _has_splits(names, where, place)}
     result = Split()
-    for parts in files:
-        below_split = [depth for depth in range(len(parts)) if parts[:depth] in places]
-        outside = next((d for d in below_split if not _TRAINING.fullmatch(parts[d])), None)
-        if outside is not None:
-            result.left_out["/".join(parts[: outside + 1])] += 1
-            continue
-        result.files.append(parts)
-        folders = enumerate(parts[:-1])
-        result.folders.append(tuple(name for depth, name in folders if depth not in below_split))
+    places: dict[str, int | str | None] = {f: _place(_parts(f), splits, result) for f in folders}
+    for row, name in enumerate(files):
+        place = places[name.rpartition("/")[0]]
+        if isinstance(place, int):
+            result.rows.append(row)
+            result.places.append(place)
+        else:
+            result.left_out[place or name] += 1
     return result
+
+
+def _parts(folder: str) -> Parts:
+    return tuple(folder.split("/")) if folder else ()
+
+
+def _place(parts: Parts, splits: set[Parts], result: Split) -> int | str | None:
+    """Which of the result's folders the files of a folder lie in; else what is left out with them,
+    None for the files themselves."""
+    depths = [depth for depth in range(len(parts) + 1) if parts[:depth] in splits]
+    for depth in depths:
+        if depth == len(parts):
+            return None
+        if not _TRAINING.fullmatch(parts[depth]):
+            return "/".join(parts[: depth + 1])
+    result.folders.append(tuple(name for depth, name in enumerate(parts) if depth not in depths))
+    return len(result.folders) - 1
 
 
 def _has_splits(names: set[str], where: Path, place: Parts) -> bool:
@@ -104,23 +133,25 @@ def _has_splits(names: set[str], where: Path, place: Parts) -> bool:
     return bool(held_out) and any(_TRAINING.fullmatch(name) for name in names)
 
 
-def classes_of(folders: Sequence[Parts]) -> tuple[np.ndarray, tuple[str, ...]] | None:
+def classes_of(split: Split) -> tuple[np.ndarray, tuple[str, ...]] | None:
     """Labels and names of classes: the folders that the files lie in, at one level, two at least.
 
     Folders above the classes are shared by all files. None where there are no such classes.
     """
-    names = sorted({folder[-1] for folder in folders if folder})
-    above = {folder[:-1] for folder in folders}
-    if len(names) < 2 or len(above) > 1 or () in folders:
+    names = sorted({folder[-1] for folder in split.folders if folder})
+    above = {folder[:-1] for folder in split.folders}
+    if len(names) < 2 or len(above) > 1 or () in split.folders:
         return None
     index = {name: label for label, name in enumerate(names)}
-    return np.array([index[folder[-1]] for folder in folders], np.int64), tuple(names)
+    labels = np.array([index[folder[-1]] for folder in split.folders], np.int64)
+    return labels[np.asarray(split.places)], tuple(names)
 
 
 class Selection(NamedTuple):
-    """The files that are read, their labels and the classes' names, and notes on the rest."""
+    """Which files of a listing are read, their labels and the classes' names, and notes on the
+    others."""
 
-    files: list[Parts]
+    rows: array[int]
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     notes: list[str]
@@ -138,19 +169,20 @@ def select(where: Path, listing: Listing, listed: bytes | None) -> Selection:
     split, passed = training_split(listing.files, where), Counter(listing.passed)
     found = None
     if listed is not None:
-        found = listed_labels(listed, split.files, listing.files, where / LABELS_FILE)
+        chosen = [listing.files[row] for row in split.rows]
+        found = listed_labels(listed, chosen, listing.files, where / LABELS_FILE)
     if found is None:
-        labels, classes = classes_of(split.folders) or (None, None)
+        labels, classes = classes_of(split) or (None, None)
         notes = []
     else:
         labels, classes = found.values, None
         passed -= Counter({".json files": 1})
         notes = [f"{LABELS_FILE} gives {'no labels' if labels is None else 'the labels'}"]
     if split.left_out:
-        kept = f"the training split alone is read ({plural(len(split.files), 'image')})"
+        kept = f"the training split alone is read ({plural(len(split.rows), 'image')})"
         notes.append(f"{kept}; left out: {_counted(split.left_out)}")
     notes += [f"passed over: {_counted(passed)}"] if passed else []
-    return Selection(split.files, labels, classes, notes)
+    return Selection(split.rows, labels, classes, notes)
 
 
 def source_of(

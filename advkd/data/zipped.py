@@ -17,7 +17,7 @@ from advkd.data.bounds import check_vouched
 from advkd.data.labels import LABELS_FILE, longest_list
 from advkd.data.picture import Packed
 from advkd.data.pictures import PicturesSource
-from advkd.data.selection import Listing, Parts, passes_over_folder, select, source_of
+from advkd.data.selection import Listing, by_parts, passes_over_folder, select, source_of
 from advkd.data.sentences import DataError, brief
 
 _END = struct.Struct("<4s4H2LH")  # closes an archive
@@ -171,7 +171,7 @@ def open_zip(
     DataError where it is damaged, or as for folders.
     """
     archive = Archive(path)
-    listing, members = _list_images(archive)
+    listing, numbers = _list_images(archive)
     if not listing.files and any(name.endswith(".npy") for name in archive.names):
         return None
     listed = None
@@ -181,22 +181,33 @@ def open_zip(
             raise DataError(f"{archive.name(number)} is too large for its images")
         listed = archive.read(number)
     chosen = select(path, listing, listed)
-    pictures = ZipPictures(archive, array("Q", (members[parts] for parts in chosen.files)))
+    pictures = ZipPictures(archive, array("Q", (numbers[row] for row in chosen.rows)))
     return source_of(path, pictures, chosen, size, channels, crop)
 
 
-def _list_images(archive: Archive) -> tuple[Listing, dict[Parts, int]]:
-    """The image files of an archive, and their numbers."""
-    listing, members = Listing(), {}
-    folders = set()
-    for number, name in enumerate(archive.names):
-        parts = tuple(name.split("/"))
-        hidden = next((i for i, part in enumerate(parts[:-1]) if passes_over_folder(part)), None)
-        if hidden is not None:
-            folders.add(parts[: hidden + 1])
-        elif parts[-1]:  # and no folder
-            listing.add(parts)
-            members[parts] = number
-    listing.passed.update({"hidden or system folders": len(folders)} if folders else {})
-    listing.files = sorted(set(listing.files))
-    return listing, members
+def _list_images(archive: Archive) -> tuple[Listing, list[int]]:
+    """The image files of an archive, and their numbers in its directory."""
+    listing, names = Listing(), archive.names
+    hidden: dict[str, str] = {}  # folders, and the folder above or there that is passed over
+    numbers = []
+    for number, name in enumerate(names):
+        folder, _, file = name.rpartition("/")
+        if folder not in hidden:
+            hidden[folder] = _passed_over(folder)
+        if not hidden[folder] and file and listing.takes(name):
+            numbers.append(number)
+    numbers.sort(key=lambda number: by_parts(names[number]))
+    # Of several members of one name the last counts, as for whoever extracts them.
+    later = [*numbers[1:], -1]
+    numbers = [n for n, m in zip(numbers, later, strict=False) if m < 0 or names[n] != names[m]]
+    listing.files = [names[number] for number in numbers]
+    passed = len({folder for folder in hidden.values() if folder})
+    listing.passed.update({"hidden or system folders": passed} if passed else {})
+    return listing, numbers
+
+
+def _passed_over(folder: str) -> str:
+    """The first folder of a path in which nothing is read; empty where there is none."""
+    parts = folder.split("/")
+    depth = next((i for i, part in enumerate(parts, 1) if passes_over_folder(part)), 0)
+    return "/".join(parts[:depth])
