@@ -172,6 +172,12 @@ class _File:
             start = _content_of(file, member)
             file.seek(start)
             read_header(file)
+            held = start + member.file_size - file.tell()
+            if held != header.nbytes:
+                words = "ends after" if held < header.nbytes else "holds more than"
+                raise ValueError(
+                    f"it {words} {min(held, header.nbytes):,} of {header.nbytes:,} bytes"
+                )
             return map_numbers(self.path, file.tell(), header.dtype, header.shape)
 
     def _at_data(self, name: str) -> BinaryIO:

@@ -105,8 +105,8 @@ def decoded(key: str, layout: Layout, reader: Callable[[], AbstractContextManage
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise cache.too_small(cache.bytes_of(cache.open_shards())) from error
-        reason = error.strerror or error
-        raise DataError(f"{cache.folder} cannot hold decoded images: {reason}") from error
+        place = error.filename or cache.folder
+        raise DataError(f"{place} cannot be used: {error.strerror or error}") from error
 
 
 class _Cache:

@@ -201,7 +201,7 @@ def test_a_disk_that_is_too_small_is_refused_first(
     assert len(load_images(path)) == COUNT
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.LOCATION, str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"file/images-\w+ cannot hold decoded images"):
+    with pytest.raises(DataError, match=r"file/images-\w+ cannot be used: Not a dir"):
         load_images(path)
 
 
