@@ -104,7 +104,7 @@ def decoded(key: str, layout: Layout, reader: Callable[[], AbstractContextManage
         return cache.mapped()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise cache.too_small(cache.bytes_of(cache.open_shards())) from error
+            raise cache.too_small(cache.open_shards()) from error
         place = error.filename or cache.folder
         raise DataError(f"{place} cannot be used: {error.strerror or error}") from error
 
@@ -114,7 +114,8 @@ class _Cache:
 
     def __init__(self, folder: Path, layout: Layout):
         self.folder, self.layout = folder, layout
-        self._whole: set[int] = set()  # shards whose checksum was compared
+        self.shards = range(-(-layout.shape[0] // layout.per_shard))
+        self._whole: dict[int, str] = {}  # SHA-256 of the shards that were compared with it
 
     def path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.npy"
@@ -128,28 +129,26 @@ class _Cache:
 
     def open_shards(self) -> list[int]:
         """Shards that are not decoded yet."""
-        count = -(-self.layout.shape[0] // self.layout.per_shard)
-        return [number for number in range(count) if not self.is_closed(number)]
+        return [number for number in self.shards if not self.is_closed(number)]
 
-    def bytes_of(self, numbers: list[int]) -> int:
-        """What the images of these shards take."""
-        return sum(len(self.rows(number)) for number in numbers) * self.layout.image_bytes
+    def images(self, numbers: list[int]) -> int:
+        """How many images these shards hold."""
+        return sum(len(self.rows(number)) for number in numbers)
 
     def missing(self) -> list[int]:
         """Shards that are not there, or are not what was written; these are opened, by name."""
         missing = self.open_shards()
-        count = -(-self.layout.shape[0] // self.layout.per_shard)
-        unread = [n for n in range(count) if n not in self._whole and n not in missing]
+        unread = [n for n in self.shards if n not in self._whole and n not in missing]
         if not unread:
             return missing
         with (
             ThreadPoolExecutor(torch.get_num_threads()) as pool,
             progress_bar("check data", len(unread), unit="file") as bar,
         ):
-            for number, is_whole in zip(unread, pool.map(self._is_whole, unread), strict=True):
+            for number, checksum in zip(unread, pool.map(self._checksum, unread), strict=True):
                 bar.update()
-                if is_whole:
-                    self._whole.add(number)
+                if checksum is not None:
+                    self._whole[number] = checksum
                     continue
                 path = self.path(number)
                 path.with_suffix(".json").unlink(missing_ok=True)
@@ -157,14 +156,16 @@ class _Cache:
                 print(f"advkd: {path} is damaged and is decoded again", file=sys.stderr)
         return sorted(missing)
 
-    def _is_whole(self, number: int) -> bool:
+    def _checksum(self, number: int) -> str | None:
+        """The shard's SHA-256; None where it is not the one that was written."""
         path = self.path(number)
         try:
             expected = read_json(path.with_suffix(".json")).get("sha256")
             with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == expected
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except (CheckpointError, FileNotFoundError):
-            return False
+            return None
+        return found if found == expected else None
 
     def _header(self, number: int) -> bytes:
         shape = (len(self.rows(number)), *self.layout.shape[1:])
@@ -187,8 +188,9 @@ class _Cache:
                 tick(len(images))
         write_json(path.with_suffix(".json"), {"sha256": digest.hexdigest()})
 
-    def too_small(self, needed: int) -> DataError:
-        """What to say where the disk does not hold this many more bytes."""
+    def too_small(self, missing: list[int]) -> DataError:
+        """What to say where the disk does not hold these shards."""
+        needed = self.images(missing) * self.layout.image_bytes
         return DataError(
             f"{self.layout.title}: the decoded images take another {needed:,} bytes in "
             f"{self.folder.parent}, where {self.free():,} are free: set {LOCATION} to a folder on "
@@ -201,53 +203,60 @@ class _Cache:
 
     def mapped(self) -> Mapped:
         """All shards as one array."""
-        paths = [self.path(number) for number in sorted(self._whole)]
+        paths = [self.path(number) for number in self.shards]
         shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-        return Mapped(shards, folder=self.folder)
+        content = key_of(*(self._whole[number] for number in self.shards))
+        return Mapped(shards, notes=self.folder / f"identity-{content[:16]}")
 
 
 def _fill(
     cache: _Cache, missing: list[int], reader: Callable[[], AbstractContextManager[Read]]
 ) -> None:
     """Decode the missing shards, but those that other processes decode meanwhile: wait for them."""
-    needed = cache.bytes_of(missing)
+    count, total = cache.images(missing), cache.layout.shape[0]
+    needed = count * cache.layout.image_bytes
     if needed > cache.free():
-        raise cache.too_small(needed)
-    title, total = cache.layout.title, cache.layout.shape[0]
-    images = plural(sum(len(cache.rows(number)) for number in missing), "image")
-    print(
-        f"advkd: {title}: {images} to decode once, {needed / 1e6:,.0f} MB in {cache.folder}",
-        file=sys.stderr,
-    )
+        raise cache.too_small(missing)
+    words = f"{plural(count, 'image')} to decode once, {needed / 1e6:,.0f} MB in {cache.folder}"
+    print(f"advkd: {cache.layout.title}: {words}", file=sys.stderr)
     claims = _Claims(cache.folder)
-    with contextlib.ExitStack() as stack:
-        done = total - sum(len(cache.rows(number)) for number in missing)
-        bar = stack.enter_context(progress_bar("decode", total, done, unit="image"))
-        read: Read | None = None
+    with (
+        contextlib.ExitStack() as stack,
+        progress_bar("decode", total, total - count, unit="image") as bar,
+    ):
+        opened = functools.cache(lambda: stack.enter_context(reader()))
         while missing:
-            left = []
-            for number in missing:
-                if not claims.take(number):
-                    left.append(number)
-                    continue
-                with claims.held(number):
-                    if cache.is_closed(number):  # by another process, in the meantime
-                        bar.update(len(cache.rows(number)))
-                        continue
-                    read = read or stack.enter_context(reader())
-                    tick = functools.partial(_tick, bar, claims, number)
-                    try:
-                        cache.write(number, read, tick)
-                    except FileNotFoundError:  # taken over, since this process seemed dead
-                        left.append(number)
+            left = [n for n in missing if not _decode(cache, claims, n, opened, bar.update)]
             if left == missing:
                 time.sleep(_POLL)
             missing = left
 
 
-def _tick(bar: Any, claims: _Claims, number: int, images: int) -> None:
-    bar.update(images)
-    claims.renew(number)
+def _decode(
+    cache: _Cache,
+    claims: _Claims,
+    number: int,
+    opened: Callable[[], Read],
+    update: Callable[[int], object],
+) -> bool:
+    """Decode a shard, unless another process is at it; returns whether it is there now."""
+    if not claims.take(number):
+        return False
+    with claims.held(number):
+        if cache.is_closed(number):  # by another process, in the meantime
+            update(len(cache.rows(number)))
+            return True
+        read = opened()
+
+        def tick(images: int) -> None:
+            update(images)
+            claims.renew(number)
+
+        try:
+            cache.write(number, read, tick)
+        except FileNotFoundError:  # another process took the shard over, and what was written
+            return False
+    return True
 
 
 class _Claims:

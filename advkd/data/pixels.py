@@ -26,12 +26,12 @@ class Mapped:
         self,
         parts: Sequence[np.ndarray],
         rows: np.ndarray | None = None,
-        folder: Path | None = None,
+        notes: Path | None = None,
     ):
         """parts: memory-mapped (n, C, S, S), all of one length but the last.
         rows: which images of the parts these are, in order; None for all of them.
-        folder: where the identity of these very parts may be remembered."""
-        self._parts, self._each, self._folder = parts, len(parts[0]), folder
+        notes: how the names of files begin in which identities of these parts are remembered."""
+        self._parts, self._each, self._notes = parts, len(parts[0]), notes
         self._rows = np.arange(sum(map(len, parts))) if rows is None else rows
         self.dtype: np.dtype = parts[0].dtype
         self.shape: tuple[int, ...] = (len(self._rows), *parts[0].shape[1:])
@@ -48,12 +48,14 @@ class Mapped:
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> Mapped:
         """The images `rows`, in that order; nothing is read."""
-        return Mapped(self._parts, self._rows[np.asarray(rows, np.int64)], self._folder)
+        return Mapped(self._parts, self._rows[np.asarray(rows, np.int64)], self._notes)
 
     def remembered(self) -> Path | None:
         """The file where the identity of these rows is remembered, if it may be."""
-        which = hashlib.sha256(self._rows.astype("<i8").tobytes()).hexdigest()
-        return None if self._folder is None else self._folder / f"identity-{which[:16]}.json"
+        if self._notes is None:
+            return None
+        which = hashlib.sha256(self._rows.astype("<i8").data).hexdigest()
+        return self._notes.with_name(f"{self._notes.name}-{which[:16]}.json")
 
 
 Pixels = np.ndarray | Mapped
