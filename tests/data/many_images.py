@@ -26,6 +26,7 @@ from PIL import Image
 from advkd.data import cache
 
 DIFFERENT = 500  # images; the others are their copies, since encoding takes longer than decoding
+LEAST = 100_000  # images, of 3 KiB each
 LIMIT = 1 << 30  # bytes of anonymous memory
 
 
@@ -101,6 +102,8 @@ def main() -> None:
     if args.read:
         read(args.read)
         return
+    if args.num < LEAST:
+        parser.error(f"--num {args.num}: fewer than {LEAST:,} images may fit into memory")
     with tempfile.TemporaryDirectory() as folder:
         path, decoded = Path(folder, "images.zip"), Path(folder, "cache")
         write_zip(path, args.num)
