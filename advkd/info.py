@@ -20,7 +20,8 @@ import torch
 
 from advkd import device, ops
 from advkd.cli import add_device, guarded
-from advkd.data.source import MAX_NAMED, brief
+from advkd.data.sentences import brief
+from advkd.data.source import MAX_NAMED
 from advkd.deploy.model_file import describe_file
 from advkd.engine.cpu import describe, lower
 from advkd.engine.interface import input_shape

@@ -17,7 +17,7 @@ from torch import Tensor
 from advkd.cli import add_device, add_dtype, add_threads, guarded, place_of, use_threads
 from advkd.config import SAMPLERS, nearest
 from advkd.console import StopSignals, progress_bar
-from advkd.data.source import brief
+from advkd.data.sentences import brief
 from advkd.device import placed
 from advkd.engine.interface import input_shape
 from advkd.engine.noise import Noise, Purpose

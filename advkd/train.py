@@ -18,6 +18,7 @@ from advkd.config import (
     resolutions_for,
 )
 from advkd.data import dataset_names, find, probe
+from advkd.data.hub import PREFIX
 from advkd.engine.interface import input_shape
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets())}, or a .toml")
     p.add_argument(
-        "--data", metavar="PATH", help="folder of images, .npz/.npy array, IDX file or data set"
+        "--data", metavar="PATH", help="folder or zip of images, array, IDX file, data set, hf:NAME"
     )
     p.add_argument("--teacher", metavar="FOLDER", help="a DDPM saved by diffusers or advkd")
     p.add_argument("--name", help="name of the run (default: the preset's, or the folder's)")
@@ -93,7 +94,7 @@ def _name_of(data: str | None, teacher: str | None) -> str | None:
     given = teacher or data
     if not given:
         return None
-    path = Path(given).resolve()
+    path = Path(given.removeprefix(PREFIX)).resolve()
     return path.stem if path.is_file() else path.name
 
 
@@ -163,7 +164,11 @@ def _assignments(args: argparse.Namespace) -> list[str]:
 
 
 def _resolved(path: str) -> str:
-    """A path that means the same from any folder; "", "zoo:NAME" and a data set's name stay."""
+    """A path that means the same from any folder; "", "zoo:NAME" and a data set's name stay, also
+    one of the hub."""
+    if path.startswith(PREFIX):
+        place = Path(path.removeprefix(PREFIX)).expanduser()
+        return f"{PREFIX}{place.resolve()}" if place.is_dir() else path
     is_name = path.startswith("zoo:") or (path in dataset_names() and not Path(path).exists())
     return path if not path or is_name else str(Path(path).resolve())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from advkd.data.images import load_images, probe
 from advkd.data.registry import Dataset, dataset, dataset_names, find, for_shape
-from advkd.data.source import DataError, ImageSet, Source, describe
+from advkd.data.sentences import DataError
+from advkd.data.source import ImageSet, Source, describe
 
 __all__ = [
     "DataError",

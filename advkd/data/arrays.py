@@ -2,14 +2,18 @@
 
 An array's header is a small Python dictionary. Three patterns read the only form that numpy.save
 gives it, and the shape is compared with the bytes that are there before any memory is taken.
+Images are read in parts: memory-mapped, also within an archive that does not compress them, or
+unpacked from the front to the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,9 +21,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from advkd.data.bounds import check_unpacked
-from advkd.data.geometry import conform, resize_notes
+from advkd.data.cache import Read
+from advkd.data.geometry import resize_notes
 from advkd.data.labels import checked_labels
-from advkd.data.source import DataError, Source, brief
+from advkd.data.raw import RawSource, Stream, map_numbers, pieces_of
+from advkd.data.sentences import DataError, brief
+from advkd.data.source import IN_MEMORY
 
 _IMAGES = ("images", "x", "x_train", "train_images", "arr_0")
 _LABELS = ("labels", "y", "y_train", "train_labels", "arr_1")
@@ -44,6 +51,9 @@ class Header(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+_NO_HEADER = Header(np.dtype(np.uint8), (), False)
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -119,22 +129,93 @@ class _File:
             raise self.unreadable(f"it asks for {header.nbytes:,} bytes and has {size:,}")
 
     def read(self, name: str, header: Header) -> np.ndarray:
-        """The array `name`, whose header has been read."""
+        """The array `name`, whose header has been read, in memory."""
         self.check_size(header)
+        with self.failures(), self._at_data(name) as file:
+            return read_array(file, header, exact=self.is_archive)
+
+    @contextlib.contextmanager
+    def rows(self, name: str, header: Header) -> Iterator[Read]:
+        """Reads rows start .. stop of an array of C order, mapped or unpacked in passing."""
+        self.check_size(header)
+        with self.failures():
+            array = self.in_place(name, header)
+        if array is not None:
+            yield lambda start, stop: array[start:stop]
+            return
+        with self.failures():
+            stream = Stream(lambda: self._at_data(name), header.dtype, header.shape)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            with self.failures():
+                return stream.rows(start, stop)
+
+        with contextlib.closing(stream):
+            yield read
+
+    def in_place(self, name: str, header: Header) -> np.ndarray | None:
+        """The array memory-mapped; None where it is compressed. Compares an archive's checksum."""
+        if header.fortran:
+            raise ValueError(
+                "it is large and in Fortran order, where no image lies in one piece: store what "
+                "numpy.ascontiguousarray makes of it"
+            )
+        if not self.is_archive:
+            with self.path.open("rb") as file:
+                read_header(file)
+                return map_numbers(self.path, file.tell(), header.dtype, header.shape)
+        with zipfile.ZipFile(self.path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            return None
+        with self.path.open("rb") as file:
+            start = _content_of(file, member)
+            file.seek(start)
+            read_header(file)
+            held = start + member.file_size - file.tell()
+            if held != header.nbytes:
+                words = "ends after" if held < header.nbytes else "holds more than"
+                raise ValueError(
+                    f"it {words} {min(held, header.nbytes):,} of {header.nbytes:,} bytes"
+                )
+            return map_numbers(self.path, file.tell(), header.dtype, header.shape)
+
+    def _at_data(self, name: str) -> BinaryIO:
+        """The file, or the member of the archive, from its first number on."""
+        if not self.is_archive:
+            file: BinaryIO = self.path.open("rb")
+        else:
+            with zipfile.ZipFile(self.path) as archive:  # a member that is open goes on without it
+                file = archive.open(f"{name}.npy")  # type: ignore[assignment]
+        read_header(file)
+        return file
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """Whatever goes wrong within `with` is a DataError."""
         try:
-            if not self.is_archive:
-                with self.path.open("rb") as file:
-                    read_header(file)
-                    return read_array(file, header, exact=False)
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
-                read_header(member)  # type: ignore[arg-type]
-                return read_array(member, header, exact=True)  # type: ignore[arg-type]
-        except Exception as error:  # as above
+            yield
+        except Exception as error:  # zipfile raises whatever an archive makes it
             raise self.unreadable(error) from error
 
     def unreadable(self, reason: object) -> DataError:
         words = brief(str(reason)) or type(reason).__name__
         return DataError(f"{self.path} is not a readable array: {words}")
+
+
+def _content_of(file: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored member begin; ValueError where its checksum is another."""
+    file.seek(member.header_offset + 26)  # past what the archive's directory says too
+    lengths = file.read(4)
+    start = member.header_offset + 30
+    start += sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+    file.seek(start)
+    checksum, left = 0, member.file_size
+    while left and (piece := file.read(min(_PIECE, left))):
+        checksum, left = zlib.crc32(piece, checksum), left - len(piece)
+    if left or checksum != member.CRC:
+        raise ValueError(f"{member.filename} is cut or damaged: its checksum differs")
+    return start
 
 
 def _header_or_reason(archive: zipfile.ZipFile, name: str) -> Header | str:
@@ -155,22 +236,89 @@ def _layout(shape: Sequence[int]) -> tuple[int, int, int, int] | None:
     return None
 
 
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """An array of images of any layout as (N, C, H, W)."""
+    layout = _layout(array.shape)
+    assert layout is not None
+    if array.ndim == 4 and array.shape[1:] != layout[1:]:
+        array = array.transpose(0, 3, 1, 2)
+    return array.reshape(layout)
+
+
 @dataclass(frozen=True)
-class ArraySource(Source):
+class ArraySource(RawSource):
     """An array of images in a `.npy` or `.npz` file."""
 
     name: str = ""
-    header: Header | None = None
+    header: Header = _NO_HEADER
 
-    def pixels(self) -> np.ndarray:
-        assert self.header is not None
-        array = _File(self.path).read(self.name, self.header)
-        layout = _layout(array.shape)
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.header.dtype == np.uint8 else np.float32)
+
+    @property
+    def raw_shape(self) -> tuple[int, int, int]:
+        layout = _layout(self.header.shape)
         assert layout is not None
-        if array.shape[1:] != layout[1:] and array.ndim == 4:
-            array = array.transpose(0, 3, 1, 2)
-        pixels = _as_pixels(array.reshape(layout), self.path)
-        return conform(pixels, self.size, self.channels, self.crop)
+        return layout[1:]
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {self.name}"
+
+    def in_place(self) -> np.ndarray | None:
+        if self.dtype != np.uint8 or self.raw_shape != self.shape[1:]:
+            return None
+        file = _File(self.path)
+        with file.failures():
+            array = file.in_place(self.name, self.header)
+        return None if array is None else _channels_first(array)
+
+    @contextlib.contextmanager
+    def rows(self) -> Iterator[Read]:
+        with self._stored() as stored:
+            if self.dtype == np.uint8:
+                yield lambda start, stop: _channels_first(stored(start, stop))
+                return
+            is_unsigned = self._lowest(stored) >= 0
+
+            def read(start: int, stop: int) -> np.ndarray:
+                pixels = _channels_first(stored(start, stop)).astype(np.float32)
+                if is_unsigned:
+                    pixels *= np.float32(2)
+                    pixels -= np.float32(1)
+                return pixels
+
+            yield read
+
+    @contextlib.contextmanager
+    def _stored(self) -> Iterator[Read]:
+        """Rows of the array as they are stored."""
+        file = _File(self.path)
+        if self.header.fortran and self.header.nbytes <= IN_MEMORY:
+            array = file.read(self.name, self.header)
+            yield lambda start, stop: array[start:stop]
+            return
+        with file.rows(self.name, self.header) as rows:
+            yield rows
+
+    def _lowest(self, stored: Read) -> float:
+        """The smallest of all floats; DataError where one is not finite, or out of range."""
+        lows, highs = [], []
+        step = pieces_of(self.raw_shape, self.header.dtype)
+        for start in range(0, self.count, step):
+            array = stored(start, min(start + step, self.count))
+            bad = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+            if bad.any():
+                first = start + int(bad.argmax())
+                raise DataError(f"{self.path} holds NaN or infinity, first in image {first}")
+            lows.append(float(array.min()))
+            highs.append(float(array.max()))
+        low, high = min(lows), max(highs)
+        if low < -1 or high > 1:
+            raise DataError(
+                f"{self.path} holds floats in [{low:g}, {high:g}] instead of [-1, 1] or [0, 1]"
+            )
+        return low
 
 
 def open_array(path: Path, size: int | None, channels: int | None, crop: bool) -> ArraySource:
@@ -243,20 +391,3 @@ def _labels(
         ):
             return name, checked_labels(file.read(name, header), count, file.path)
     return "", None
-
-
-def _as_pixels(array: np.ndarray, path: Path) -> np.ndarray:
-    """Arrays (N, C, H, W) of bytes as they are, of floats as float32 in [-1, 1]."""
-    if array.dtype == np.uint8:
-        return array
-    bad = ~np.isfinite(array).all(axis=(1, 2, 3))
-    if bad.any():
-        raise DataError(f"{path} holds NaN or infinity, first in image {int(bad.argmax())}")
-    low, high = float(array.min()), float(array.max())
-    if low < -1 or high > 1:
-        raise DataError(f"{path} holds floats in [{low:g}, {high:g}] instead of [-1, 1] or [0, 1]")
-    pixels = array.astype(np.float32)
-    if low >= 0:
-        pixels *= np.float32(2)
-        pixels -= np.float32(1)
-    return pixels

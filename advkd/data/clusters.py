@@ -6,7 +6,7 @@ the rare ones (Liu et al. 2020, self-conditioned GANs; Hu et al. 2023, self-guid
 clusters are the leaves of a tree that halves the images at the median along their principal
 direction, again and again (Boley 1998, principal direction divisive partitioning): each holds as
 many images as any other, so labels drawn uniformly, as classes are, give the shares that the data
-have.
+have. A tree of very many images is fitted to some of them, and that holds nearly.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from advkd.data.source import DataError, ImageSet
+from advkd.data.sentences import DataError
+from advkd.data.source import ImageSet
 
 SIDE = 7  # pixels that a side is averaged down to before images are compared
-_AT_ONCE = 1000  # images made small at once
+MAX_POINTS = 1 << 27  # bytes of small images that are compared at once: of more, a random part
+_AT_ONCE = 1000  # images made small at once, and fewer where they are large
+_VALUES = 1 << 24  # of the images made small at once
 
 
 class Clusters:
@@ -35,9 +38,13 @@ class Clusters:
 
     def labels(self, images: ImageSet) -> np.ndarray:
         """The cluster of each image, (N,) int64."""
-        beyond = _points(images) @ self.directions.T > self.thresholds
-        inner, every = len(self.thresholds), np.arange(len(images))
-        node = np.zeros(len(images), dtype=np.int64)
+        parts = np.array_split(np.arange(len(images)), -(-len(images) // _most(images)))
+        return np.concatenate([self._labels(_points(images, rows)) for rows in parts])
+
+    def _labels(self, points: np.ndarray) -> np.ndarray:
+        beyond = points @ self.directions.T > self.thresholds
+        inner, every = len(self.thresholds), np.arange(len(points))
+        node = np.zeros(len(points), dtype=np.int64)
         for _ in range((inner + 1).bit_length() - 1):
             node = 2 * node + 1 + beyond[every, node]
         return node - inner
@@ -50,7 +57,10 @@ def fit_clusters(images: ImageSet, num: int) -> Clusters:
         raise DataError(f"data.clusters={num} is not a power of 2 from 2 up")
     if num > len(images):
         raise DataError(f"{images.source} has {len(images):,} images for data.clusters={num}")
-    points = _points(images)
+    rows, most = np.arange(len(images)), max(num, _most(images))
+    if len(rows) > most:
+        rows = np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))
+    points = _points(images, rows)
     directions = np.empty((num - 1, points.shape[1]))
     thresholds = np.empty(num - 1)
     members = {0: points}
@@ -72,9 +82,15 @@ def clustered(images: ImageSet, clusters: Clusters) -> ImageSet:
     return replace(images, labels=labels, classes=None, notes=(*images.notes, note))
 
 
-def _points(images: ImageSet) -> np.ndarray:
-    """The images averaged down to SIDE, (N, C SIDE^2) float64."""
-    parts = np.array_split(np.arange(len(images)), -(-len(images) // _AT_ONCE))
+def _most(images: ImageSet) -> int:
+    """How many of these images are looked at together."""
+    return max(1, MAX_POINTS // (8 * images.channels * SIDE**2))
+
+
+def _points(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    """The images `rows` averaged down to SIDE, (N, C SIDE^2) float64."""
+    step = max(1, min(_AT_ONCE, _VALUES // (images.channels * images.size**2)))
+    parts = np.array_split(rows, -(-len(rows) // step))
     small = [F.adaptive_avg_pool2d(images.batch(part), SIDE).flatten(1) for part in parts]
     return torch.cat(small).double().numpy()
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as Pillow's mode L
-_CHUNK = 256  # images that are converted to grayscale at once
+BLOCK = 256  # images that are converted at once
 
 
 def resized(image: Image.Image, size: int, crop: bool) -> Image.Image:
@@ -35,28 +35,32 @@ def resize_notes(sides: Collection[tuple[int, int]], size: int, crop: bool) -> l
     return [f"resized from {' to '.join(shapes)} pixels to {size}x{size}; {how}"]
 
 
-def conform(pixels: np.ndarray, size: int, channels: int, crop: bool) -> np.ndarray:
-    """Arrays (N, C, H, W) with `size` and `channels`, C and `channels` 1 or 3, in their dtype."""
-    if pixels.shape[2:] != (size, size):
-        pixels = _resized_array(pixels, size, crop)
-    if channels == 3 and pixels.shape[1] == 1:
-        pixels = pixels.repeat(3, axis=1)
-    elif channels == 1 and pixels.shape[1] == 3:
-        gray = np.empty((len(pixels), 1, size, size), pixels.dtype)
-        for start in range(0, len(pixels), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            luma = np.tensordot(_LUMA, pixels[part], axes=(0, 1))  # (B, H, W)
-            gray[part, 0] = np.rint(luma) if pixels.dtype == np.uint8 else luma
-        pixels = gray
-    return np.ascontiguousarray(pixels)
-
-
-def _resized_array(pixels: np.ndarray, size: int, crop: bool) -> np.ndarray:
-    count, channels = pixels.shape[:2]
-    result = np.empty((count, channels, size, size), pixels.dtype)
+def squared(pixels: np.ndarray, size: int, crop: bool) -> np.ndarray:
+    """Arrays (N, C, H, W) as (N, C, size, size), in their dtype."""
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    result = np.empty((*pixels.shape[:2], size, size), pixels.dtype)
     for image, target in zip(pixels, result, strict=True):
         for plane, row in zip(image, target, strict=True):
             row[:] = np.asarray(resized(Image.fromarray(plane), size, crop))
     if pixels.dtype != np.uint8:
         result.clip(-1, 1, out=result)  # bicubic overshoots
     return result
+
+
+def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Arrays (N, C, S, S) with `channels`, C and `channels` 1 or 3, in their dtype.
+
+    The last bits of a gray value depend on which images are converted together: what is read in
+    parts is cut at multiples of 256 images, so that it is the same however large the parts are.
+    """
+    if channels == 3 and pixels.shape[1] == 1:
+        pixels = pixels.repeat(3, axis=1)
+    elif channels == 1 and pixels.shape[1] == 3:
+        gray = np.empty((len(pixels), 1, *pixels.shape[2:]), pixels.dtype)
+        for start in range(0, len(pixels), BLOCK):
+            part = slice(start, start + BLOCK)
+            luma = np.tensordot(_LUMA, pixels[part], axes=(0, 1))  # (B, S, S)
+            gray[part, 0] = np.rint(luma) if pixels.dtype == np.uint8 else luma
+        pixels = gray
+    return np.ascontiguousarray(pixels)

@@ -10,6 +10,7 @@ import gzip
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,20 +18,27 @@ from typing import BinaryIO
 import numpy as np
 
 from advkd.data.bounds import check_unpacked
-from advkd.data.geometry import conform, resize_notes
+from advkd.data.cache import Read
+from advkd.data.geometry import resize_notes
 from advkd.data.labels import checked_labels
 from advkd.data.picture import suffixes
-from advkd.data.source import DataError, Source
+from advkd.data.raw import RawSource, Stream, map_numbers
+from advkd.data.sentences import DataError
 
 _UBYTE = 0x08  # the header's code for unsigned bytes, the only one that MNIST-like sets use
 _TYPES = (_UBYTE, 0x09, 0x0B, 0x0C, 0x0D, 0x0E)
 _GZIP = b"\x1f\x8b"
+_START = 16  # bytes before the first image
+
+
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == _GZIP
 
 
 def _open(path: Path) -> BinaryIO:
     """A file as its content, gzipped or not."""
-    with path.open("rb") as file:
-        packed = file.read(2) == _GZIP
+    packed = _is_packed(path)
     return gzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[return-value]
 
 
@@ -57,30 +65,67 @@ def _read_shape(path: Path, ndim: int) -> tuple[int, ...]:
     return shape
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes that follow the header; DataError unless they are as many as the shape asks for."""
-    expected = math.prod(shape)
+def _read_labels(path: Path) -> np.ndarray:
+    """The labels of a file; DataError unless they are as many as its header says."""
+    (count,) = _read_shape(path, 1)
     try:
         with _open(path) as file:
-            file.read(4 + 4 * len(shape))
-            content = file.read(expected + 1)  # to the end, where gzip has its checksum
+            file.read(8)
+            content = file.read(count + 1)  # to the end, where gzip has its checksum
     except Exception as error:  # as above
         raise DataError(f"{path} cannot be read: {error}") from error
-    if len(content) != expected:
-        held = "more" if len(content) > expected else f"{len(content):,}"
-        raise DataError(f"{path} holds {held} bytes where its header asks for {expected:,}")
-    return np.frombuffer(content, np.uint8).reshape(shape)
+    if len(content) != count:
+        raise DataError(_count_differs(path, count, len(content)))
+    return np.frombuffer(content, np.uint8)
+
+
+def _count_differs(path: Path, expected: int, held: int) -> str:
+    words = "more" if held > expected else f"{held:,}"
+    return f"{path} holds {words} bytes where its header asks for {expected:,}"
 
 
 @dataclass(frozen=True)
-class IdxSource(Source):
+class IdxSource(RawSource):
     """An IDX file of images."""
 
-    shape: tuple[int, ...] = ()
+    raw: tuple[int, int] = (0, 0)  # (H, W) as they are stored
 
-    def pixels(self) -> np.ndarray:
-        images = _read(self.path, self.shape)[:, None]
-        return conform(images, self.size, self.channels, self.crop)
+    @property
+    def raw_shape(self) -> tuple[int, int, int]:
+        return 1, *self.raw
+
+    def in_place(self) -> np.ndarray | None:
+        is_plain = self.raw_shape == self.shape[1:] and not _is_packed(self.path)
+        return self._mapped() if is_plain else None
+
+    def _mapped(self) -> np.ndarray:
+        shape = (self.count, *self.raw_shape)
+        held = self.path.stat().st_size - _START
+        if held != math.prod(shape):
+            raise DataError(_count_differs(self.path, math.prod(shape), held))
+        return map_numbers(self.path, _START, self.dtype, shape)
+
+    @contextlib.contextmanager
+    def rows(self) -> Iterator[Read]:
+        if not _is_packed(self.path):
+            array = self._mapped()
+            yield lambda start, stop: array[start:stop]
+            return
+        stream = Stream(self._begin, self.dtype, (self.count, *self.raw_shape))
+        with contextlib.closing(stream):
+
+            def read(start: int, stop: int) -> np.ndarray:
+                try:
+                    return stream.rows(start, stop)
+                except Exception as error:  # gzip raises OSError, EOFError, zlib.error
+                    raise DataError(f"{self.path} cannot be read: {error}") from error
+
+            yield read
+
+    def _begin(self) -> BinaryIO:
+        file = _open(self.path)
+        file.read(_START)
+        return file
 
 
 def open_idx(path: Path, size: int | None, channels: int | None, crop: bool) -> IdxSource:
@@ -97,7 +142,7 @@ def open_idx(path: Path, size: int | None, channels: int | None, crop: bool) -> 
         crop=crop,
         labels=_labels_beside(path, shape[0]),
         notes=tuple(resize_notes([(shape[2], shape[1])], chosen, crop)),
-        shape=shape,
+        raw=(shape[1], shape[2]),
     )
 
 
@@ -105,9 +150,11 @@ def _labels_beside(path: Path, count: int) -> np.ndarray | None:
     """Labels of the file named as this one but for `labels` and `idx1`, gzipped or not."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1")
     plain = name.removesuffix(".gz")
+    if name == path.name:  # what lies beside it is the same images
+        return None
     for beside in (path.with_name(plain), path.with_name(f"{plain}.gz")):
-        if beside != path and beside.is_file():
-            return checked_labels(_read(beside, _read_shape(beside, 1)), count, beside)
+        if beside.is_file():
+            return checked_labels(_read_labels(beside), count, beside)
     return None
 
 

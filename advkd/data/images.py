@@ -9,15 +9,18 @@ import os
 from pathlib import Path
 
 from advkd.config import nearest
+from advkd.data.hub import PREFIX, open_hub
 from advkd.data.readers import open_source
 from advkd.data.registry import dataset_names, find
-from advkd.data.source import DataError, ImageSet, Source
+from advkd.data.sentences import DataError
+from advkd.data.source import ImageSet, Source
 
 
 def load_images(
     path: str | Path, *, size: int | None = None, channels: int | None = None, crop: bool = True
 ) -> ImageSet:
-    """Read a folder of images, a `.npz`/`.npy` array, an IDX file, gzipped or not, or a data set.
+    """Read a folder or a zip of images, a `.npz`/`.npy` array, an IDX file, gzipped or not, a data
+    set, or one of the hub.
 
     size: pixels of a side of the result; None keeps square images of one size up to 256 and else
         takes the largest of 32, 64, 128, 256 that no image's shorter side falls below (for images
@@ -36,7 +39,11 @@ def load_images(
     `train_images`, `arr_0` or the only array that can be images, and the labels `labels`, `y`,
     `y_train`, `train_labels` or `arr_1`.
     IDX: labels are read from the file beside it (`images` -> `labels`, `idx3` -> `idx1`).
+    Zip: as the folder that it was made of. Its, or a folder's, dataset.json gives the labels.
     Data set: the training split of a folder with a dataset.toml, or of a registered name.
+    Hub: `hf:NAME` or `hf:FOLDER`, by the library `datasets` (`advkd.data.hub`).
+
+    More than 256 MiB of pixels stay on disk and are read when a batch asks for them.
 
     `advkd.data.describe` puts into words what was taken and what was passed over. Raises
     DataError, naming the file, for whatever cannot be read or holds no finite image.
@@ -56,6 +63,8 @@ def probe(
         raise ValueError(f"size={size} is below 1")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels} is neither 1 nor 3")
+    if str(path).startswith(PREFIX):
+        return open_hub(str(path), size, channels, crop)
     found = find(path)
     if found is not None:
         return found.open("train", size=size, channels=channels, crop=crop)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,8 +19,21 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from advkd.data.geometry import resized
-from advkd.data.source import DataError, brief
+from advkd.data.sentences import DataError, reason_of
 
+
+class Packed(NamedTuple):
+    """An image file that lies within another one."""
+
+    name: str  # for people
+    content: bytes
+    stored: int  # bytes that it takes where it lies, compressed or not
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Picture = Path | Packed
 Interval = tuple[float, float]  # the values that become black and white
 _UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 _GRAY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -47,22 +61,20 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
+def _opened(file: Picture) -> Iterator[Image.Image]:
     """An image file, its header read; whatever goes wrong within `with` is a DataError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; its size is checked below
-            with Image.open(file, formats=_formats()) as image:
-                _check_pixels(file, image)
-                yield image
+        content = io.BytesIO(file.content) if isinstance(file, Packed) else file
+        with Image.open(content, formats=_formats()) as image:
+            _check_pixels(file, image)
+            yield image
     except UnidentifiedImageError as error:
         raise DataError(f"{file} is not a readable image: Pillow knows no such format") from error
     except Exception as error:  # decoders raise whatever their format makes them
-        reason = brief(str(error)) or type(error).__name__
-        raise DataError(f"{file} is not a readable image: {reason}") from error
+        raise DataError(f"{file} is not a readable image: {reason_of(error)}") from error
 
 
-def _check_pixels(file: Path, image: Image.Image) -> None:
+def _check_pixels(file: Picture, image: Image.Image) -> None:
     """Raise ValueError for no pixels, or for more than the file's size vouches for.
 
     A few hundred bytes can claim any number, and decoders take up to 24 bytes for each.
@@ -70,11 +82,25 @@ def _check_pixels(file: Path, image: Image.Image) -> None:
     width, height = image.size
     if width * height == 0:
         raise ValueError("it has no pixels")
-    if width * height > _ALWAYS and width * height > _RATIO * file.stat().st_size:
+    if width * height <= _ALWAYS:
+        return
+    stored = file.stored if isinstance(file, Packed) else file.stat().st_size
+    if width * height > _RATIO * stored:
         raise ValueError(
-            f"it claims {width}x{height} pixels, which a file of {file.stat().st_size:,} bytes "
-            f"does not vouch for"
+            f"it claims {width}x{height} pixels, which a file of {stored:,} bytes does not vouch "
+            f"for"
         )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within `with`, Pillow does not warn of odd metadata, and of sizes that are checked here.
+
+    Whoever reads many files needs it once, around all threads: filters of warnings are global.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Head(NamedTuple):
@@ -87,7 +113,7 @@ class Head(NamedTuple):
     has_frames: bool  # whether more images follow the first
 
 
-def read_head(file: Path) -> Head:
+def read_head(file: Picture) -> Head:
     """The header of an image file; DataError names a file that is no image."""
     with _opened(file) as image:
         gray = image.mode in _GRAY_MODES or _raw_mode(image) == _GRAY_ALPHA_16
@@ -111,7 +137,7 @@ def _raw_mode(image: Image.Image) -> str:
     return str(tile[0].args) if tile else ""
 
 
-def interval_of(files: Iterable[Path], numbers: str) -> Interval:
+def interval_of(files: Iterable[Picture], numbers: str) -> Interval:
     """The interval that stands for black to white in all of these files of one kind of numbers.
 
     Whole numbers are in [0, 255], or in [0, 65535] where any is above 255. Floats are in [0, 1],
@@ -131,7 +157,7 @@ def interval_of(files: Iterable[Path], numbers: str) -> Interval:
 
 
 def read_picture(
-    file: Path, size: int, channels: int, crop: bool, intervals: dict[str, Interval]
+    file: Picture, size: int, channels: int, crop: bool, intervals: dict[str, Interval]
 ) -> np.ndarray:
     """The first image of a file as uint8 (channels, size, size), turned as its EXIF says.
 

@@ -30,7 +30,8 @@ import numpy as np
 
 from advkd.config import MAX_SIDE, ConfigError, build, check_lengths, nearest, within
 from advkd.data.readers import open_source
-from advkd.data.source import DataError, ImageSet, Source, brief
+from advkd.data.sentences import DataError, brief
+from advkd.data.source import ImageSet, Source
 
 DESCRIPTION = "dataset.toml"
 SEARCH_PATH = "ADVKD_DATASETS"

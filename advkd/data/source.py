@@ -5,24 +5,27 @@ What cannot be read is a `DataError`, one sentence that names the file.
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from advkd.data.cache import Layout, Read, decoded, key_of
+from advkd.data.geometry import BLOCK
+from advkd.data.pixels import Mapped, Pixels
+from advkd.data.sentences import brief, plural
+
 MAX_NAMED = 200  # classes that `describe` lists one by one
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one sentence that names the file."""
+IN_MEMORY = 1 << 28  # bytes of a set that is held in memory; a larger one is read from files
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in memory.
+    """Images in memory, or in files that are read when a batch asks for them.
 
     pixels: (N, C, H, W), uint8 in [0, 255] or float32 in [-1, 1].
     labels: (N,) int64 class indices from 0 up, or None.
@@ -31,7 +34,7 @@ class ImageSet:
     notes: lines for people on how the source was read and what of it was passed over.
     """
 
-    pixels: np.ndarray
+    pixels: Pixels
     labels: np.ndarray | None
     source: str
     classes: tuple[str, ...] | None = None
@@ -57,7 +60,11 @@ class ImageSet:
     def subset(self, rows: Sequence[int] | np.ndarray) -> ImageSet:
         """The images `rows`, in that order, with their labels and the classes' names."""
         labels = None if self.labels is None else self.labels[rows]
-        return ImageSet(self.pixels[rows], labels, self.source, self.classes, self.notes)
+        if isinstance(self.pixels, Mapped):
+            pixels: Pixels = self.pixels.subset(rows)
+        else:
+            pixels = self.pixels[rows]
+        return ImageSet(pixels, labels, self.source, self.classes, self.notes)
 
     def batch(
         self, indices: Sequence[int] | np.ndarray, flip: np.ndarray | None = None
@@ -108,25 +115,51 @@ class Source:
         """As `ImageSet.num_classes`."""
         return _num_classes(self.labels, self.classes)
 
-    def pixels(self) -> np.ndarray:
-        """Read the images: (N, C, H, W), uint8 in [0, 255] or float32 in [-1, 1]."""
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the pixels: uint8 or float32."""
+        return np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, S, S) of the pixels."""
+        return self.count, self.channels, self.size, self.size
+
+    def reader(self) -> AbstractContextManager[Read]:
+        """Reads images start .. stop, from `start` on that are multiples of 256, as uint8 in
+        [0, 255] or float32 in [-1, 1]; DataError for one that is broken."""
         raise NotImplementedError
 
+    def in_place(self) -> np.ndarray | None:
+        """The pixels memory-mapped, where the file holds them as they are wanted."""
+        return None
+
+    def fingerprint(self) -> str:
+        """What tells whether the files are still those that were read: sizes and times."""
+        status = self.path.stat()
+        return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
     def load(self) -> ImageSet:
-        """Read the images into memory; DataError for one that is broken, or for too many."""
-        needed, memory = self.count * self.channels * self.size**2, physical_memory()
-        if needed > memory:
-            raise DataError(
-                f"{self.path} holds {self.count:,} images, which take {needed / 1e9:,.1f} GB at "
-                f"{self.size}x{self.size} with {self.channels} channels, more than this machine's "
-                f"memory of {memory / 1e9:,.1f} GB"
-            )
-        return ImageSet(self.pixels(), self.labels, self.source, self.classes, self.notes)
+        """Read the images; DataError for one that is broken.
 
+        Sets of more than IN_MEMORY bytes stay in their file where that holds plain pixels, and are
+        decoded into the cache of memory-mapped files where it does not (`advkd.data.cache`).
+        """
+        return ImageSet(self._pixels(), self.labels, self.source, self.classes, self.notes)
 
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    def _pixels(self) -> Pixels:
+        if math.prod(self.shape) * self.dtype.itemsize <= IN_MEMORY:
+            pixels = np.empty(self.shape, self.dtype)
+            with self.reader() as read:
+                for start in range(0, self.count, BLOCK):
+                    stop = min(start + BLOCK, self.count)
+                    pixels[start:stop] = read(start, stop)
+            return pixels
+        in_place = self.in_place()
+        if in_place is not None:
+            return Mapped([in_place])
+        key = key_of(type(self).__name__, self.fingerprint(), self.shape, self.crop)
+        return decoded(key, Layout(self.source, self.shape, self.dtype), self.reader)
 
 
 def _num_classes(labels: np.ndarray | None, classes: tuple[str, ...] | None) -> int | None:
@@ -142,11 +175,6 @@ def describe(images: ImageSet | Source) -> list[str]:
     return [first, _class_line(images), *images.notes]
 
 
-def plural(count: int, noun: str) -> str:
-    """A count and its noun: `1 image`, `2,000 images`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _class_line(images: ImageSet | Source) -> str:
     if images.labels is None or images.num_classes is None:
         return "no classes"
@@ -158,9 +186,3 @@ def _class_line(images: ImageSet | Source) -> str:
         more = f"and {len(rest):,} more ({rest.min():,} to {rest.max():,} images each)"
         named = [*named[:MAX_NAMED], more]
     return f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}: {', '.join(named)}"
-
-
-def brief(text: str, most: int = 300) -> str:
-    """A text that a file provides, on one line and cut where it is longer than people read."""
-    line = text if text.isprintable() else repr(text)[1:-1]
-    return line if len(line) <= most else f"{line[:most]}..."

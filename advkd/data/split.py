@@ -9,7 +9,8 @@ import numpy as np
 from advkd.data.clusters import clustered, fit_clusters
 from advkd.data.images import probe
 from advkd.data.registry import Dataset, find
-from advkd.data.source import DataError, ImageSet
+from advkd.data.sentences import DataError
+from advkd.data.source import ImageSet
 
 MIN_IMAGES = 30  # a fifth is held out, and 5 nearest neighbors need 6 images
 MAX_HELD_OUT = 2000

@@ -10,8 +10,10 @@ import math
 
 import numpy as np
 import scipy.linalg
+from numpy.typing import DTypeLike
 from scipy.spatial.distance import cdist
 
+PROJECTIONS = 512  # directions that images are projected on
 _ROWS = 1024  # rows of a distance matrix held at once
 
 
@@ -85,12 +87,13 @@ def _covered(centers: np.ndarray, points: np.ndarray, k: int) -> float:
 
 
 def sliced_wasserstein(
-    a: np.ndarray, b: np.ndarray, *, projections: int = 512, seed: int = 0
+    a: np.ndarray, b: np.ndarray, *, projections: int = PROJECTIONS, seed: int = 0
 ) -> float:
     """Sliced Wasserstein-1 distance: the mean over random unit directions; 0 is best.
 
     a (N, D) and b (M, D) are pixels of images, one image a row; N and M may differ. The unit is a
-    distance of 1 in pixel space along a direction. (Rabin et al. 2011)
+    distance of 1 in pixel space along a direction. (Rabin et al. 2011) This states the figure;
+    `figures.measure` projects a part of the images after the other.
     """
     a, b = _checked(a, b, least=1)
     return wasserstein(projected(a, projections, seed), projected(b, projections, seed))
@@ -98,10 +101,15 @@ def sliced_wasserstein(
 
 def projected(a: np.ndarray, projections: int, seed: int = 0) -> np.ndarray:
     """a (N, D) along random unit directions, each column sorted: (N, projections) of a's dtype."""
+    return np.sort(a @ directions(a.shape[1], projections, a.dtype, seed), axis=0)
+
+
+def directions(size: int, count: int, dtype: DTypeLike, seed: int = 0) -> np.ndarray:
+    """Random unit vectors: (size, count)."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    directions = rng.standard_normal((a.shape[1], projections)).astype(a.dtype)
-    directions /= np.linalg.norm(directions, axis=0)
-    return np.sort(a @ directions, axis=0)
+    found: np.ndarray = rng.standard_normal((size, count)).astype(dtype)
+    found /= np.linalg.norm(found, axis=0)
+    return found
 
 
 def wasserstein(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,11 +12,13 @@ import torch
 
 from advkd.data.images import ImageSet
 from advkd.evaluation.distances import (
+    PROJECTIONS,
+    directions,
     frechet_distance,
     kernel_distance,
     precision_recall,
     projected,
-    sliced_wasserstein,
+    wasserstein,
 )
 from advkd.evaluation.features import FeatureNet, Features, class_shares, extract, rows_of
 from advkd.evaluation.texture import (
@@ -41,8 +43,9 @@ Images = ImageSet | torch.Tensor  # or float32 (N, C, H, W) in [-1, 1]
 class Measures(NamedTuple):
     """What the figures of N images are computed from.
 
-    features: those of the network. pixels: (N, C*H*W) float64. patches: of each band of their
-    Laplacian pyramids, projected and sorted. spectra: (N, bins) power at each radial frequency.
+    features: those of the network. pixels: (N, PROJECTIONS) float64, projected and sorted, since
+    the pixels themselves may be more than memory holds. patches: of each band of their Laplacian
+    pyramids, projected and sorted. spectra: (N, bins) power at each radial frequency.
     """
 
     features: Features
@@ -74,16 +77,20 @@ class Evaluation:
 def measure(net: FeatureNet, images: Images) -> Measures:
     """Look at images once, for all figures."""
     pixels, patches, spectra = [], [], []
+    along: np.ndarray | None = None
     for start in range(0, len(images), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(images)))
         x = rows_of(images, rows).cpu()
-        pixels.append(x.flatten(1).double().numpy())
+        values = x.flatten(1).double().numpy()
+        if along is None:
+            along = directions(values.shape[1], PROJECTIONS, np.float64)
+        pixels.append(values @ along)
         patches.append(band_patches(x, seed=start))
         spectra.append(power_spectra(x))
     bands = [np.concatenate(band) for band in zip(*patches, strict=True)]
     return Measures(
         extract(net, images),
-        np.concatenate(pixels),
+        np.sort(np.concatenate(pixels), axis=0),
         [projected(band, DIRECTIONS) for band in bands],
         np.concatenate(spectra),
     )
@@ -103,7 +110,7 @@ def compare(reference: Measures, block: Measures) -> dict[str, Any]:
         "kid": kernel_distance(real.values, fake.values),
         "precision": precision,
         "recall": recall,
-        "swd": sliced_wasserstein(reference.pixels, block.pixels),
+        "swd": wasserstein(reference.pixels, block.pixels),
         "texture_fd": frechet_distance(real.texture / scale, fake.texture / scale),
         "texture_swd": texture_distance(reference.patches, block.patches),
         "spectrum": spectrum_distance(reference.spectra, block.spectra),

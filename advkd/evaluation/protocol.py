@@ -7,7 +7,6 @@ What evaluates (the features, the held-out images, the noise) is never seen in t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from advkd.config import MIN_EVALUATED, ConfigError
 from advkd.console import StopSignals, progress_bar
 from advkd.data.images import ImageSet
+from advkd.data.pixels import identity
 from advkd.engine.noise import Purpose
 from advkd.engine.sampling import Callback, generate
 from advkd.evaluation import figures
@@ -278,6 +278,4 @@ def sampling_bar(samplings: int) -> Iterator[Callback]:
 
 def images_hash(images: ImageSet) -> str:
     """The identity of a set of images: SHA-256 over shape, dtype and pixels."""
-    digest = hashlib.sha256(f"{images.pixels.shape} {images.pixels.dtype}".encode())
-    digest.update(images.pixels.tobytes())
-    return digest.hexdigest()
+    return identity(images.pixels)

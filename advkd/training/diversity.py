@@ -8,6 +8,8 @@ data's own images lie from each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
 
 _LOOKED_AT = 2000  # images from which the distances are taken
+_AT_ONCE = 50  # of them that are in memory
 
 
 def mean_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -27,19 +30,37 @@ def missing_distance(a: Tensor, b: Tensor, typical: Tensor) -> Tensor:
     return (typical - mean_distance(a, b)).clamp_min(0)
 
 
-def typical_distances(x: Tensor, y: Tensor | None, num_classes: int | None) -> Tensor:
+def typical_distances(
+    images_of: Callable[[Tensor], Tensor], rows: Tensor, y: Tensor | None, num_classes: int | None
+) -> Tensor:
     """The mean distance of two images of each label: (num_classes,), or (1,) without labels.
 
-    x (N, C, S, S), y (N,) int64. Each image is compared with the next of its label, so neighbors
-    should have nothing to do with each other. A label of fewer than 2 images, and all where none
-    has more, gets the mean over neighbors of any label.
+    rows (N,) and their labels y (N,) int64; `images_of` some of the rows gives these images
+    (B, C, S, S). Each image is compared with the next of its label, so neighbors should have
+    nothing to do with each other. A label of fewer than 2 images, and all where none has more, gets
+    the mean over neighbors of any label.
     """
-    any_label = mean_distance(x[1:], x[:-1]).mean() if len(x) > 1 else x.new_zeros(())
+    own = [rows if y is None else rows[y == label] for label in range(num_classes or 1)]
+    found = [_neighbor_distance(images_of, some) for some in own]
+    any_label = None
+    if any(mean is None for mean in found):
+        any_label = _neighbor_distance(images_of, rows)
+    if any_label is None:
+        any_label = torch.zeros((), device="cpu")
+    return torch.stack([any_label if mean is None else mean for mean in found])
+
+
+def _neighbor_distance(images_of: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor | None:
+    """The mean distance of each of these images to the next; None for fewer than 2 images."""
+    pairs = len(rows) - 1
+    if pairs < 1:
+        return None
+    # Parts of like size have the bits of all at once; a lone pair of large images would not.
     found = []
-    for label in range(num_classes or 1):
-        own = x if y is None else x[y == label]
-        found.append(mean_distance(own[1:], own[:-1]).mean() if len(own) > 1 else any_label)
-    return torch.stack(found)
+    for part in torch.arange(pairs, device="cpu").tensor_split(-(-pairs // _AT_ONCE)):
+        x = images_of(rows[part[0] : part[-1] + 2])
+        found.append(mean_distance(x[1:], x[:-1]))
+    return torch.cat(found).mean()
 
 
 def typical_of_data(
@@ -50,9 +71,13 @@ def typical_of_data(
     of = trajectories.num if images is None else len(images)
     rows = torch.randperm(of, generator=generator)[:_LOOKED_AT]
     if images is None:
-        parts = [trajectories.targets(part, -1).float() for part in rows.split(50)]
-        return typical_distances(torch.cat(parts), trajectories.labels(rows), num_classes)
+        return typical_distances(
+            lambda some: trajectories.targets(some, -1).float(),
+            rows,
+            trajectories.labels(rows),
+            num_classes,
+        )
     y = None
     if num_classes is not None and images.labels is not None:
         y = torch.as_tensor(images.labels[rows.numpy()])
-    return typical_distances(images.batch(rows.numpy()), y, num_classes)
+    return typical_distances(lambda some: images.batch(some.numpy()), rows, y, num_classes)

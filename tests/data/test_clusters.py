@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from advkd.data import DataError, ImageSet, clusters
 from advkd.data.clusters import SIDE, Clusters, clustered, fit_clusters
-from advkd.data.source import DataError, ImageSet
 from advkd.data.split import hold_out, with_clusters
 
 
@@ -81,3 +81,18 @@ def test_they_take_the_place_of_classes() -> None:
 def test_what_cannot_be(num: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         fit_clusters(noise(60), num)
+
+
+def test_very_many_images_are_halved_by_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = noise(3000)
+    expected = fit_clusters(images, 4)
+    together = expected.labels(images)
+    monkeypatch.setattr(clusters, "MAX_POINTS", 700 * 8 * 2 * SIDE**2)  # 700 images
+    assert np.array_equal(expected.labels(images), together)
+    found = fit_clusters(images, 4)
+    assert not np.array_equal(found.directions, expected.directions)
+    assert np.array_equal(fit_clusters(images, 4).directions, found.directions)
+    shares = np.bincount(found.labels(images)) / len(images)
+    assert np.abs(shares - 1 / 4).max() < 5 * np.sqrt(3 / 16 / 700)  # as of 700 picked at random
+    monkeypatch.setattr(clusters, "MAX_POINTS", 1)
+    assert len(fit_clusters(images, 4).thresholds) == 3  # there are as many as clusters

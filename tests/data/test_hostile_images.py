@@ -7,10 +7,12 @@ that mutate files too.
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import resource
 import struct
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,10 +68,22 @@ def hostile_seeds(folder: Path) -> list[tuple[Path, Reader]]:
     idx = struct.pack(">IIII", 0x0803, *images.shape) + images.tobytes()
     place("images-idx3-ubyte", load_images).write_bytes(idx)
     place("images-idx3-ubyte.gz", load_images).write_bytes(gzip.compress(idx))
+    for name, method in (("stored.zip", zipfile.ZIP_STORED), ("packed.zip", zipfile.ZIP_DEFLATED)):
+        write_zip(place(name, load_images), noise[None].repeat(3, 0).transpose(0, 3, 1, 2), method)
     described = place("dataset.toml", read_split)
     described.write_text('size = 12\nclasses = ["a", "b", "c"]\n\n[splits]\ntrain = "train.npz"\n')
     np.savez(described.parent / "train.npz", images=images, labels=labels)
     return seeds
+
+
+def write_zip(path: Path, pixels: np.ndarray, method: int) -> None:
+    """A zip of images (N, C, H, W) with labels, as EDM's dataset_tool writes it."""
+    names = [f"00000/img{number:08d}.png" for number in range(len(pixels))]
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, image in zip(names, pixels, strict=True):
+            with archive.open(name, "w") as file:
+                Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+        archive.writestr("dataset.json", json.dumps({"labels": [[name, 0] for name in names]}))
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:

@@ -97,7 +97,7 @@ def test_headers_are_not_believed(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not vouch for"):
             probe(path)
     path.write_bytes(gzip.compress(_idx(np.zeros((3, 4, 4))) + bytes(1 << 20)))
-    with pytest.raises(DataError, match="holds more bytes where its header asks for 48"):
+    with pytest.raises(DataError, match="holds more than the 48 bytes"):
         load_images(path)
 
 
@@ -108,3 +108,9 @@ def test_labels_beside_are_bounded(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="labels-idx1-ubyte asks for 4,294,967,295 bytes"):
         probe(tmp_path)
+
+
+def test_a_gzipped_copy_beside_is_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(_idx(np.zeros((3, 4, 4))))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(_idx(np.zeros((3, 4, 4)))))
+    assert load_images(tmp_path / "a").labels is load_images(tmp_path / "a.gz").labels is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd.data import DataError, ImageSet, dataset, describe, load_images, probe, source
+from advkd.data import DataError, ImageSet, dataset, describe, load_images, probe
 
 
 @pytest.fixture
@@ -127,11 +127,3 @@ def test_subset_keeps_classes() -> None:
     assert part.labels.tolist() == [1, 0]
     assert (part.classes, part.num_classes, part.notes) == (("a", "b", "c"), 3, ("a note",))
     assert ImageSet(pixels, None, "five").subset([1]).labels is None
-
-
-def test_more_images_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.save(tmp_path / "a.npy", np.zeros((10, 8, 8), np.uint8))
-    monkeypatch.setattr(source, "physical_memory", lambda: 2000)
-    assert len(load_images(tmp_path / "a.npy")) == 10
-    with pytest.raises(DataError, match=r"a\.npy holds 10 images, .* at 16x16 with 3 channels"):
-        load_images(tmp_path / "a.npy", size=16, channels=3)

@@ -19,12 +19,31 @@ def plain(values: list[float]) -> Tensor:
 
 def test_the_distances_are_those_of_neighbors_within_a_label() -> None:
     x, y = plain([0.0, 9.0, 1.0, 9.5, 3.0, 5.0]), torch.tensor([0, 1, 0, 1, 0, 3])
-    found = typical_distances(x, y, 4)
+    found = typical_distances(x.__getitem__, torch.arange(6), y, 4)
     torch.testing.assert_close(found[:2], torch.tensor([1.5, 0.5]))
     everything = (9.0 + 8.0 + 8.5 + 6.5 + 2.0) / 5  # where a label has no two images
     torch.testing.assert_close(found[2:], torch.full((2,), everything))
-    torch.testing.assert_close(typical_distances(x, None, None), torch.tensor([everything]))
-    assert typical_distances(x[:1], None, None).item() == 0
+    found = typical_distances(x.__getitem__, torch.arange(6), None, None)
+    torch.testing.assert_close(found, torch.tensor([everything]))
+    assert typical_distances(x.__getitem__, torch.arange(1), None, None).item() == 0
+
+
+@pytest.mark.parametrize("size", [8, 64, 128])
+def test_images_in_parts_have_the_bits_of_all_at_once(size: int) -> None:
+    x = torch.randn(152, 3, size, size, generator=torch.Generator().manual_seed(0))
+    rows = torch.randperm(152, generator=torch.Generator().manual_seed(1))
+    y, most = (rows < 51).long(), 0  # labels of one and of two parts
+
+    def images_of(some: Tensor) -> Tensor:
+        nonlocal most
+        most = max(most, len(some))
+        return x[some]
+
+    found = typical_distances(images_of, rows, y, 2)
+    for label in range(2):
+        own = x[rows[y == label]]
+        assert found[label] == (own[1:] - own[:-1]).abs().mean(dim=(1, 2, 3)).mean()
+    assert most == 51
 
 
 def test_only_what_is_too_close_is_pushed() -> None:
