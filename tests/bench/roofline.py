@@ -1,4 +1,5 @@
-"""What a sampling step of ddpm-cifar10-32 should take on an A100 and an H100: a prediction.
+"""What a sampling step of ddpm-cifar10-32 should take on an A100 and an H100, and how many images
+the large presets should sample and train a second: predictions.
 
     python -m tests.bench.roofline [--write]
 
@@ -6,7 +7,8 @@ A pass of the network is run on the CPU with one image, and every operation on t
 FLOPs, and the bytes it cannot but move (each input read once, each result written once). Its time
 is the longer of FLOPs over the peak and bytes over the bandwidth of the data sheet, and the step's
 the sum. No cache helps, and no kernel has a latency, so this is a bound; at batch 1 the number of
-launches, which is counted too, decides instead. --write puts the table into docs/performance.md.
+launches, which is counted too, decides instead. --write puts the tables into docs/performance.md
+and docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from advkd.config import load_preset
 from advkd.models.unet import UNet
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 BATCHES = (1, 64, 256)
+# Presets, pixels of a side, and images of a batch.
+PRESETS = (("cifar10-32", 32, 256), ("advkd-celebahq-256", 256, 16))
+BACKWARD = 2  # a backward pass is about two forward ones: gradients of inputs, and of weights
 VIEWS = {"view", "expand", "t", "transpose", "permute", "_unsafe_view", "slice", "unsqueeze",
          "select", "detach", "empty", "empty_like", "reshape", "as_strided", "split", "alias",
          "unbind", "squeeze", "new_empty", "empty_strided", "lift_fresh", "dropout"}  # fmt: skip
@@ -95,11 +100,11 @@ def flops_of(name: str, inputs: list[Tensor], out: Tensor) -> int:
 
 
 @torch.inference_mode()
-def network() -> list[Work]:
+def network(preset: str = "cifar10-32", side: int = 32) -> list[Work]:
     """One pass for one image, by the fused ops; the time's embedding is made before the loop."""
-    config = dataclasses.replace(load_preset("cifar10-32").unet, dropout=0.0)
+    config = dataclasses.replace(load_preset(preset).unet, dropout=0.0)
     unet = UNet(config).eval().to(memory_format=torch.channels_last)
-    x_t = torch.zeros(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    x_t = torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last)
     temb = unet.embed_time(0, 1)
     mode = Counting({p.data_ptr() for p in unet.parameters()})
     with mode:
@@ -155,15 +160,44 @@ def report(works: list[Work]) -> list[str]:
     return lines
 
 
+def throughput() -> list[str]:
+    """Lines of a table: images a second of the presets' teachers."""
+    lines = [
+        "| predicted | a pass, GFLOP | dtype | batch | trajectories, images/s | hours for all | "
+        "teacher's training, images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for preset, side, batch in PRESETS:
+        works, trajectory = network(preset, side), load_preset(preset).trajectory
+        gflop = sum(work.flops for work in works) / 1e9
+        for device in DEVICES:
+            for dtype in (torch.float32, torch.bfloat16):
+                a_pass = sum(seconds(work, batch, dtype, device) for work in works)
+                sampled = batch / a_pass / trajectory.steps
+                name = "TF32" if dtype == torch.float32 else "bfloat16"
+                lines.append(
+                    f"| {preset}, {device.name} | {gflop:.0f} | {name} | {batch} | {sampled:.1f} | "
+                    f"{trajectory.num / sampled / 3600:.2f} | "
+                    f"{batch / a_pass / (1 + BACKWARD):.0f} |"
+                )
+    return lines
+
+
+def write(document: Path, lines: list[str]) -> None:
+    """Puts lines between the marks of a document."""
+    head, rest = document.read_text().split(BEGIN)
+    document.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="into the documents")
     args = parser.parse_args()
-    lines = report(network())
-    print("\n".join(lines))
-    if args.write:
-        head, rest = DOCS.read_text().split(BEGIN)
-        DOCS.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]))
+    tables = {"performance.md": report(network()), "scaling.md": throughput()}
+    for document, lines in tables.items():
+        print("\n".join([*lines, ""]))
+        if args.write:
+            write(DOCS / document, lines)
     return 0
 
 
