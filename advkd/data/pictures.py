@@ -6,7 +6,7 @@ import contextlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,97 +75,102 @@ class PicturesSource(Source):
 def survey(pictures: Pictures, size: int | None, channels: int | None, crop: bool) -> Survey:
     """Read the headers of all images; DataError where one is broken, or where they do not tell the
     size or the channels that are None. Those of many are remembered in the cache."""
-    if len(pictures) < MANY:
-        return _surveyed(pictures, size, channels, crop)
-
-    def make() -> Survey:
-        with progress_bar("look at data", len(pictures), unit="image") as bar:
-            return _surveyed(pictures, size, channels, crop, bar.update)
-
-    key = key_of("survey", pictures.fingerprint(), size, channels, crop)
-    found = remembered(key, lambda: asdict(make()))
-    try:
-        return _as_survey(found)
-    except (KeyError, TypeError, ValueError, AttributeError):  # not what was written
-        return make()
-
-
-def _as_survey(found: dict[str, Any]) -> Survey:
-    pairs = found["intervals"].items()
-    intervals = {str(kind): (float(low), float(high)) for kind, (low, high) in pairs}
-    notes = tuple(str(note) for note in found["notes"])
-    return Survey(int(found["size"]), int(found["channels"]), intervals, notes)
-
-
-class _Heads:
-    """Headers of all images: how often each occurs, and where first."""
-
-    def __init__(self, pictures: Pictures, tick: Callable[[], object]):
-        """`tick` is called for every image."""
-        self.pictures = pictures
-        self.counts: dict[Head, int] = {}
-        self.first: dict[Head, int] = {}
-        self.sides = array("i")  # the shorter one of every image
-        self.numeric: dict[str, array[int]] = {}  # which images are of each kind of numbers
-        for number in range(len(pictures)):
-            self._add(number, read_head(pictures[number]))
-            tick()
-
-    def _add(self, number: int, head: Head) -> None:
-        self.counts[head] = self.counts.get(head, 0) + 1
-        self.first.setdefault(head, number)
-        self.sides.append(min(head.width, head.height))
-        if head.numbers:
-            self.numeric.setdefault(head.numbers, array("q")).append(number)
-
-    def first_of(self, heads: Sequence[Head]) -> Picture:
-        return self.pictures[min(self.first[head] for head in heads)]
-
-
-def _surveyed(
-    pictures: Pictures,
-    size: int | None,
-    channels: int | None,
-    crop: bool,
-    tick: Callable[[], object] = lambda: None,
-) -> Survey:
-    with quiet():
-        heads = _Heads(pictures, tick)
-        intervals = {
-            kind: interval_of((pictures[number] for number in numbers), kind)
-            for kind, numbers in heads.numeric.items()
-        }
-    chosen = size or _default_size(heads)
+    heads = _look_at(pictures, lambda: None) if len(pictures) < MANY else _remembered(pictures)
+    chosen = size or _default_size(pictures, heads)
     notes = [
-        *_interval_notes(heads, intervals),
+        *_interval_notes(heads),
         *_frame_notes(heads),
         *resize_notes([head[:2] for head in heads.counts], chosen, crop),
     ]
-    return Survey(chosen, channels or _common_channels(heads), intervals, tuple(notes))
+    common = channels or _common_channels(pictures, heads)
+    return Survey(chosen, common, heads.intervals, tuple(notes))
 
 
-def _common_channels(heads: _Heads) -> int:
+@dataclass
+class _Heads:
+    """Headers of all images: how often each occurs, and where first; and the intervals of the kinds
+    of numbers among them."""
+
+    counts: dict[Head, int] = field(default_factory=dict)
+    first: dict[Head, int] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+
+def _look_at(pictures: Pictures, tick: Callable[[], object]) -> _Heads:
+    """Read all headers, and tell `tick` of each."""
+    found = _Heads()
+    numeric: dict[str, array[int]] = {}  # which images are of each kind of numbers
+    with quiet():
+        for number in range(len(pictures)):
+            head = read_head(pictures[number])
+            found.counts[head] = found.counts.get(head, 0) + 1
+            found.first.setdefault(head, number)
+            if head.numbers:
+                numeric.setdefault(head.numbers, array("q")).append(number)
+            tick()
+        for kind, numbers in numeric.items():
+            found.intervals[kind] = interval_of((pictures[number] for number in numbers), kind)
+    return found
+
+
+def _remembered(pictures: Pictures) -> _Heads:
+    """The same from the cache, or into it."""
+
+    def look() -> _Heads:
+        with progress_bar("look at data", len(pictures), unit="image") as bar:
+            return _look_at(pictures, bar.update)
+
+    def make() -> dict[str, Any]:
+        found = look()
+        heads = [[*head, count, found.first[head]] for head, count in found.counts.items()]
+        return {"heads": heads, "intervals": found.intervals}
+
+    stored = remembered(key_of("heads", pictures.fingerprint()), make)
+    try:
+        return _as_heads(stored, len(pictures))
+    except (LookupError, TypeError, ValueError, AttributeError):  # not what was written
+        return look()
+
+
+def _as_heads(stored: dict[str, Any], images: int) -> _Heads:
+    found = _Heads()
+    for width, height, channels, numbers, has_frames, count, first in stored["heads"]:
+        head = Head(int(width), int(height), int(channels), str(numbers), bool(has_frames))
+        found.counts[head], found.first[head] = int(count), range(images)[first]
+    if sum(found.counts.values()) != images:
+        raise ValueError("these are headers of other images")
+    for kind, (low, high) in stored["intervals"].items():
+        found.intervals[str(kind)] = float(low), float(high)
+    return found
+
+
+def _first_of(pictures: Pictures, heads: _Heads, some: Sequence[Head]) -> Picture:
+    """The first image that has one of these headers."""
+    return pictures[min(heads.first[head] for head in some)]
+
+
+def _common_channels(pictures: Pictures, heads: _Heads) -> int:
     channels = next(iter(heads.first)).channels
     others = [head for head in heads.first if head.channels != channels]
     if others:
         first, other = ("grayscale", "RGB") if channels == 1 else ("RGB", "grayscale")
-        raise DataError(
-            f"{heads.pictures[0]} is {first} but {heads.first_of(others)} is {other}: choose the "
-            "channels"
-        )
+        another = _first_of(pictures, heads, others)
+        raise DataError(f"{pictures[0]} is {first} but {another} is {other}: choose the channels")
     return channels
 
 
-def _default_size(heads: _Heads) -> int:
+def _default_size(pictures: Pictures, heads: _Heads) -> int:
     """The `size` that `load_images` takes for images of these sizes."""
-    sides = np.asarray(heads.sides)
-    shortest, middle = int(sides.min()), float(np.median(sides))
+    sides = [min(head.width, head.height) for head in heads.counts]
+    shortest = min(sides)
+    middle = float(np.median(np.repeat(sides, list(heads.counts.values()))))
     if shortest < _SIZES[-1] and 2 * shortest < middle:  # one stray image would shrink all others
         small = [head for head in heads.first if min(head[:2]) == shortest]
-        width, height = small[0][:2]
+        stray = _first_of(pictures, heads, small)
+        width, height = min(small, key=heads.first.__getitem__)[:2]
         raise DataError(
-            f"{heads.first_of(small)} has only {width}x{height} pixels where half of the images "
-            f"have {middle:g} or more a side: remove it, or choose a size"
+            f"{stray} has only {width}x{height} pixels where half of the images have {middle:g} or "
+            "more a side: remove it, or choose a size"
         )
     width, height = next(iter(heads.first))[:2]
     square = len({head[:2] for head in heads.first}) == 1 and width == height
@@ -174,13 +179,14 @@ def _default_size(heads: _Heads) -> int:
     return next(size for size in _SIZES if size <= shortest)
 
 
-def _interval_notes(heads: _Heads, intervals: dict[str, Interval]) -> list[str]:
+def _interval_notes(heads: _Heads) -> list[str]:
     kinds = {"I": "whole numbers of more than 8 bits", "F": "floats"}
-    return [
-        f"{plural(len(numbers), 'image')} of {kinds[kind]}: {intervals[kind][0]:g} is black and "
-        f"{intervals[kind][1]:g} is white"
-        for kind, numbers in sorted(heads.numeric.items())
-    ]
+    notes = []
+    for kind, (low, high) in sorted(heads.intervals.items()):
+        count = sum(count for head, count in heads.counts.items() if head.numbers == kind)
+        words = f"{low:g} is black and {high:g} is white"
+        notes.append(f"{plural(count, 'image')} of {kinds[kind]}: {words}")
+    return notes
 
 
 def _frame_notes(heads: _Heads) -> list[str]:

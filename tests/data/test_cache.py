@@ -361,13 +361,17 @@ def test_headers_of_many_images_are_looked_at_once(
     with monkeypatch.context() as context:
         context.setattr(pictures, "read_head", lambda file: pytest.fail("a header was read"))
         again = load_images(tmp_path / "a.zip")
+        small = load_images(tmp_path / "a.zip", size=6, channels=1)
     assert np.array_equal(again.pixels[:], expected.pixels[:])
-    assert again.notes == expected.notes
+    assert again.notes == expected.notes and len(small.notes) == 1
     (survey,) = (folder / "surveys").iterdir()
-    for content in ("{}", '{"size": 1, "channels": 3, "intervals": 3, "notes": []}', "nonsense"):
+    whole = survey.read_text()
+    none = json.dumps({"heads": [], "intervals": {}})
+    other = json.dumps({"heads": [[9, 9, 3, "", False, 300, 300]], "intervals": {}})
+    for content in ("{}", none, other, '{"heads": 3}', "nonsense"):
         survey.write_text(content)
         assert load_images(tmp_path / "a.zip").notes == expected.notes
-    assert json.loads(survey.read_text())["size"] == 9
+    assert survey.read_text() == whole  # as it was written anew for what is no JSON
 
 
 MEASURED = """
