@@ -223,9 +223,10 @@ def _philox_normal_cuda(
     device = image_index.device
     stream = torch.cuda.current_stream(device).cuda_stream
     fused_extension().cuda_philox_normal(
-        seed=unsigned(seed), image_index=image_index.data_ptr(), step=step,
+        seed=unsigned(seed), step=step,
+        image_index=address(image_index, torch.int64, device=device),
         sizes=(len(image_index), channels, height * width), channels_last=channels_last,
-        out=out.data_ptr(), device=device.index, stream=stream,
+        out=address(out, torch.float32, device=device), device=device.index, stream=stream,
     )  # fmt: skip
     return out
 

@@ -300,11 +300,7 @@ def rated(request: pytest.FixtureRequest) -> Rated:
 
     with pytest.MonkeyPatch.context() as patch:
         # The slow figures that nothing here asks for.
-        for name, value in (
-            ("kernel_distance", 0.0),
-            ("precision_recall", (0.0, 0.0)),
-            ("sliced_wasserstein", 0.0),
-        ):
+        for name, value in (("kernel_distance", 0.0), ("precision_recall", (0.0, 0.0))):
             patch.setattr(figures, name, lambda *arguments, value=value: value)
         real = [
             figures_of(f"real, block {i}", train.subset(order[i * BLOCK : (i + 1) * BLOCK]))
