@@ -9,6 +9,7 @@ and with one process, every function here returns at once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ ROLL_CALL = 3.0  # seconds within which the living say so, once one is lost
 GRACE = 10.0  # seconds that a process has to end by itself, once another is lost
 
 Result = TypeVar("Result")
+_groups = itertools.count()  # of this process, one after another
 
 
 class ProcessError(RuntimeError):
@@ -58,7 +60,8 @@ class _Group:
     """This process in a group of several; the functions of this module speak to it."""
 
     def __init__(self, rank: int, count: int, store: dist.Store, cuda: bool):
-        self.rank, self.count, self.store = rank, count, store
+        self.rank, self.count = rank, count
+        self.store = dist.PrefixStore(f"advkd/{next(_groups)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         self._pulses: Any = dist.new_group(backend="gloo", timeout=SILENCE)
