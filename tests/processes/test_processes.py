@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from advkd.config import Config, override
 from advkd.parallel import Workers, evenly_cut
 from advkd.run.folder import _differing
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launching import STAGES, ended, launched, left_by, prepared
+from .launching import STAGES, ended, launched, left_by, prepared
 
 CPU = torch.device("cpu")
 
