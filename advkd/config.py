@@ -60,6 +60,8 @@ class RunConfig:
 
     seed: int = within(0, 0, 2**64 - 1)  # of initialization, data order and trajectories
     threads: int = within(0, 0, 1024)  # torch's threads; 0 leaves them as they are
+    shares: int = within(0, 0, 4096)  # of a batch, whose number fixes the bits; docs/scaling.md
+    reduce: str = one_of("exact", ("exact", "fast"))  # how several processes add up gradients
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = one_of("float32", ("float32", "bfloat16"))  # in which student and D compute
     checkpoint_minutes: float = within(1.0, 0, 1e6)  # between two of a training, at least

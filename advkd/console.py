@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from advkd import processes
+
 LOG_SECONDS = 30.0  # between lines of a log file; what is shorter writes none
 
 
@@ -65,7 +67,12 @@ class _LogLines(tqdm):
 
 
 def progress_bar(stage: str, total: int, done: int = 0, unit: str = "step") -> tqdm:
-    """A tqdm bar with the stage's name; where stderr is no terminal, a line every LOG_SECONDS."""
+    """A tqdm bar with the stage's name; where stderr is no terminal, a line every LOG_SECONDS.
+
+    Of several processes only the first shows one.
+    """
+    if not processes.is_first():
+        return tqdm(total=total, initial=done, disable=True)
     if not sys.stderr.isatty():
         place = "{n_fmt}%" if unit == "%" else f"{unit} {{n_fmt}} of {{total_fmt}}"
         times = "{elapsed} so far, {remaining} left"

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from advkd import processes
+
 Network = TypeVar("Network", bound=nn.Module)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,7 +21,8 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 def resolve(name: str) -> torch.device:
     """The device that a setting names: "cpu", "cuda", "cuda:N", or "auto" (a GPU if there is one).
 
-    A CUDA device comes with its number. Raises ValueError for one that does not exist here.
+    A CUDA device comes with its number: of several processes on a machine each has its own.
+    Raises ValueError for one that does not exist here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,10 +34,18 @@ def resolve(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"device={name!r} does not exist: torch {_why_no_cuda()}")
     count = torch.cuda.device_count()
-    index = int(number) if colon else torch.cuda.current_device()
+    several = processes.local_count() > 1
+    if several and colon:
+        raise ValueError(
+            f"device={name!r} is one GPU for {processes.local_count()} processes: give cuda, and "
+            "each takes its own"
+        )
+    own = processes.local_rank() if several else torch.cuda.current_device()
+    index = int(number) if colon else own
     if index >= count:
         last = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise ValueError(f"device={name!r} does not exist: torch sees {last}")
+        asked = f"cuda:{index}" if several else name
+        raise ValueError(f"device={asked!r} does not exist: torch sees {last}")
     return torch.device("cuda", index)
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 from pathlib import Path
 
+import torch
+
+from advkd import device, processes
 from advkd.cli import add_device, add_threads, guarded, use_threads
 from advkd.config import (
     Config,
     ConfigError,
+    as_tree,
     config_for,
     load_preset,
     override,
@@ -23,11 +29,12 @@ from advkd.engine.interface import input_shape
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
 from advkd.report.tables import final_table
-from advkd.run.folder import STAGES
+from advkd.run.folder import STAGES, stored_config
 from advkd.run.run import Run
 from advkd.run.stages import run_stages
 
 DEFAULT_PRESET = "fashion-mnist"
+SHARES = 8  # of a batch that several processes compute, unless run.shares says otherwise
 IMAGES_OF_A_CLASS = 100  # on average, or classes are not worth telling apart
 EPILOG = """\
 Without options: take the teacher that ships, sample its trajectories, distill a student and
@@ -179,14 +186,62 @@ def _quoted(value: object) -> str:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run the stages and print the closing table."""
+    """Run the stages, with the other processes if a launcher has started several, and print the
+    closing table."""
     use_threads(args.threads)
     config = configure(args)
     if "/" in config.name or config.name in ("", ".", ".."):
         raise ConfigError(f"{config.name!r} is not a name for a run")
-    run = Run(args.runs / config.name, config)
-    with run.opened(args.redo):
-        run_stages(run, (args.stage,) if args.stage else STAGES)
+    with processes.joined(device.resolve(config.run.device)):
+        config = _for_processes(config, args.runs / config.name)
+        _agree(config, args)
+        run = Run(args.runs / config.name, config)
+        with run.opened(args.redo):
+            run_stages(run, (args.stage,) if args.stage else STAGES)
+        if processes.is_first():
+            _conclude(run, args)
+
+
+def _for_processes(config: Config, folder: Path) -> Config:
+    """The configuration with as many shares of a batch as the run began with, or several processes
+    need; and torch with this process's part of the cores."""
+    count, shares = processes.count(), config.run.shares
+    if not shares and (folder / "config.toml").is_file():
+        shares = stored_config(folder).run.shares
+    if count > 1 and not shares:
+        shares = max(SHARES, count)
+    if count > 1 and not config.run.threads and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores, here = len(os.sched_getaffinity(0)), processes.local_count()
+        torch.set_num_threads(max(1, cores // here))  # the launcher has set 1
+        if processes.is_first():
+            words = f"{here} of {count} processes are on this machine, each with"
+            threads = (
+                f"{torch.get_num_threads()} of {cores} threads (--threads N for another number)"
+            )
+            print(f"advkd: {words} {threads}", file=sys.stderr)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, shares=shares))
+
+
+def _agree(config: Config, args: argparse.Namespace) -> None:
+    """ConfigError where the processes were not started with the same configuration."""
+    keys = {"--stage": args.stage, "--redo": args.redo}
+    for table, entries in as_tree(config).items():
+        if isinstance(entries, dict):
+            keys |= {f"{table}.{key}": value for key, value in entries.items()}
+        else:
+            keys[table] = entries
+    del keys["run.threads"]
+    found = [json.loads(text) for text in processes.exchange(json.dumps(keys))]
+    for rank, theirs in enumerate(found):
+        differing = [key for key in keys if theirs.get(key) != found[0].get(key)]
+        if differing:
+            raise ConfigError(
+                f"process {rank} was started with another {', '.join(differing)} than process 0"
+            )
+
+
+def _conclude(run: Run, args: argparse.Namespace) -> None:
+    """Print what the call was for."""
     if args.stage:
         seconds = run.seconds(args.stage)
         print(f"stage {args.stage}: {run.marker(args.stage).parent}, {seconds:.1f} s")
@@ -200,7 +255,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parser().parse_args(argv)
     again = "the same command" + (" without --redo" if args.redo else "")
-    return guarded(lambda: train(args), again)
+    code = guarded(lambda: train(args), again)
+    if code and processes.launched() > 1:
+        sys.stderr.flush()
+        os._exit(code)  # threads of torch may wait for a process that is gone
+    return code
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("pretrained",),
     2: ("models",),
     1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
-    0: ("kernels", "runtime", "_C"),
+    0: ("kernels", "runtime", "_C", "processes"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 EXEMPT = ("__init__",)  # re-exports the API lazily

@@ -10,6 +10,7 @@ labels are not stored: they follow from (seed, image number).
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from advkd import processes
 from advkd.config import (
     MAX_CLASSES,
     MAX_SIDE,
@@ -273,15 +275,17 @@ def sample_trajectories(
     """Sample what is missing of `num` trajectories, shard by shard, and return the whole store.
 
     A shard is always sampled whole, in one batch, so the store is the same bits wherever an earlier
-    call was cut and whatever the number of threads. `report(images done, images)` is called after
+    call was cut and whatever the number of threads and processes. Of several processes, which see
+    one folder, each takes the shards that it is first to claim, and none returns before all are
+    there. `report(images done, images)` is called after
     every step of a shard; once `stopped()` is true it ends within a network pass, returning None,
     and the next call samples an unfinished shard anew. Raises ConfigError where the store there is
     another, or goes on by an engine that is not to be had here.
     """
-    index = open_store(folder, index)
-    remove_stale(folder)
+    index = processes.in_turn(lambda: open_store(folder, index))
     shards = -(-num // index.shard)
-    missing = [i for i in range(shards) if not _is_whole(folder, i)]
+    missing = _missing(folder, shards)
+    cut = False
     if missing:
         try:
             _, H, W = index.shape
@@ -295,8 +299,43 @@ def sample_trajectories(
         try:
             _sample_shards(engine, unet, folder, index, missing, threads, progress)
         except _Stopped:
-            return None
+            cut = processes.stopping(True)
+    processes.barrier()
+    if processes.is_first():
+        _remove_claims(folder)
+    if cut or processes.stopping(False):
+        return None
     return Trajectories(folder, num)
+
+
+def _missing(folder: Path, shards: int) -> list[int]:
+    """The shards that are still to be sampled, as the first process sees them; each process begins
+    elsewhere among them. Claims and half-written files that killed processes left are gone."""
+    found: list[int] = []
+    if processes.is_first():
+        remove_stale(folder)
+        _remove_claims(folder)
+        found = [i for i in range(shards) if not _is_whole(folder, i)]
+    missing: list[int] = json.loads(processes.exchange(json.dumps(found))[0])
+    first = len(missing) * processes.rank() // processes.count()
+    return missing[first:] + missing[:first]
+
+
+def _claim(folder: Path, number: int) -> bool:
+    """Whether this process is the one to sample a shard. Only the first to ask gets it, also in a
+    folder that machines share."""
+    if processes.count() == 1:
+        return True
+    try:
+        (folder / f"shard-{number:05d}.claim").open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_claims(folder: Path) -> None:
+    for claim in folder.glob("shard-*.claim"):
+        claim.unlink(missing_ok=True)
 
 
 class _Progress:
@@ -316,8 +355,13 @@ class _Progress:
         self._lock = threading.Lock()
 
     def poll(self) -> None:
-        if self._stopped():
+        if processes.stopping(self._stopped()):
             raise _Stopped
+
+    def taken(self) -> None:
+        """Count a shard that another process has claimed."""
+        with self._lock:
+            self._steps_done += self._index.steps
 
     def on_step(self, done: int, steps: int) -> None:
         with self._lock:
@@ -342,6 +386,9 @@ def _sample_shards(
     dtype = getattr(torch, index.dtype)
 
     def sample(number: int) -> None:
+        if not _claim(folder, number):
+            progress.taken()
+            return
         first = number * index.shard
         indices = torch.arange(first, first + index.shard, dtype=torch.int64, device="cpu")
         sampled_as = torch.float32 if index.sizes else dtype  # averaged before it is rounded

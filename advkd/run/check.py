@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from advkd import device
+from advkd import device, processes
 from advkd.config import Config, ConfigError, as_tree, build
 from advkd.data import for_shape
 from advkd.diffusion import Schedule
@@ -27,6 +27,7 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     config = run.config
     build(Config, as_tree(config), "")
     device.resolve(config.run.device)
+    _check_processes(config)
     teacher = teacher_on_meta(run)
     _check_images(run, teacher)
     if stages == ("teacher",):
@@ -34,6 +35,16 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     _check_trajectories(config, teacher)
     _check_networks(config, teacher)
     _check_evaluation(run, teacher)
+
+
+def _check_processes(config: Config) -> None:
+    """A batch can be cut into a share for each process."""
+    count, exact = processes.count(), config.run.reduce == "exact"
+    if exact and 0 < config.run.shares < count:
+        raise ConfigError(f"run.shares={config.run.shares} are too few for {count} processes")
+    for name, batch in (("teacher", config.teacher.batch), ("distill", config.distill.batch)):
+        if batch < count:
+            raise ConfigError(f"{name}.batch={batch} is too small for {count} processes")
 
 
 def teacher_on_meta(run: Run) -> UNet:

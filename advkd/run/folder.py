@@ -11,9 +11,11 @@ import contextlib
 import math
 import shutil
 import tomllib
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from advkd import processes
 from advkd.config import Config, ConfigError, as_tree, parse, to_toml
 from advkd.files import CheckpointError, hold, read_json, read_text, write_bytes, write_json
 from advkd.training.checkpoint import drop_checkpoints
@@ -31,6 +33,7 @@ _DEPENDS = {
 }
 # Keys that change no result.
 _HARMLESS = ("log_every", "checkpoint_every", "checkpoint_minutes", "compile", "recompute")
+_MARK = ".processes"  # by which the processes of a run tell whether they see the same folder
 _FOLDERS = {
     "teacher": "teacher",
     "trajectories": "trajectories",
@@ -67,20 +70,51 @@ class RunFolder:
         """Create the folder, or check that what is in it was made by this configuration.
 
         `redo` names a stage whose result, and those of all later ones, are removed first.
+        Of processes that share the run the first does all this, and the others wait for it.
+
         Raises ConfigError where a result stands that another configuration made, CheckpointError
-        while another process is at work on the folder.
+        while another run is at work on the folder, or where a process sees another folder.
         """
-        stored = self.path / "config.toml"
-        with hold(self.path):
-            first = len(STAGES) if redo is None else STAGES.index(redo)
-            if stored.is_file():
-                found = stored_config(self.path)
-                if first:
-                    self._refuse_other(found, STAGES[:first])
-            for stage in reversed(STAGES[first:]):
-                self._remove(stage)
-            write_bytes(stored, f"format = {FORMAT}\n{to_toml(self.config)}".encode())
+        if not processes.is_first():
+            self._find(processes.exchange("")[0])
             yield
+            return
+        with hold(self.path):
+            self._prepare(redo)
+            self._find(processes.exchange(self._marked() if processes.count() > 1 else "")[0])
+            yield
+
+    def _prepare(self, redo: str | None) -> None:
+        stored = self.path / "config.toml"
+        first = len(STAGES) if redo is None else STAGES.index(redo)
+        if stored.is_file():
+            found = stored_config(self.path)
+            if first:
+                self._refuse_other(found, STAGES[:first])
+        for stage in reversed(STAGES[first:]):
+            self._remove(stage)
+        write_bytes(stored, f"format = {FORMAT}\n{to_toml(self.config)}".encode())
+
+    def _marked(self) -> str:
+        """A text that no other folder holds, written where `_find` looks for it."""
+        mark = uuid.uuid4().hex
+        write_bytes(self.path / _MARK, mark.encode())
+        return mark
+
+    def _find(self, mark: str) -> None:
+        """CheckpointError for the process that does not see the folder so marked."""
+        if processes.count() == 1:
+            return
+        file = self.path / _MARK
+        found = read_text(file) if file.is_file() else ""
+        if found != mark:
+            raise CheckpointError(
+                f"process {processes.rank()} does not see process 0's {self.path}: the machines of "
+                "a run need one folder that all of them share (--runs)"
+            )
+        processes.barrier()
+        if processes.is_first():
+            file.unlink()
 
     def _refuse_other(self, stored: Config, stages: tuple[str, ...]) -> None:
         for i, stage in enumerate(stages):
@@ -146,10 +180,12 @@ def stored_config(path: Path) -> Config:
 
 def _differing(a: Config, b: Config, tables: tuple[str, ...]) -> list[str]:
     """Keys of these tables that differ in a way that changes results."""
+    # Where the shares of a batch are fixed, their sum does not depend on who computes them.
+    harmless = (*_HARMLESS, "threads") if a.run.shares and b.run.shares else _HARMLESS
     tree_a, tree_b = as_tree(a), as_tree(b)
     return [
         f"{table}.{key}"
         for table in tables
         for key in sorted(set(tree_a[table]) | set(tree_b[table]))
-        if key not in _HARMLESS and tree_a[table].get(key) != tree_b[table].get(key)
+        if key not in harmless and tree_a[table].get(key) != tree_b[table].get(key)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from advkd import device
+from advkd import device, processes
 from advkd.config import Config, ConfigError
 from advkd.data import Dataset, find
 from advkd.data.registry import default_dataset, for_teacher
@@ -50,7 +50,7 @@ class Run(RunFolder):
         ours = {"train": images_hash(images.train), "held_out": images_hash(images.held_out)}
         file = self.path / "data.json"
         if not file.is_file():
-            if self.path.is_dir():
+            if self.path.is_dir() and processes.is_first():
                 write_json(file, ours)
             return
         if read_json(file) != ours:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from advkd import processes
 from advkd.config import ConfigError, to_toml
 from advkd.console import Interrupted, StopSignals, progress_bar
 from advkd.data import describe, probe
@@ -43,17 +44,27 @@ def run_stages(run: Run, stages: tuple[str, ...]) -> None:
     """Carry out these stages in order, each unless its result stands.
 
     Whatever a later stage would refuse is refused before the first. Raises CheckpointError where a
-    stage is missing that one of these needs.
+    stage is missing that one of these needs. Several processes meet before and after each stage.
     """
-    check(run, stages)
-    if run.config.data.path and not all(map(run.is_done, stages)):
+    processes.in_turn(lambda: check(run, stages))
+    first = processes.is_first()
+    if first and run.config.data.path and not all(map(run.is_done, stages)):
         _announce(run)
     for stage in stages:
-        missing = [s for s in STAGES[: STAGES.index(stage)] if not run.is_done(s)]
-        if missing:
-            raise CheckpointError(f"stage {stage} needs {missing[0]}, which {run.path} lacks")
-        if not run.is_done(stage):
-            run.finish(stage, _MAKERS[stage](run))
+        due = str(not first or _is_due(run, stage))
+        if processes.exchange(due)[0] == str(True):
+            seconds = _MAKERS[stage](run) if first or stage in _SHARED else 0.0
+            if first:
+                run.finish(stage, seconds)
+        processes.barrier()
+
+
+def _is_due(run: Run, stage: str) -> bool:
+    """Whether a stage is to be carried out; CheckpointError where one that it needs is missing."""
+    missing = [s for s in STAGES[: STAGES.index(stage)] if not run.is_done(s)]
+    if missing:
+        raise CheckpointError(f"stage {stage} needs {missing[0]}, which {run.path} lacks")
+    return not run.is_done(stage)
 
 
 def _announce(run: Run) -> None:
@@ -71,7 +82,8 @@ def make_teacher(run: Run) -> float:
     """Take the teacher that the configuration names, or train one."""
     began = time.monotonic()
     if run.config.teacher.source:
-        save_teacher(run.given_teacher(), run.path / "teacher")
+        if processes.is_first():
+            save_teacher(run.given_teacher(), run.path / "teacher")
         return time.monotonic() - began
     images = run.images()
     if images is None:
@@ -98,10 +110,15 @@ def make_trajectories(run: Run) -> float:
         store = sample_trajectories(
             unet, folder, index, settings.num, threads, report, lambda: stop.requested
         )
-    if store is None or stop.requested:
-        write_json(earlier, {"seconds": time.monotonic() - began})
+    processes.barrier()  # reading the store back takes some longer than others
+    stopped = processes.any_of(store is None or stop.requested)
+    if processes.is_first():
+        if stopped:
+            write_json(earlier, {"seconds": time.monotonic() - began})
+        else:
+            earlier.unlink(missing_ok=True)
+    if stopped:
         raise Interrupted("stopped while sampling trajectories; finished shards stay")
-    earlier.unlink(missing_ok=True)
     return time.monotonic() - began
 
 
@@ -182,6 +199,7 @@ def pictures_of(run: Run, steps: int) -> Pictures:
     )
 
 
+_SHARED = ("teacher", "trajectories", "distill")  # by all processes; the first makes the others
 _MAKERS: dict[str, Callable[[Run], float]] = {
     "teacher": make_teacher,
     "trajectories": make_trajectories,

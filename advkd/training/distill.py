@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from advkd import device
+from advkd import device, processes
 from advkd.config import Config, ConfigError, DistillConfig
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
@@ -393,7 +393,8 @@ def distill_student(
     """
     training = Distillation(config, trajectories, images)
     seconds = run_training(training, run, config.distill, config.run)
-    training.ema.model.class_names = class_names
-    save_student(training.ema.model, run / "student")
-    drop_checkpoints(run / "checkpoints", STAGE)
+    if processes.is_first():
+        training.ema.model.class_names = class_names
+        save_student(training.ema.model, run / "student")
+        drop_checkpoints(run / "checkpoints", STAGE)
     return seconds

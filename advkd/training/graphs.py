@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advkd import processes
 from advkd.engine.cuda import captured
 from advkd.training.inputs import Tree, leaves, on_device
 
@@ -54,6 +55,12 @@ class Steps:
         self._device, self._optimizers = device, optimizers
         self._on_cuda = device.type == "cuda"
         self._capture = capture and self._on_cuda
+        if self._capture and processes.count() > 1:
+            warnings.warn(
+                f"steps run without CUDA graphs: {processes.count()} processes meet within each",
+                stacklevel=4,
+            )
+            self._capture = False
         self._known: set[Hashable] = set()
         self._graphs: dict[Hashable, Graph] = {}
         self._stream = torch.cuda.Stream(device) if self._on_cuda else None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from advkd import processes
 from advkd.config import RunConfig
 from advkd.console import Interrupted, StopSignals, progress_bar
 from advkd.device import deterministic, tensor_float32
@@ -191,29 +192,50 @@ class Paced(Protocol):
     def checkpoint_every(self) -> int: ...
 
 
+def _begun(training: Training, folder: Path) -> tuple[int, float, dict[str, float]]:
+    """Take over the last checkpoint, if there is one: its step, seconds and values logged last.
+
+    ProcessError where the processes do not all see the same one.
+    """
+    found = latest_checkpoint(folder, training.stage)
+    step = 0 if found is None else found.step
+    seen = processes.exchange(str(step))
+    if len(set(seen)) > 1:
+        other = next(r for r, text in enumerate(seen) if text != seen[0])
+        raise processes.ProcessError(
+            f"process {other} goes on from step {seen[other]} of stage {training.stage}, process 0 "
+            f"from step {seen[0]}: they do not see the same {folder}"
+        )
+    if found is None:
+        return 0, 0.0, {}
+    training.restore(found, folder)
+    return step, float(found.values["seconds"]), dict(found.values["logged"])
+
+
 def run_training(training: Training, run: Path, settings: Paced, of_run: RunConfig) -> float:
     """Carry a training to its last step, from the start or on from its last checkpoint in `run`.
 
     Returns the seconds it took, interrupted parts included; the checkpoints stay. Raises
-    TrainingError on a value that is not finite and Interrupted after a signal, both with the state
-    on disk.
+    TrainingError on a value that is not finite and Interrupted after a signal to any process, both
+    with the state on disk, which the first process writes.
     """
     stage, folder, steps = training.stage, run / "checkpoints", settings.steps
-    start, before = 0, 0.0
-    values: dict[str, float] = {}
-    found = latest_checkpoint(folder, stage)
-    if found is not None:
-        training.restore(found, folder)
-        start, before = found.step, float(found.values["seconds"])
-        values |= found.values["logged"]
-    log, readings = MetricsLog(run / "metrics.jsonl", stage, start), Readings(stage, values)
+    start, before, values = _begun(training, folder)
+    first, readings = processes.is_first(), Readings(stage, values)
+    log = MetricsLog(run / "metrics.jsonl", stage, start) if first else None
     began = time.monotonic()
     with (
         contextlib.closing(training),
         StopSignals() as stop,
         deterministic(training.device),
         tensor_float32(training.device, of_run.tf32),
-        Workers(of_run.threads, training.device, settings.accumulate) as workers,
+        Workers(
+            of_run.threads,
+            training.device,
+            settings.accumulate,
+            of_run.shares,
+            of_run.reduce == "fast",
+        ) as workers,
         progress_bar(stage, steps, start) as bar,
         CheckpointWriter(folder, stage) as writer,
     ):
@@ -225,18 +247,22 @@ def run_training(training: Training, run: Path, settings: Paced, of_run: RunConf
             logs = done % settings.log_every == 0 or done == steps
             due = time.monotonic() - saved >= 60 * of_run.checkpoint_minutes
             saves = due and done % settings.checkpoint_every == 0
-            saves = saves or stop.requested or done == steps
+            stops = processes.any_of(stop.requested)
+            saves = saves or stops or done == steps
             if logs or saves:
                 values = readings.read()  # the device has done the step, and all before it are good
             seconds = before + time.monotonic() - began
             if logs:
-                log.write(done, seconds=seconds, **values)
+                if log is not None:
+                    log.write(done, seconds=seconds, **values)
                 bar.set_postfix(training.brief(values))
             if saves:
-                writer.save(training.checkpoint(done, seconds, values))
+                if first:
+                    writer.save(training.checkpoint(done, seconds, values))
                 saved = time.monotonic()
             # Also after the last step: the stages that follow may take minutes.
-            if saves and stop.requested:
+            if stops:
                 writer.wait()
+                processes.barrier()  # whoever ends earlier would be missed
                 raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}")
     return before + time.monotonic() - began

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advkd import device
+from advkd import device, processes
 from advkd.config import Config, ConfigError
 from advkd.data.images import ImageSet
 from advkd.device import autocast
@@ -137,12 +137,22 @@ class TeacherTraining(Training):
 
         def gradients_of(share: slice) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
             x_0, eps, t, y = batch
+            if workers.numbered and self.config.unet.dropout:
+                self._seed_dropout(step, share)
             loss = self.loss(x_0[share], eps[share], t[share], None if y is None else y[share])
             return torch.autograd.grad(loss, parameters), {"loss": loss.detach()}
 
         values = workers.gradients(gradients_of, s.batch, parameters)
         values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
         return self.update(values, step, [self.optimizer], self.unet)
+
+    def _seed_dropout(self, step: int, share: slice) -> None:
+        """Let dropout's numbers be those of this share of the step, whoever computes it."""
+        stream = f"{DROPOUT_STREAM} from {share.start}"
+        seed = mixed_seed(self.config.run.seed, step, stream)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def brief(self, values: dict[str, float]) -> dict[str, str]:
         """The loss."""
@@ -205,6 +215,7 @@ def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
     # Dropout has one generator, whose numbers several threads would take in any order.
     of_run = dataclasses.replace(config.run, threads=1) if config.unet.dropout else config.run
     seconds = run_training(training, run, config.teacher, of_run)
-    save_teacher(training.ema.model, run / "teacher")
-    drop_checkpoints(run / "checkpoints", STAGE)
+    if processes.is_first():
+        save_teacher(training.ema.model, run / "teacher")
+        drop_checkpoints(run / "checkpoints", STAGE)
     return seconds
