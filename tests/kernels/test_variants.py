@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from advkd.kernels import attention, group_norm_silu, variants  # noqa: E402
+from advkd.kernels import attention, bias_residual, group_norm_silu, variants  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 import aot  # noqa: E402
@@ -147,7 +147,7 @@ def test_the_list_is_short_and_each_name_means_one_thing() -> None:
     assert len(variants.all_variants()) <= variants.MOST_VARIANTS
     builds = variants.all_builds()
     assert len({(b.variant, b.edges) for b in builds}) == len(builds)
-    modules = (group_norm_silu, attention)
+    modules = (group_norm_silu, bias_residual, attention)
     assert {b.kernel for b in builds} == {k for module in modules for k in module.KERNELS.values()}
     for build in builds:
         assert set(build.types) | set(build.constants) >= set(build.kernel.arg_names)
