@@ -45,6 +45,9 @@ X86_ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# What only instruction sets with dot products of bytes have; each is built beside the set it extends.
+DOT_PRODUCT_SOURCES = ("convolution_int8.cpp",)
+X86_DOT_PRODUCT_FLAGS = {"avx512vnni": [*X86_ISA_FLAGS["avx512"], "-mavx512vnni"]}
 # The two -fno-* flags only let sqrt and comparisons be vectorized; they change no result.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
@@ -175,10 +178,15 @@ def isa_flags(machine: str) -> dict[str, list[str]]:
     return {"portable": []} | (X86_ISA_FLAGS if machine in ("x86_64", "AMD64") else {})
 
 
+def dot_product_flags(machine: str) -> dict[str, list[str]]:
+    """The same of each instruction set with dot products of bytes."""
+    return X86_DOT_PRODUCT_FLAGS if machine in ("x86_64", "AMD64") else {}
+
+
 def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
     """(source, object name, extra flags) of every C++ translation unit of the extension.
 
-    All of csrc/cpu is compiled once per instruction set, everything else once.
+    All of csrc/cpu is compiled once per instruction set that it is for, everything else once.
     """
     isas = isa_flags(machine)
     have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in isas]
@@ -196,7 +204,9 @@ def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, l
         if room == "cpu":
             exact = f"cpu/{source.name}" in UNCONTRACTED_SOURCES
             contract = [] if exact else ["-ffp-contract=fast"]
-            for isa, flags in isas.items():
+            has_dot_products = source.name in DOT_PRODUCT_SOURCES
+            sets = dot_product_flags(machine) if has_dot_products else isas
+            for isa, flags in sets.items():
                 name = f"cpu/{isa}/{source.stem}.o"
                 yield source, name, [f"-DADVKD_ISA={isa}", *flags, *contract]
         else:

@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advkd import runtime
 from advkd.deploy.graph import difference_between, inputs
 from advkd.engine.interface import input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.engine.networks import lower_student
+from advkd.engine.noise import Noise, Purpose
 from advkd.engine.plan import Builder, lay_out
 from advkd.files import CheckpointError
+from advkd.models.layers import Attention
 from advkd.models.student import Student
 from advkd.ops import extension
 
-VERSION = "1"
+VERSION, VERSION_WITH_RANGES = "1", "2"
 DTYPES = ("auto", "float32", "float16", "int8")
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
 _LARGEST = 127  # of int8; without -128, so that it is symmetric
+_CALIBRATED, _CALIBRATED_AT_ONCE = 64, 16  # images whose inputs of convolutions are looked at
+_FEWEST_CHANNELS = 16  # of a convolution whose products are int8; fewer do not fill a vector
 _CHECKED = (1, 5)  # images: for few and for many, the algorithms differ
 # What a reader settles by itself: where the weights lie, and how a convolution is computed.
 _SETTLED = ("algorithm", "packed", "bias", "weight", "values", "table")
@@ -40,7 +45,8 @@ def model_bytes(student: Student, dtype: str = "auto") -> bytes:
 
     dtype is that of its matrices and convolutions: `auto` is float16 where that loses nothing, as
     for a student that was saved in it, else float32; `int8` has a scale for each output channel,
-    and is computed with in float32. Vectors stay float32 where float16 would round them. Raises
+    and the inputs of all but the narrowest convolutions are rounded to 8 bits as well, over the
+    range that they have for some noise. Vectors stay float32 where float16 would round them. Raises
     ValueError for another dtype, LoweringError for a student that no plan expresses.
     """
     if dtype not in DTYPES:
@@ -48,14 +54,16 @@ def model_bytes(student: Student, dtype: str = "auto") -> bytes:
     if extension is None:
         raise LoweringError("the C++ extension is not installed, and it plans the operations")
     tensors: dict[str, Tensor] = {}
+    ranges = input_ranges(student) if dtype == "int8" else {}
     plan = {
         "size": student.size,
         "channels": student.channels,
         "classes": student.num_classes or 0,
         "class_names": None if student.class_names is None else list(student.class_names),
-        "heads": [_head(student, depth, tensors) for depth in _depths(student)],
+        "heads": [_head(student, depth, tensors, ranges) for depth in _depths(student)],
     }
-    metadata = {"advkd": VERSION, "plan": _json(plan)}
+    version = VERSION_WITH_RANGES if ranges else VERSION
+    metadata = {"advkd": version, "plan": _json(plan)}
     stored: dict[str, Tensor] = {}
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
@@ -133,7 +141,9 @@ def _depths(student: Student) -> Sequence[int]:
     return depths[-1:] if student.target == "state" else depths
 
 
-def _head(student: Student, depth: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _head(
+    student: Student, depth: int, tensors: dict[str, Tensor], ranges: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """The plan that leaves by head number `depth`; its weights are added to `tensors`."""
     plan = lower_student(student, input_shape(student)[1:], 1, 1, depth).plan
     arena = lay_out(plan.buffers, plan.ops)
@@ -141,15 +151,18 @@ def _head(student: Student, depth: int, tensors: dict[str, Tensor]) -> dict[str,
         "size": student.config.stages[depth - 1],
         "arena": arena,
         "buffers": [[b.offset, b.height * b.width, b.channels] for b in plan.buffers],
-        "ops": _operations(plan, tensors),
+        "ops": _operations(plan, tensors, ranges),
     }
 
 
-def _operations(plan: Builder, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _operations(
+    plan: Builder, tensors: dict[str, Tensor], ranges: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
     listed = []
     for op, own in zip(plan.ops, plan.tensors, strict=True):
         names = {}
-        for role, tensor in own.items():
+        x_range = {"x_range": ranges[op.module]} if op.module in ranges else {}
+        for role, tensor in (own | x_range).items():
             name = f"{op.module}.{'weight' if role in ('packed', 'table') else role}"
             known = tensors.setdefault(name, tensor)
             assert torch.equal(known, tensor), f"two tensors are called {name}"
@@ -218,6 +231,44 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.where(error < best, tried, scale)
         best = torch.minimum(error, best)
     return _rounded(rows, scale).to(torch.int8).view_as(weight), scale[:, 0].float()
+
+
+def input_ranges(student: Student) -> dict[str, Tensor]:
+    """The ranges that the inputs of convolutions are rounded over, by the operation's module.
+
+    Each is (2,) float32, the least and the largest number with 0 between them, for x_T that the
+    student may have been trained on. Narrow convolutions are left out.
+    """
+    ranges: dict[str, Tensor] = {}
+
+    def widen(name: str, x: Tensor) -> None:
+        low, high = (end.float() for end in x.aminmax())
+        known = ranges.get(name, torch.zeros(2))
+        ranges[name] = torch.stack((low.minimum(known[0]), high.maximum(known[1])))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(lambda name, _, given: widen(name, given[0]), name))
+        for name, module in _rounded_layers(student)
+    ]
+    try:
+        noise, shape = Noise(0, Purpose.TRAINING), input_shape(student)
+        for numbers in torch.arange(_CALIBRATED).split(_CALIBRATED_AT_ONCE):
+            with torch.inference_mode():
+                student(noise.x_T(numbers, shape), noise.labels(numbers, student.num_classes))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: ends for name, ends in ranges.items() if ends[0] < ends[1] < math.inf}
+
+
+def _rounded_layers(student: Student) -> Iterator[tuple[str, nn.Module]]:
+    """The layers whose inputs are rounded, with the name of their operation."""
+    for name, module in student.named_modules():
+        if isinstance(module, Attention):
+            yield f"{name}.to_qkv", module.to_q  # three layers with one input are one operation
+            yield f"{name}.to_out.0", module.to_out[0]
+        elif isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= _FEWEST_CHANNELS:
+            yield name, module
 
 
 def _rounded(rows: Tensor, scale: Tensor) -> Tensor:

@@ -59,12 +59,24 @@ struct Image {
   int doubling;  // 1: each pixel stands for 2 x 2
   const float *scale, *shift;
   bool silu;
+  Levels levels;
 };
 
 static inline Image input_of(const ConvolutionArgs& args) {
   const ConvolutionShape& s = args.shape;
   return {args.x,        args.x_stride, s.height,     s.width,    s.in_channels,
-          s.upsample ? 1 : 0, args.x_scale,  args.x_shift, args.x_silu};
+          s.upsample ? 1 : 0, args.x_scale,  args.x_shift, args.x_silu, args.x_levels};
+}
+
+// Added to a small number it leaves no digits behind the point, and that number in the lowest bits.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+
+// kRounder + q for the level q of a number; NaN has level 0.
+static inline Vector level_of(Vector number, const Levels& levels) {
+  const Vector low = filled(kRounder), high = filled(kRounder + 255.0f);
+  const Vector q = number * levels.per_step + (kRounder + levels.zero);
+  const Vector bounded = q > low ? q : low;
+  return bounded < high ? bounded : high;
 }
 
 // Reads rows of one block of channels; pixels beyond the image's borders are 0.
@@ -90,12 +102,20 @@ class RowReader {
     } else {
       copy<true, true>(n, row, column, first, end, to);
     }
+    if (image_.levels.step != 0.0f) round(to + first * kPanel, to + end * kPanel);
     clear(to + end * kPanel, count - end);
   }
 
  private:
   static void clear(float* to, std::int64_t count) {
     if (count > 0) std::memset(to, 0, static_cast<std::size_t>(count * kPanel) * sizeof(float));
+  }
+
+  void round(float* from, const float* end) const {
+    const Vector zero = filled(kRounder + image_.levels.zero);
+    for (; from < end; from += kWidth) {
+      store(from, (level_of(load(from), image_.levels) - zero) * image_.levels.step);
+    }
   }
 
   // A function of its own: inlined wherever rows are read it would be a quarter of the code.

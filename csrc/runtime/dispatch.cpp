@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "runtime/convolution_int8.h"
 #include "runtime/error.h"
 
 namespace advkd {
@@ -73,6 +74,15 @@ std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < tables.count; ++i) names.emplace_back(tables.at[i]->isa);
   return names;
+}
+
+Int8Convolution int8_convolution() {
+#ifdef ADVKD_HAVE_AVX512
+  if (&kernels() == &avx512::table && __builtin_cpu_supports("avx512vnni")) {
+    return avx512vnni::convolution_int8;
+  }
+#endif
+  return nullptr;
 }
 
 const KernelTable& kernels() { return *current().load(); }

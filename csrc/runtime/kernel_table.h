@@ -192,6 +192,9 @@ namespace avx512 {
 extern const KernelTable table;
 extern const TrainingKernelTable training_table;
 }
+namespace avx512vnni {
+void convolution_int8(const ConvolutionArgs& args);
+}
 namespace neon {
 extern const KernelTable table;
 extern const TrainingKernelTable training_table;

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <map>
+#include <tuple>
 #include <utility>
 
-#include "runtime/convolution.h"
+#include "runtime/convolution_int8.h"
 #include "runtime/dispatch.h"
 #include "runtime/error.h"
 #include "runtime/noise.h"
@@ -27,40 +28,59 @@ class Weights {
     if (tensor(name, fields).elements() != elements) {
       fields.fail("tensor '" + name.substr(0, 60) + "' has another size than it needs");
     }
-    return place({name, false}, elements);
+    return place({name, Use::vector, {}}, elements);
   }
 
   // The offset of the weights of a convolution, (out_channels, in_channels, kernel, kernel).
   std::int64_t packed(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
-    const std::vector<std::int64_t> shape = {s.out_channels, s.in_channels, s.kernel, s.kernel};
-    if (tensor(name, fields).shape != shape) {
-      fields.fail("tensor '" + name.substr(0, 60) + "' has another shape than its weights");
-    }
-    shapes_[name] = s;
-    return place({name, true}, packed_size(s));
+    check_shape(name, s, fields);
+    return place({name, Use::packed, {}}, packed_size(s));
+  }
+
+  // The same for products of int8 with an input that is rounded to the levels of a range.
+  std::int64_t packed_int8(const std::string& name, const std::string& range,
+                           const ConvolutionShape& s, const Fields& fields) {
+    check_shape(name, s, fields);
+    return place({name, Use::packed_int8, range}, int8_packed_size(s));
+  }
+
+  // Refuses weights and a range that there are no products of int8 for.
+  void check_int8(const std::string& name, const std::string& range, const ConvolutionShape& s,
+                  const Fields& fields) const {
+    if (tensor(name, fields).type != FileTensor::Type::int8) fields.fail("its weights are not int8");
+    if (!fits_int8(s)) fields.fail("it has too many channels for int8");
+    const FileTensor& found = tensor(range, fields);
+    Levels levels;
+    if (found.elements() != 2 || !cover(found, levels)) fields.fail("its x_range is no range around 0");
   }
 
   std::vector<float> filled() const {
     std::vector<float> all(static_cast<std::size_t>(size_)), dense;
     for (const auto& [form, offset] : offsets_) {
-      const auto& [name, is_packed] = form;
+      const auto& [name, use, range] = form;
       const FileTensor& tensor = file_.tensors.at(name);
       float* const to = all.data() + offset;
-      if (!is_packed) {
+      if (use == Use::vector) {
         tensor.copy_to(to);
-        continue;
+      } else if (use == Use::packed_int8) {
+        Levels levels;
+        cover(file_.tensors.at(range), levels);
+        const std::int8_t* const weights = reinterpret_cast<const std::int8_t*>(tensor.at);
+        pack_int8(shapes_.at(name), weights, tensor.all_scales().data(), levels, to);
+      } else {
+        const ConvolutionShape& s = shapes_.at(name);
+        dense.resize(static_cast<std::size_t>(tensor.elements()));
+        tensor.copy_to(dense.data());
+        const std::int64_t taps = s.kernel * s.kernel;
+        pack_weights(s, {dense.data(), s.in_channels * taps, taps, s.kernel, 1}, to);
       }
-      const ConvolutionShape& s = shapes_.at(name);
-      dense.resize(static_cast<std::size_t>(tensor.elements()));
-      tensor.copy_to(dense.data());
-      const std::int64_t taps = s.kernel * s.kernel;
-      pack_weights(s, {dense.data(), s.in_channels * taps, taps, s.kernel, 1}, to);
     }
     return all;
   }
 
  private:
-  using Form = std::pair<std::string, bool>;  // a tensor, and whether it is packed
+  enum class Use { vector, packed, packed_int8 };
+  using Form = std::tuple<std::string, Use, std::string>;  // a tensor, and a range of packed_int8
 
   const FileTensor& tensor(const std::string& name, const Fields& fields) const {
     const auto found = file_.tensors.find(name);
@@ -68,6 +88,21 @@ class Weights {
       fields.fail("there is no tensor '" + name.substr(0, 60) + "'");
     }
     return found->second;
+  }
+
+  void check_shape(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
+    const std::vector<std::int64_t> shape = {s.out_channels, s.in_channels, s.kernel, s.kernel};
+    if (tensor(name, fields).shape != shape) {
+      fields.fail("tensor '" + name.substr(0, 60) + "' has another shape than its weights");
+    }
+    shapes_[name] = s;
+  }
+
+  // The levels that a tensor of two numbers says.
+  static bool cover(const FileTensor& range, Levels& levels) {
+    float ends[2];
+    range.copy_to(ends);
+    return levels.cover(ends[0], ends[1]);
   }
 
   std::int64_t place(const Form& form, std::int64_t size) {
@@ -86,17 +121,35 @@ class Weights {
 };
 
 // Numbers that each kind of operation reads of a tensor as it is, by the name of the weight.
-std::int64_t elements_of(const std::string& name, const PlanOp& op, std::int64_t classes,
+std::int64_t elements_of(const std::string& name, const PlanOp& op, const ModelFile& file,
                          Fields& fields) {
   if (op.kind == "convolution" && name == "bias") return fields.channels("out_channels");
+  if (op.kind == "convolution" && name == "x_range" && file.version >= 2) return 2;
   if (op.kind == "norm" && (name == "weight" || name == "bias")) return fields.channels("channels");
   if (op.kind == "constant" && name == "values") return fields.channels("channels");
-  if (op.kind == "embed" && name == "table") return product(classes, fields.channels("channels"));
+  if (op.kind == "embed" && name == "table") {
+    return product(file.classes, fields.channels("channels"));
+  }
   fields.fail("no operation of that kind has a weight '" + name.substr(0, 60) + "'");
 }
 
+// The weights of a convolution: as int8 where its input is to be rounded and this processor gains by
+// it. Elsewhere the same products are those of float32.
+void resolve_convolution(const FileOp& file_op, Weights& weights, PlanOp& op, Fields& fields) {
+  const ConvolutionShape shape = convolution_shape(fields);
+  const std::string& tensor = file_op.weights.at("packed");
+  const auto range = file_op.weights.find("x_range");
+  const bool is_rounded = range != file_op.weights.end();
+  if (is_rounded) weights.check_int8(tensor, range->second, shape, fields);
+  if (is_rounded && int8_convolution() != nullptr) {
+    op.numbers["int8"] = weights.packed_int8(tensor, range->second, shape, fields);
+  } else {
+    op.numbers["packed"] = weights.packed(tensor, shape, fields);
+  }
+}
+
 // The operations with their weights' offsets; the algorithms of convolutions are not chosen yet.
-void resolve(const FileHead& head, Weights& weights, PlanData& plan) {
+void resolve(const ModelFile& file, const FileHead& head, Weights& weights, PlanData& plan) {
   for (const FileOp& file_op : head.ops) {
     const std::size_t index = plan.ops.size();
     plan.ops.push_back(file_op.op);
@@ -106,14 +159,15 @@ void resolve(const FileHead& head, Weights& weights, PlanData& plan) {
     for (const auto& [name, tensor] : file_op.weights) {
       if (op.numbers.count(name) != 0) fields.fail("it has '" + name.substr(0, 60) + "' twice");
       if (op.kind == "convolution" && name == "packed") {
-        op.numbers[name] = weights.packed(tensor, convolution_shape(fields), fields);
+        resolve_convolution(file_op, weights, op, fields);
       } else {
-        const std::int64_t elements = elements_of(name, op, plan.classes, fields);
+        const std::int64_t elements = elements_of(name, op, file, fields);
         op.numbers[name] = weights.vector(tensor, elements, fields);
       }
     }
     // An offset that stands in the file would be one into weights that it does not know.
-    for (const char* const name : {"packed", "bias", "weight", "values", "table"}) {
+    for (const char* const name :
+         {"packed", "int8", "x_range", "bias", "weight", "values", "table"}) {
       if (file_op.op.numbers.count(name) != 0) fields.fail("its weights are no tensors");
     }
   }
@@ -123,7 +177,7 @@ std::unique_ptr<Plan> plan_of(PlanData data, std::int64_t batch) {
   data.batch = batch;
   for (std::size_t i = 0; i < data.ops.size(); ++i) {
     PlanOp& op = data.ops[i];
-    if (op.kind != "convolution") continue;
+    if (op.kind != "convolution" || op.numbers.count("int8") != 0) continue;
     Fields fields(op, i, data);
     ConvolutionShape shape = convolution_shape(fields);
     shape.batch = batch;
@@ -174,7 +228,7 @@ Model::Model(const ModelFile& file)
     plans.push_back({head.buffers, {}, head.arena, 0, file.classes, 1, nullptr, 0});
     check_sizes(plans.back());
     check_ends(plans.back(), file, head);
-    resolve(head, weights, plans.back());
+    resolve(file, head, weights, plans.back());
   }
   weights_ = weights.filled();
   for (std::size_t i = 0; i < plans.size(); ++i) {

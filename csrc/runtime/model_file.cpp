@@ -1,6 +1,7 @@
 #include "runtime/model_file.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string_view>
 #include <utility>
@@ -17,7 +18,7 @@ constexpr std::uint64_t kLongestHeader = 1 << 20;
 constexpr std::size_t kMostHeads = 64, kMostOps = 4096, kMostBuffers = 4096;
 constexpr std::int64_t kMostClasses = 1 << 20, kMostChannels = 1 << 10, kLargestImage = 1 << 13;
 constexpr std::int64_t kLargest = std::int64_t{1} << 40;  // of numbers that later checks bound
-constexpr const char* kVersion = "1";
+constexpr int kVersions = 2;  // 1 and 2
 
 [[noreturn]] void damaged(const std::string& what) { refuse("the model file is damaged: " + what); }
 
@@ -123,6 +124,10 @@ void find_scales(ModelFile& model) {
                       found->second.shape == std::vector<std::int64_t>{tensor.shape[0]};
     if (!fits) damaged("tensor " + quoted(name) + " has no scale for each channel");
     tensor.scales = found->second.at;
+    for (const float scale : tensor.all_scales()) {
+      const bool proper = scale > 0.0f && std::isfinite(scale);
+      if (!proper) damaged("tensor " + quoted(name) + " has a scale that is none");
+    }
   }
 }
 
@@ -206,6 +211,12 @@ std::int64_t FileTensor::elements() const {
   return count;
 }
 
+std::vector<float> FileTensor::all_scales() const {
+  std::vector<float> all(static_cast<std::size_t>(shape[0]));
+  std::memcpy(all.data(), scales, all.size() * sizeof(float));
+  return all;
+}
+
 void FileTensor::copy_to(float* to) const {
   const std::int64_t count = elements();
   if (type == Type::float32) {
@@ -213,11 +224,10 @@ void FileTensor::copy_to(float* to) const {
     return;
   }
   if (type == Type::int8) {
+    const std::vector<float> channels = all_scales();
     const std::int64_t inner = count / shape[0];
     for (std::int64_t i = 0; i < count; ++i) {
-      float scale;
-      std::memcpy(&scale, scales + i / inner * static_cast<std::int64_t>(sizeof scale),
-                  sizeof scale);
+      const float scale = channels[static_cast<std::size_t>(i / inner)];
       to[i] = static_cast<float>(static_cast<std::int8_t>(at[i])) * scale;
     }
     return;
@@ -241,10 +251,12 @@ ModelFile read_model_file(const unsigned char* bytes, std::size_t size) {
   if (version == nullptr || plan == nullptr || plan->kind != Json::Kind::text) {
     refuse("these are tensors without a plan: advkd export --format advkd writes a model file");
   }
-  if (version->text != kVersion) {
-    refuse("the model file is of version " + quoted(version->text) + ", and only '1' is known here");
-  }
   ModelFile model;
+  model.version = version->text.size() == 1 ? version->text[0] - '0' : 0;
+  if (model.version < 1 || model.version > kVersions) {
+    refuse("the model file is of version " + quoted(version->text) +
+           ", and only '1' and '2' are known here");
+  }
   const std::size_t begin = kLengthBytes + static_cast<std::size_t>(length);
   read_tensors(header, bytes + begin, static_cast<std::int64_t>(size - begin), model);
   find_scales(model);

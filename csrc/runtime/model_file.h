@@ -22,6 +22,7 @@ struct FileTensor {
   const unsigned char* scales = nullptr;  // of int8: float32, one for each of shape[0] channels
 
   std::int64_t elements() const;
+  std::vector<float> all_scales() const;
   void copy_to(float* to) const;
 };
 
@@ -40,6 +41,7 @@ struct FileHead {
 };
 
 struct ModelFile {
+  int version;
   std::int64_t size, channels, classes;
   std::vector<std::string> class_names;  // empty, or one for each class
   std::vector<FileHead> heads;

@@ -1,0 +1,198 @@
+// Convolution with products of whole numbers (runtime/convolution_int8.h), for instruction sets that
+// sum four products of bytes at once. A band's input becomes whole numbers, pixel after pixel, with
+// its padding; the bytes that a row of the kernel covers are then consecutive, and a tile of pixels
+// and output channels stays in registers while it walks over them.
+#include "runtime/convolution_int8.h"
+
+#include "cpu/convolution_tile.h"
+#include "cpu/kernels.h"
+
+#ifdef __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
+#elif !defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace advkd::ADVKD_ISA {
+namespace {
+
+typedef std::int32_t Integers __attribute__((vector_size(kWidth * sizeof(float))));
+typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
+
+// Pixels and panels of a tile, whose sums fill the registers beside the weights.
+constexpr int kTilePixels = kWidth == 16 ? 8 : 4;
+constexpr int kTilePanels = kWidth == 16 ? 3 : 1;
+constexpr std::int64_t kGroupBytes = 4 * kPanel;  // weights of four input channels
+
+// sum + x[0] w[0] + … + x[3] w[3] in each lane of four bytes, x without sign.
+static inline Integers dot(Integers sum, Integers x, Integers w) {
+#if defined(__AVX512VNNI__)
+  return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#else
+  return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
+#endif
+}
+
+static inline Integers load_integers(const void* from) {
+  Integers v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+class Int8Method {
+ public:
+  Int8Method(const ConvolutionArgs& args, const Int8Plan& plan)
+      : args_(args),
+        plan_(plan),
+        input_(input_of(args)),
+        run_(args.shape.kernel * plan.pixel_bytes),
+        pitch_(plan.in_width * plan.pixel_bytes) {
+    input_.levels = {};  // what is read is made whole here
+  }
+
+  void run_band(std::int64_t image, std::int64_t band, float* memory) const {
+    const ConvolutionShape& s = args_.shape;
+    const std::int64_t row = band * plan_.rows, rows = least(plan_.rows, s.out_height() - row);
+    std::uint8_t* const bytes = reinterpret_cast<std::uint8_t*>(memory);
+    quantize(image, row * s.stride - s.pad_before, (rows - 1) * s.stride + s.kernel, bytes,
+             memory + plan_.band_floats);
+    const std::int64_t first = (image * s.out_height() + row) * s.out_width();
+    for (std::int64_t p = 0; p < plan_.panels;) {
+      const std::int64_t panels = least(kTilePanels, plan_.panels - p);
+      const OutputWriters writers(args_, image, p * kPanel, panels * kPanel);
+      const float* const packed = args_.packed + p * plan_.panel_floats;
+      Pixels pixels = {bytes, 0, first, rows * s.out_width()};
+      if (panels == 1) multiply<kTilePixels, 1>(pixels, packed, writers);
+      if constexpr (kTilePanels > 1) {
+        if (panels == 2) multiply<kTilePixels, 2>(pixels, packed, writers);
+        if (panels == 3) multiply<kTilePixels, 3>(pixels, packed, writers);
+      }
+      p += panels;
+    }
+  }
+
+ private:
+  // The output pixels that are left of a band.
+  struct Pixels {
+    const std::uint8_t* at;  // the first input pixel of the next one
+    std::int64_t column;
+    std::int64_t number, left;
+  };
+
+  void quantize(std::int64_t image, std::int64_t row, std::int64_t rows, std::uint8_t* to,
+                float* scratch) const {
+    for (std::int64_t r = 0; r < rows; ++r, to += pitch_) {
+      // A last block may be longer than the pixel has bytes: what it spoils is written after it.
+      for (std::int64_t c = (args_.shape.in_channels - 1) / kPanel; c >= 0; --c) {
+        RowReader(input_, c * kPanel)
+            .read(image, row + r, -args_.shape.pad_before, plan_.in_width, scratch);
+        quantize_row(scratch, to + c * kPanel);
+      }
+    }
+  }
+
+  void quantize_row(const float* from, std::uint8_t* to) const {
+    for (std::int64_t x = 0; x < plan_.in_width; ++x, from += kPanel, to += plan_.pixel_bytes) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const Vector level = level_of(load(from + v * kWidth), args_.x_levels);
+        const Bytes bytes = __builtin_convertvector((Integers)level, Bytes);
+        std::memcpy(to + v * kWidth, &bytes, sizeof bytes);
+      }
+    }
+  }
+
+  // All pixels in tiles of kRows, then of half as many, …
+  template <int kRows, int kPanels>
+  void multiply(Pixels& pixels, const float* packed, const OutputWriters& writers) const {
+    while (pixels.left >= kRows) {
+      const std::uint8_t* at[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        at[r] = pixels.at;
+        advance(pixels);
+      }
+      make_tile<kRows, kPanels>(at, packed, writers, pixels.number - kRows);
+    }
+    if constexpr (kRows > 1) multiply<kRows / 2, kPanels>(pixels, packed, writers);
+  }
+
+  void advance(Pixels& pixels) const {
+    const std::int64_t stride = args_.shape.stride, width = args_.shape.out_width();
+    pixels.at += stride * plan_.pixel_bytes;
+    if (++pixels.column == width) {
+      pixels.at += stride * (pitch_ - width * plan_.pixel_bytes);
+      pixels.column = 0;
+    }
+    ++pixels.number;
+    --pixels.left;
+  }
+
+  // A function of its own, so that its loop has the registers for itself.
+  template <int kRows, int kPanels>
+  __attribute__((noinline)) void make_tile(const std::uint8_t* const (&at)[kRows],
+                                           const float* packed, const OutputWriters& writers,
+                                           std::int64_t pixel) const {
+    constexpr int kVectors = kPanels * kPanelVectors;
+    const std::int64_t step = plan_.panel_floats, run = run_, pitch = pitch_;
+    const auto head = [&](int v) {
+      return packed + v / kPanelVectors * step + v % kPanelVectors * kWidth;
+    };
+    Integers sums[kRows][kVectors];
+    const std::uint8_t* x[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = at[r];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = load_integers(head(v));
+    }
+    const float* w = packed + 2 * kPanel;
+    for (int row = 0; row < args_.shape.kernel; ++row) {
+      for (std::int64_t i = 0; i < run; i += 4, w += kGroupBytes / sizeof(float)) {
+        Integers weights[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          weights[v] = load_integers(w + v / kPanelVectors * step + v % kPanelVectors * kWidth);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          std::int32_t four;
+          std::memcpy(&four, x[r] + i, sizeof four);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) {
+            sums[r][v] = dot(sums[r][v], Integers{} + four, weights[v]);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) x[r] += pitch;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      if (v >= writers.count()) break;
+      const Vector unit = load(head(v) + kPanel);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        writers[v].write(pixel + r, __builtin_convertvector(sums[r][v], Vector) * unit);
+      }
+    }
+  }
+
+  const ConvolutionArgs& args_;
+  const Int8Plan& plan_;
+  Image input_;
+  const std::int64_t run_;    // bytes of a pixel's neighborhood in one row
+  const std::int64_t pitch_;  // bytes of a row
+};
+
+}  // namespace
+
+void convolution_int8(const ConvolutionArgs& args) {
+  const Int8Plan plan(args.shape);
+  const Int8Method method(args, plan);
+  for_each_slot(args.shape.batch * plan.bands, args.threads,
+                [&](std::int64_t task, std::int64_t slot) {
+                  method.run_band(task / plan.bands, task % plan.bands,
+                                  args.workspace + slot * (plan.band_floats + plan.row_floats));
+                });
+}
+
+}  // namespace advkd::ADVKD_ISA
