@@ -17,7 +17,6 @@ namespace advkd::ADVKD_ISA {
 namespace {
 
 typedef std::int32_t Integers __attribute__((vector_size(kWidth * sizeof(float))));
-typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
 
 // Pixels and panels of a tile, whose sums fill the registers beside the weights.
 constexpr int kTilePixels = kWidth == 16 ? 8 : 4;
@@ -30,6 +29,19 @@ static inline Integers dot(Integers sum, Integers x, Integers w) {
   return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #else
   return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
+#endif
+}
+
+// Stores the lowest byte of each lane.
+static inline void store_bytes(std::uint8_t* to, Vector lanes) {
+#if defined(__AVX512VNNI__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)lanes));
+#else
+  const __m256i lowest = _mm256_set1_epi32(0x0C080400);
+  const __m256i fours = _mm256_shuffle_epi8((__m256i)lanes, lowest);
+  const __m128i eight =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), eight);
 #endif
 }
 
@@ -54,8 +66,7 @@ class Int8Method {
     const ConvolutionShape& s = args_.shape;
     const std::int64_t row = band * plan_.rows, rows = least(plan_.rows, s.out_height() - row);
     std::uint8_t* const bytes = reinterpret_cast<std::uint8_t*>(memory);
-    quantize(image, row * s.stride - s.pad_before, (rows - 1) * s.stride + s.kernel, bytes,
-             memory + plan_.band_floats);
+    quantize(image, row * s.stride - s.pad_before, (rows - 1) * s.stride + s.kernel, bytes);
     const std::int64_t first = (image * s.out_height() + row) * s.out_width();
     for (std::int64_t p = 0; p < plan_.panels;) {
       const std::int64_t panels = least(kTilePanels, plan_.panels - p);
@@ -79,26 +90,40 @@ class Int8Method {
     std::int64_t number, left;
   };
 
-  void quantize(std::int64_t image, std::int64_t row, std::int64_t rows, std::uint8_t* to,
-                float* scratch) const {
-    for (std::int64_t r = 0; r < rows; ++r, to += pitch_) {
-      // A last block may be longer than the pixel has bytes: what it spoils is written after it.
-      for (std::int64_t c = (args_.shape.in_channels - 1) / kPanel; c >= 0; --c) {
-        RowReader(input_, c * kPanel)
-            .read(image, row + r, -args_.shape.pad_before, plan_.in_width, scratch);
-        quantize_row(scratch, to + c * kPanel);
+  // Writes the levels of a block of channels, pixel after pixel.
+  struct LevelBytes {
+    std::uint8_t* to;
+    const std::int64_t pixel_bytes;
+    const Levels levels;
+
+    void operator()(int vector, Vector value) const {
+      store_bytes(to + vector * kWidth, level_of(value, levels));
+    }
+    void next() { to += pixel_bytes; }
+  };
+
+  // The levels of input rows [row, row + rows) with their padding.
+  void quantize(std::int64_t image, std::int64_t row, std::int64_t rows, std::uint8_t* to) const {
+    const ConvolutionShape& s = args_.shape;
+    const std::int64_t before = s.pad_before * plan_.pixel_bytes;
+    const std::int64_t inside = s.in_width() * plan_.pixel_bytes;
+    for (; rows > 0; --rows, ++row, to += pitch_) {
+      if (row < 0 || row >= s.in_height()) {
+        fill(to, pitch_);
+        continue;
       }
+      // A last block may be longer than the pixel has bytes: what it spoils is written after it.
+      for (std::int64_t c = (s.in_channels - 1) / kPanel; c >= 0; --c) {
+        const LevelBytes bytes = {to + before + c * kPanel, plan_.pixel_bytes, args_.x_levels};
+        RowReader(input_, c * kPanel).visit(image, row, 0, s.in_width(), bytes);
+      }
+      fill(to, before);
+      fill(to + before + inside, pitch_ - before - inside);
     }
   }
 
-  void quantize_row(const float* from, std::uint8_t* to) const {
-    for (std::int64_t x = 0; x < plan_.in_width; ++x, from += kPanel, to += plan_.pixel_bytes) {
-      for (int v = 0; v < kPanelVectors; ++v) {
-        const Vector level = level_of(load(from + v * kWidth), args_.x_levels);
-        const Bytes bytes = __builtin_convertvector((Integers)level, Bytes);
-        std::memcpy(to + v * kWidth, &bytes, sizeof bytes);
-      }
-    }
+  void fill(std::uint8_t* to, std::int64_t count) const {
+    std::memset(to, static_cast<int>(args_.x_levels.zero), static_cast<std::size_t>(count));
   }
 
   // All pixels in tiles of kRows, then of half as many, …
@@ -191,7 +216,7 @@ void convolution_int8(const ConvolutionArgs& args) {
   for_each_slot(args.shape.batch * plan.bands, args.threads,
                 [&](std::int64_t task, std::int64_t slot) {
                   method.run_band(task / plan.bands, task % plan.bands,
-                                  args.workspace + slot * (plan.band_floats + plan.row_floats));
+                                  args.workspace + slot * plan.band_floats);
                 });
 }
 

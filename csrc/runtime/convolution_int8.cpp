@@ -39,7 +39,6 @@ Int8Plan::Int8Plan(const ConvolutionShape& s) {
   panel_floats = kHead + s.kernel * s.kernel * pixel_bytes / kGroup * kPanel;
   const std::int64_t in_rows = (rows - 1) * s.stride + s.kernel;
   band_floats = whole_lines(divided_up(in_rows * pitch + kSpill, sizeof(float)));
-  row_floats = in_width * kPanel;
 }
 
 bool fits_int8(const ConvolutionShape& s) {
@@ -78,7 +77,7 @@ void pack_int8(const ConvolutionShape& s, const std::int8_t* weights, const floa
 
 std::int64_t int8_workspace_size(const ConvolutionShape& shape, int threads) {
   const Int8Plan plan(shape);
-  return threads * (plan.band_floats + plan.row_floats);
+  return threads * plan.band_floats;
 }
 
 }  // namespace advkd

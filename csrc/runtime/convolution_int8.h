@@ -24,7 +24,6 @@ struct Int8Plan {
   std::int64_t panels;        // of kPanel output channels
   std::int64_t panel_floats;  // of packed weights
   std::int64_t band_floats;   // a band's input
-  std::int64_t row_floats;    // a row of one block of channels, before it is made whole
 
   explicit Int8Plan(const ConvolutionShape& shape);
 };
