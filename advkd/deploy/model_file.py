@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from advkd.ops import extension
 
 VERSION, VERSION_WITH_RANGES = "1", "2"
 DTYPES = ("auto", "float32", "float16", "int8")
+Ranges = dict[str, tuple[float, float]]
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
 _LARGEST = 127  # of int8; without -128, so that it is symmetric
 _CALIBRATED, _CALIBRATED_AT_ONCE = 64, 16  # images whose inputs of convolutions are looked at
@@ -71,6 +72,8 @@ def model_bytes(student: Student, dtype: str = "auto") -> bytes:
             stored[name], stored[f"{name}.scale"] = quantized(tensor)
         else:
             stored[name] = _stored(tensor, dtype)
+    if ranges:
+        stored["x_ranges"] = torch.tensor(list(ranges.values()))
     return _safetensors(stored, metadata)
 
 
@@ -142,7 +145,7 @@ def _depths(student: Student) -> Sequence[int]:
 
 
 def _head(
-    student: Student, depth: int, tensors: dict[str, Tensor], ranges: Mapping[str, Tensor]
+    student: Student, depth: int, tensors: dict[str, Tensor], ranges: Ranges
 ) -> dict[str, Any]:
     """The plan that leaves by head number `depth`; its weights are added to `tensors`."""
     plan = lower_student(student, input_shape(student)[1:], 1, 1, depth).plan
@@ -155,14 +158,11 @@ def _head(
     }
 
 
-def _operations(
-    plan: Builder, tensors: dict[str, Tensor], ranges: Mapping[str, Tensor]
-) -> list[dict[str, Any]]:
-    listed = []
+def _operations(plan: Builder, tensors: dict[str, Tensor], ranges: Ranges) -> list[dict[str, Any]]:
+    listed, rows = [], list(ranges)
     for op, own in zip(plan.ops, plan.tensors, strict=True):
         names = {}
-        x_range = {"x_range": ranges[op.module]} if op.module in ranges else {}
-        for role, tensor in (own | x_range).items():
+        for role, tensor in own.items():
             name = f"{op.module}.{'weight' if role in ('packed', 'table') else role}"
             known = tensors.setdefault(name, tensor)
             assert torch.equal(known, tensor), f"two tensors are called {name}"
@@ -172,6 +172,8 @@ def _operations(
             for key, value in op.numbers.items()
             if key not in _SETTLED and not (key.endswith("_channel") and value == 0)
         }
+        if op.module in ranges:
+            numbers["x_range"] = rows.index(op.module)
         listed.append(
             {
                 "kind": op.kind,
@@ -233,21 +235,23 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _rounded(rows, scale).to(torch.int8).view_as(weight), scale[:, 0].float()
 
 
-def input_ranges(student: Student) -> dict[str, Tensor]:
+def input_ranges(student: Student) -> Ranges:
     """The ranges that the inputs of convolutions are rounded over, by the operation's module.
 
-    Each is (2,) float32, the least and the largest number with 0 between them, for x_T that the
-    student may have been trained on. Narrow convolutions are left out.
+    Each goes from the least to the largest number, 0 included, for x_T that the student may have
+    been trained on. Narrow convolutions are left out, and inputs that are 0 or not finite.
     """
-    ranges: dict[str, Tensor] = {}
+    ranges: Ranges = {}
 
     def widen(name: str, x: Tensor) -> None:
-        low, high = (end.float() for end in x.aminmax())
-        known = ranges.get(name, torch.zeros(2))
-        ranges[name] = torch.stack((low.minimum(known[0]), high.maximum(known[1])))
+        low, high = ranges.get(name, (0.0, 0.0))
+        least, largest = (float(end) for end in x.aminmax())
+        ranges[name] = (min(low, least), max(high, largest))
 
     hooks = [
-        module.register_forward_pre_hook(partial(lambda name, _, given: widen(name, given[0]), name))
+        module.register_forward_pre_hook(
+            partial(lambda name, _, given: widen(name, given[0]), name)
+        )
         for name, module in _rounded_layers(student)
     ]
     try:
@@ -258,7 +262,7 @@ def input_ranges(student: Student) -> dict[str, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: ends for name, ends in ranges.items() if ends[0] < ends[1] < math.inf}
+    return {name: ends for name, ends in ranges.items() if 0 < ends[1] - ends[0] < math.inf}
 
 
 def _rounded_layers(student: Student) -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,7 @@
 #include "runtime/model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <tuple>
 #include <utility>
@@ -28,30 +29,37 @@ class Weights {
     if (tensor(name, fields).elements() != elements) {
       fields.fail("tensor '" + name.substr(0, 60) + "' has another size than it needs");
     }
-    return place({name, Use::vector, {}}, elements);
+    return place({name, Use::vector, 0}, elements);
   }
 
   // The offset of the weights of a convolution, (out_channels, in_channels, kernel, kernel).
   std::int64_t packed(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
     check_shape(name, s, fields);
-    return place({name, Use::packed, {}}, packed_size(s));
+    return place({name, Use::packed, 0}, packed_size(s));
   }
 
-  // The same for products of int8 with an input that is rounded to the levels of a range.
-  std::int64_t packed_int8(const std::string& name, const std::string& range,
-                           const ConvolutionShape& s, const Fields& fields) {
+  // The same for products of int8 with an input that is rounded over a range.
+  std::int64_t packed_int8(const std::string& name, std::int64_t range, const ConvolutionShape& s,
+                           const Fields& fields) {
     check_shape(name, s, fields);
     return place({name, Use::packed_int8, range}, int8_packed_size(s));
   }
 
-  // Refuses weights and a range that there are no products of int8 for.
-  void check_int8(const std::string& name, const std::string& range, const ConvolutionShape& s,
-                  const Fields& fields) const {
+  // The offset of a range: a row of the file's ranges.
+  std::int64_t range(std::int64_t row, const Fields& fields) {
+    const FileTensor& ranges = tensor(kRanges, fields);
+    const bool has_row = ranges.type == FileTensor::Type::float32 && ranges.shape.size() == 2 &&
+                         row < ranges.shape[0] && ranges.shape[1] == 2;
+    if (!has_row) fields.fail("there is no such x_range");
+    Levels levels;
+    if (!cover(row, levels)) fields.fail("its x_range is no range around 0");
+    return place({kRanges, Use::vector, 0}, ranges.elements()) + 2 * row;
+  }
+
+  // Refuses weights that there are no products of int8 for.
+  void check_int8(const std::string& name, const ConvolutionShape& s, const Fields& fields) const {
     if (tensor(name, fields).type != FileTensor::Type::int8) fields.fail("its weights are not int8");
     if (!fits_int8(s)) fields.fail("it has too many channels for int8");
-    const FileTensor& found = tensor(range, fields);
-    Levels levels;
-    if (found.elements() != 2 || !cover(found, levels)) fields.fail("its x_range is no range around 0");
   }
 
   std::vector<float> filled() const {
@@ -64,7 +72,7 @@ class Weights {
         tensor.copy_to(to);
       } else if (use == Use::packed_int8) {
         Levels levels;
-        cover(file_.tensors.at(range), levels);
+        cover(range, levels);
         const std::int8_t* const weights = reinterpret_cast<const std::int8_t*>(tensor.at);
         pack_int8(shapes_.at(name), weights, tensor.all_scales().data(), levels, to);
       } else {
@@ -80,7 +88,8 @@ class Weights {
 
  private:
   enum class Use { vector, packed, packed_int8 };
-  using Form = std::tuple<std::string, Use, std::string>;  // a tensor, and a range of packed_int8
+  using Form = std::tuple<std::string, Use, std::int64_t>;  // a tensor, and the range of packed_int8
+  static constexpr const char* kRanges = "x_ranges";
 
   const FileTensor& tensor(const std::string& name, const Fields& fields) const {
     const auto found = file_.tensors.find(name);
@@ -98,10 +107,11 @@ class Weights {
     shapes_[name] = s;
   }
 
-  // The levels that a tensor of two numbers says.
-  static bool cover(const FileTensor& range, Levels& levels) {
+  // The levels of a range; false where it has none.
+  bool cover(std::int64_t row, Levels& levels) const {
     float ends[2];
-    range.copy_to(ends);
+    const std::int64_t at = row * static_cast<std::int64_t>(sizeof ends);
+    std::memcpy(ends, file_.tensors.at(kRanges).at + at, sizeof ends);
     return levels.cover(ends[0], ends[1]);
   }
 
@@ -121,15 +131,12 @@ class Weights {
 };
 
 // Numbers that each kind of operation reads of a tensor as it is, by the name of the weight.
-std::int64_t elements_of(const std::string& name, const PlanOp& op, const ModelFile& file,
+std::int64_t elements_of(const std::string& name, const PlanOp& op, std::int64_t classes,
                          Fields& fields) {
   if (op.kind == "convolution" && name == "bias") return fields.channels("out_channels");
-  if (op.kind == "convolution" && name == "x_range" && file.version >= 2) return 2;
   if (op.kind == "norm" && (name == "weight" || name == "bias")) return fields.channels("channels");
   if (op.kind == "constant" && name == "values") return fields.channels("channels");
-  if (op.kind == "embed" && name == "table") {
-    return product(file.classes, fields.channels("channels"));
-  }
+  if (op.kind == "embed" && name == "table")return product(classes, fields.channels("channels"));
   fields.fail("no operation of that kind has a weight '" + name.substr(0, 60) + "'");
 }
 
@@ -138,18 +145,22 @@ std::int64_t elements_of(const std::string& name, const PlanOp& op, const ModelF
 void resolve_convolution(const FileOp& file_op, Weights& weights, PlanOp& op, Fields& fields) {
   const ConvolutionShape shape = convolution_shape(fields);
   const std::string& tensor = file_op.weights.at("packed");
-  const auto range = file_op.weights.find("x_range");
-  const bool is_rounded = range != file_op.weights.end();
-  if (is_rounded) weights.check_int8(tensor, range->second, shape, fields);
-  if (is_rounded && int8_convolution() != nullptr) {
-    op.numbers["int8"] = weights.packed_int8(tensor, range->second, shape, fields);
+  if (!fields.has("x_range")) {
+    op.numbers["packed"] = weights.packed(tensor, shape, fields);
+    return;
+  }
+  const std::int64_t range = fields.number("x_range", 0, kMostWeights);
+  op.numbers["x_range"] = weights.range(range, fields);
+  weights.check_int8(tensor, shape, fields);
+  if (int8_convolution() != nullptr) {
+    op.numbers["int8"] = weights.packed_int8(tensor, range, shape, fields);
   } else {
     op.numbers["packed"] = weights.packed(tensor, shape, fields);
   }
 }
 
 // The operations with their weights' offsets; the algorithms of convolutions are not chosen yet.
-void resolve(const ModelFile& file, const FileHead& head, Weights& weights, PlanData& plan) {
+void resolve(const FileHead& head, Weights& weights, PlanData& plan) {
   for (const FileOp& file_op : head.ops) {
     const std::size_t index = plan.ops.size();
     plan.ops.push_back(file_op.op);
@@ -161,13 +172,12 @@ void resolve(const ModelFile& file, const FileHead& head, Weights& weights, Plan
       if (op.kind == "convolution" && name == "packed") {
         resolve_convolution(file_op, weights, op, fields);
       } else {
-        const std::int64_t elements = elements_of(name, op, file, fields);
+        const std::int64_t elements = elements_of(name, op, plan.classes, fields);
         op.numbers[name] = weights.vector(tensor, elements, fields);
       }
     }
     // An offset that stands in the file would be one into weights that it does not know.
-    for (const char* const name :
-         {"packed", "int8", "x_range", "bias", "weight", "values", "table"}) {
+    for (const char* const name : {"packed", "int8", "bias", "weight", "values", "table"}) {
       if (file_op.op.numbers.count(name) != 0) fields.fail("its weights are no tensors");
     }
   }
@@ -228,7 +238,7 @@ Model::Model(const ModelFile& file)
     plans.push_back({head.buffers, {}, head.arena, 0, file.classes, 1, nullptr, 0});
     check_sizes(plans.back());
     check_ends(plans.back(), file, head);
-    resolve(file, head, weights, plans.back());
+    resolve(head, weights, plans.back());
   }
   weights_ = weights.filled();
   for (std::size_t i = 0; i < plans.size(); ++i) {

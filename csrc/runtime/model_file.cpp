@@ -18,7 +18,7 @@ constexpr std::uint64_t kLongestHeader = 1 << 20;
 constexpr std::size_t kMostHeads = 64, kMostOps = 4096, kMostBuffers = 4096;
 constexpr std::int64_t kMostClasses = 1 << 20, kMostChannels = 1 << 10, kLargestImage = 1 << 13;
 constexpr std::int64_t kLargest = std::int64_t{1} << 40;  // of numbers that later checks bound
-constexpr int kVersions = 2;  // 1 and 2
+constexpr const char *kPlain = "1", *kRounded = "2";  // versions; x_range is new in the second
 
 [[noreturn]] void damaged(const std::string& what) { refuse("the model file is damaged: " + what); }
 
@@ -197,6 +197,15 @@ void read_plan(const Json& plan, ModelFile& model) {
   for (std::size_t i = 0; i < heads.size(); ++i) model.heads.push_back(read_head(heads[i], i));
 }
 
+// Those who know version 1 alone must never have to tell what an x_range is.
+void refuse_ranges(const ModelFile& model) {
+  for (const FileHead& head : model.heads) {
+    for (const FileOp& file_op : head.ops) {
+      if (file_op.op.numbers.count("x_range") != 0) damaged("version 1 has no 'x_range'");
+    }
+  }
+}
+
 std::uint64_t little_endian(const unsigned char* bytes) {
   std::uint64_t value = 0;
   for (int i = kLengthBytes - 1; i >= 0; --i) value = value << 8 | bytes[i];
@@ -251,16 +260,16 @@ ModelFile read_model_file(const unsigned char* bytes, std::size_t size) {
   if (version == nullptr || plan == nullptr || plan->kind != Json::Kind::text) {
     refuse("these are tensors without a plan: advkd export --format advkd writes a model file");
   }
-  ModelFile model;
-  model.version = version->text.size() == 1 ? version->text[0] - '0' : 0;
-  if (model.version < 1 || model.version > kVersions) {
+  if (version->text != kPlain && version->text != kRounded) {
     refuse("the model file is of version " + quoted(version->text) +
            ", and only '1' and '2' are known here");
   }
+  ModelFile model;
   const std::size_t begin = kLengthBytes + static_cast<std::size_t>(length);
   read_tensors(header, bytes + begin, static_cast<std::int64_t>(size - begin), model);
   find_scales(model);
   read_plan(parse_json(plan->text), model);
+  if (version->text == kPlain) refuse_ranges(model);
   return model;
 }
 

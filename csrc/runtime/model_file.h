@@ -41,7 +41,6 @@ struct FileHead {
 };
 
 struct ModelFile {
-  int version;
   std::int64_t size, channels, classes;
   std::vector<std::string> class_names;  // empty, or one for each class
   std::vector<FileHead> heads;
