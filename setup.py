@@ -45,7 +45,7 @@ X86_ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-# What only instruction sets with dot products of bytes have; each is built beside the set it extends.
+# For instruction sets with dot products of bytes alone, each built beside the set that it extends.
 DOT_PRODUCT_SOURCES = ("convolution_int8.cpp",)
 X86_DOT_PRODUCT_FLAGS = {"avx512vnni": [*X86_ISA_FLAGS["avx512"], "-mavx512vnni"]}
 # The two -fno-* flags only let sqrt and comparisons be vectorized; they change no result.

@@ -243,15 +243,13 @@ def input_ranges(student: Student) -> Ranges:
     """
     ranges: Ranges = {}
 
-    def widen(name: str, x: Tensor) -> None:
+    def widen(name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
         low, high = ranges.get(name, (0.0, 0.0))
-        least, largest = (float(end) for end in x.aminmax())
+        least, largest = (float(end) for end in given[0].aminmax())
         ranges[name] = (min(low, least), max(high, largest))
 
     hooks = [
-        module.register_forward_pre_hook(
-            partial(lambda name, _, given: widen(name, given[0]), name)
-        )
+        module.register_forward_pre_hook(partial(widen, name))
         for name, module in _rounded_layers(student)
     ]
     try:
