@@ -86,8 +86,8 @@ class RowReader {
       : image_(image), channel_(channel), lanes_(least(kPanel, image.channels - channel)) {}
 
   // Columns [column, column + count) of a row, kPanel floats apart in `to`.
-  void read(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t count,
-            float* to) const {
+  __attribute__((noinline)) void read(std::int64_t n, std::int64_t row, std::int64_t column,
+                                      std::int64_t count, float* to) const {
     if (row < 0 || row >= image_.height << image_.doubling) return clear(to, count);
     const std::int64_t first = column < 0 ? least(-column, count) : 0;
     const std::int64_t inside = least(count, (image_.width << image_.doubling) - column);
@@ -125,7 +125,7 @@ class RowReader {
     if (count > 0) std::memset(to, 0, static_cast<std::size_t>(count * kPanel) * sizeof(float));
   }
 
-  void round(float* from, const float* end) const {
+  __attribute__((noinline)) void round(float* from, const float* end) const {
     const Vector zero = filled(kRounder + image_.levels.zero);
     for (; from < end; from += kWidth) {
       store(from, (level_of(load(from), image_.levels) - zero) * image_.levels.step);

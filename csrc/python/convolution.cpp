@@ -112,7 +112,7 @@ void convolution_pack_int8(const Sizes& sizes, int kernel, int stride, int pad_b
       convolution_shape(sizes, kernel, stride, pad_before, pad_after, upsample);
   Levels levels;
   if (!levels.cover(x_range[0], x_range[1])) throw std::invalid_argument("no range around 0");
-  pack_int8(shape, pointer<const std::int8_t>(weight), pointer<const float>(scales), levels,
+  pack_int8(shape, pointer<const std::int8_t>(weight), pointer<const unsigned char>(scales), levels,
             pointer<float>(packed));
 }
 

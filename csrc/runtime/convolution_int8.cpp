@@ -20,15 +20,6 @@ std::int64_t whole_lines(std::int64_t floats) { return divided_up(floats, kPanel
 
 }  // namespace
 
-bool Levels::cover(float low, float high) {
-  step = (high - low) / 255.0f;
-  const bool proper = low <= 0.0f && high >= 0.0f && std::isnormal(step);
-  if (!proper) return false;
-  per_step = 1.0f / step;
-  zero = std::nearbyint(-low * per_step);
-  return std::isfinite(per_step) && zero <= 255.0f;
-}
-
 Int8Plan::Int8Plan(const ConvolutionShape& s) {
   in_width = s.in_width() + s.pad_before + s.pad_after;
   pixel_bytes = divided_up(s.in_channels, kGroup) * kGroup;
@@ -52,8 +43,8 @@ std::int64_t int8_packed_size(const ConvolutionShape& shape) {
   return plan.panels * plan.panel_floats;
 }
 
-void pack_int8(const ConvolutionShape& s, const std::int8_t* weights, const float* scales,
-               const Levels& x_levels, float* packed) {
+void pack_int8(const ConvolutionShape& s, const std::int8_t* weights,
+               const unsigned char* scales, const Levels& x_levels, float* packed) {
   const Int8Plan plan(s);
   const std::int64_t taps = s.kernel * s.kernel;
   std::memset(packed, 0, static_cast<std::size_t>(int8_packed_size(s)) * sizeof(float));
@@ -71,7 +62,9 @@ void pack_int8(const ConvolutionShape& s, const std::int8_t* weights, const floa
     }
     const std::int32_t first = -static_cast<std::int32_t>(x_levels.zero) * total;
     std::memcpy(panel + lane, &first, sizeof first);
-    panel[kPanel + lane] = x_levels.step * scales[o];
+    float scale;
+    std::memcpy(&scale, scales + o * static_cast<std::int64_t>(sizeof scale), sizeof scale);
+    panel[kPanel + lane] = x_levels.step * scale;
   }
 }
 

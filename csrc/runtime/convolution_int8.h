@@ -12,6 +12,13 @@ namespace advkd {
 // Takes a convolution's arguments, packed by pack_int8; `algorithm` does not matter.
 using Int8Convolution = void (*)(const ConvolutionArgs&);
 
+// Whether there is a kernel for any processor of this build; what no page needs is left out of it.
+#ifdef ADVKD_HAVE_WASM
+constexpr bool kHasInt8 = false;
+#else
+constexpr bool kHasInt8 = true;
+#endif
+
 // The kernel that serves the instruction set in use on this processor, or null.
 Int8Convolution int8_convolution();
 
@@ -35,9 +42,10 @@ bool fits_int8(const ConvolutionShape& shape);
 // values as int32, the sums' unit as float32, and [row][column][in / 4][kPanel][4] int8.
 std::int64_t int8_packed_size(const ConvolutionShape& shape);
 
-// weights: (out, in, kernel, kernel); scales: what each output channel's are multiplied by.
-void pack_int8(const ConvolutionShape& shape, const std::int8_t* weights, const float* scales,
-               const Levels& x_levels, float* packed);
+// weights: (out, in, kernel, kernel); scales: the bytes of a float32 for each output channel, which
+// multiplies its weights.
+void pack_int8(const ConvolutionShape& shape, const std::int8_t* weights,
+               const unsigned char* scales, const Levels& x_levels, float* packed);
 
 std::int64_t int8_workspace_size(const ConvolutionShape& shape, int threads);
 

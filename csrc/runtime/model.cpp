@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <tuple>
 #include <utility>
 
 #include "runtime/convolution_int8.h"
@@ -26,59 +25,52 @@ class Weights {
 
   // The offset of a tensor that is read as it is, of so many numbers.
   std::int64_t vector(const std::string& name, std::int64_t elements, const Fields& fields) {
-    if (tensor(name, fields).elements() != elements) {
+    const FileTensor& found = tensor(name, fields);
+    if (found.elements() != elements) {
       fields.fail("tensor '" + name.substr(0, 60) + "' has another size than it needs");
     }
-    return place({name, Use::vector, 0}, elements);
+    return place("v" + name, elements, {&found, Use::vector, {}, 0, 0});
   }
 
   // The offset of the weights of a convolution, (out_channels, in_channels, kernel, kernel).
   std::int64_t packed(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
-    check_shape(name, s, fields);
-    return place({name, Use::packed, 0}, packed_size(s));
+    return place("p" + name, packed_size(s), {&of_shape(name, s, fields), Use::packed, s, 0, 0});
   }
 
-  // The same for products of int8 with an input that is rounded over a range.
+  // The same for products of int8 with an input that is rounded over a range, where this processor
+  // gains by them, else -1.
   std::int64_t packed_int8(const std::string& name, std::int64_t range, const ConvolutionShape& s,
                            const Fields& fields) {
-    check_shape(name, s, fields);
-    return place({name, Use::packed_int8, range}, int8_packed_size(s));
+    const FileTensor& found = of_shape(name, s, fields);
+    if (found.type != FileTensor::Type::int8) fields.fail("its weights are not int8");
+    if (!fits_int8(s)) fields.fail("it has too many channels for int8");
+    if (!kHasInt8 || int8_convolution() == nullptr) return -1;
+    return place("i" + std::to_string(range) + " " + name, int8_packed_size(s),
+                 {&found, Use::packed_int8, s, range, 0});
   }
 
   // The offset of a range: a row of the file's ranges.
   std::int64_t range(std::int64_t row, const Fields& fields) {
     const FileTensor& ranges = tensor(kRanges, fields);
-    const bool has_row = ranges.type == FileTensor::Type::float32 && ranges.shape.size() == 2 &&
-                         row < ranges.shape[0] && ranges.shape[1] == 2;
+    const bool has_row = file_.may_round && ranges.type == FileTensor::Type::float32 &&
+                         ranges.shape.size() == 2 && row < ranges.shape[0] && ranges.shape[1] == 2;
     if (!has_row) fields.fail("there is no such x_range");
-    Levels levels;
-    if (!cover(row, levels)) fields.fail("its x_range is no range around 0");
-    return place({kRanges, Use::vector, 0}, ranges.elements()) + 2 * row;
-  }
-
-  // Refuses weights that there are no products of int8 for.
-  void check_int8(const std::string& name, const ConvolutionShape& s, const Fields& fields) const {
-    if (tensor(name, fields).type != FileTensor::Type::int8) fields.fail("its weights are not int8");
-    if (!fits_int8(s)) fields.fail("it has too many channels for int8");
+    return vector(kRanges, ranges.elements(), fields) + 2 * row;
   }
 
   std::vector<float> filled() const {
     std::vector<float> all(static_cast<std::size_t>(size_)), dense;
-    for (const auto& [form, offset] : offsets_) {
-      const auto& [name, use, range] = form;
-      const FileTensor& tensor = file_.tensors.at(name);
-      float* const to = all.data() + offset;
-      if (use == Use::vector) {
-        tensor.copy_to(to);
-      } else if (use == Use::packed_int8) {
-        Levels levels;
-        cover(range, levels);
-        const std::int8_t* const weights = reinterpret_cast<const std::int8_t*>(tensor.at);
-        pack_int8(shapes_.at(name), weights, tensor.all_scales().data(), levels, to);
+    for (const Part& part : parts_) {
+      float* const to = all.data() + part.offset;
+      if (part.use == Use::vector) {
+        part.tensor->copy_to(to);
+      } else if (kHasInt8 && part.use == Use::packed_int8) {
+        pack_int8(part.shape, reinterpret_cast<const std::int8_t*>(part.tensor->at),
+                  part.tensor->scales, levels(part.range), to);
       } else {
-        const ConvolutionShape& s = shapes_.at(name);
-        dense.resize(static_cast<std::size_t>(tensor.elements()));
-        tensor.copy_to(dense.data());
+        const ConvolutionShape& s = part.shape;
+        dense.resize(static_cast<std::size_t>(part.tensor->elements()));
+        part.tensor->copy_to(dense.data());
         const std::int64_t taps = s.kernel * s.kernel;
         pack_weights(s, {dense.data(), s.in_channels * taps, taps, s.kernel, 1}, to);
       }
@@ -87,9 +79,17 @@ class Weights {
   }
 
  private:
-  enum class Use { vector, packed, packed_int8 };
-  using Form = std::tuple<std::string, Use, std::int64_t>;  // a tensor, and the range of packed_int8
   static constexpr const char* kRanges = "x_ranges";
+  enum class Use { vector, packed, packed_int8 };
+
+  // A tensor in one form.
+  struct Part {
+    const FileTensor* tensor;
+    Use use;
+    ConvolutionShape shape;  // of what is packed
+    std::int64_t range;      // of packed_int8: a row
+    std::int64_t offset;
+  };
 
   const FileTensor& tensor(const std::string& name, const Fields& fields) const {
     const auto found = file_.tensors.find(name);
@@ -99,25 +99,31 @@ class Weights {
     return found->second;
   }
 
-  void check_shape(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
+  Levels levels(std::int64_t row) const {
+    const unsigned char* const ranges = file_.tensors.at(kRanges).at;
+    Levels levels;
+    if (!levels.cover(float_at(ranges, 2 * row), float_at(ranges, 2 * row + 1))) {
+      corrupt("an x_range is no range around 0");
+    }
+    return levels;
+  }
+
+  const FileTensor& of_shape(const std::string& name, const ConvolutionShape& s,
+                             const Fields& fields) const {
+    const FileTensor& found = tensor(name, fields);
     const std::vector<std::int64_t> shape = {s.out_channels, s.in_channels, s.kernel, s.kernel};
-    if (tensor(name, fields).shape != shape) {
+    if (found.shape != shape) {
       fields.fail("tensor '" + name.substr(0, 60) + "' has another shape than its weights");
     }
-    shapes_[name] = s;
+    return found;
   }
 
-  // The levels of a range; false where it has none.
-  bool cover(std::int64_t row, Levels& levels) const {
-    float ends[2];
-    const std::int64_t at = row * static_cast<std::int64_t>(sizeof ends);
-    std::memcpy(ends, file_.tensors.at(kRanges).at + at, sizeof ends);
-    return levels.cover(ends[0], ends[1]);
-  }
-
-  std::int64_t place(const Form& form, std::int64_t size) {
+  // `form` tells parts from each other.
+  std::int64_t place(const std::string& form, std::int64_t size, const Part& part) {
     const auto [at, is_new] = offsets_.emplace(form, size_);
     if (is_new) {
+      parts_.push_back(part);
+      parts_.back().offset = size_;
       size_ += (size + kAlignment - 1) / kAlignment * kAlignment;
       if (size_ > kMostWeights) refuse("the model has more than 1 GiB of weights");
     }
@@ -125,8 +131,8 @@ class Weights {
   }
 
   const ModelFile& file_;
-  std::map<Form, std::int64_t> offsets_;
-  std::map<std::string, ConvolutionShape> shapes_;
+  std::map<std::string, std::int64_t> offsets_;  // by the form
+  std::vector<Part> parts_;
   std::int64_t size_ = 0;
 };
 
@@ -140,23 +146,20 @@ std::int64_t elements_of(const std::string& name, const PlanOp& op, std::int64_t
   fields.fail("no operation of that kind has a weight '" + name.substr(0, 60) + "'");
 }
 
-// The weights of a convolution: as int8 where its input is to be rounded and this processor gains by
-// it. Elsewhere the same products are those of float32.
-void resolve_convolution(const FileOp& file_op, Weights& weights, PlanOp& op, Fields& fields) {
+// The weights of a convolution, as int8 where its input is to be rounded and this processor gains by
+// it. Elsewhere float32 multiplies the same numbers.
+void resolve_convolution(const std::string& tensor, Weights& weights, PlanOp& op, Fields& fields) {
   const ConvolutionShape shape = convolution_shape(fields);
-  const std::string& tensor = file_op.weights.at("packed");
-  if (!fields.has("x_range")) {
-    op.numbers["packed"] = weights.packed(tensor, shape, fields);
-    return;
+  if (fields.has("x_range")) {
+    const std::int64_t range = fields.number("x_range", 0, kMostWeights);
+    op.numbers["x_range"] = weights.range(range, fields);
+    const std::int64_t int8 = weights.packed_int8(tensor, range, shape, fields);
+    if (int8 >= 0) {
+      op.numbers["int8"] = int8;
+      return;
+    }
   }
-  const std::int64_t range = fields.number("x_range", 0, kMostWeights);
-  op.numbers["x_range"] = weights.range(range, fields);
-  weights.check_int8(tensor, shape, fields);
-  if (int8_convolution() != nullptr) {
-    op.numbers["int8"] = weights.packed_int8(tensor, range, shape, fields);
-  } else {
-    op.numbers["packed"] = weights.packed(tensor, shape, fields);
-  }
+  op.numbers["packed"] = weights.packed(tensor, shape, fields);
 }
 
 // The operations with their weights' offsets; the algorithms of convolutions are not chosen yet.
@@ -170,7 +173,7 @@ void resolve(const FileHead& head, Weights& weights, PlanData& plan) {
     for (const auto& [name, tensor] : file_op.weights) {
       if (op.numbers.count(name) != 0) fields.fail("it has '" + name.substr(0, 60) + "' twice");
       if (op.kind == "convolution" && name == "packed") {
-        resolve_convolution(file_op, weights, op, fields);
+        resolve_convolution(tensor, weights, op, fields);
       } else {
         const std::int64_t elements = elements_of(name, op, plan.classes, fields);
         op.numbers[name] = weights.vector(tensor, elements, fields);

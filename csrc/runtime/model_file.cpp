@@ -124,7 +124,8 @@ void find_scales(ModelFile& model) {
                       found->second.shape == std::vector<std::int64_t>{tensor.shape[0]};
     if (!fits) damaged("tensor " + quoted(name) + " has no scale for each channel");
     tensor.scales = found->second.at;
-    for (const float scale : tensor.all_scales()) {
+    for (std::int64_t i = 0; i < tensor.shape[0]; ++i) {
+      const float scale = float_at(tensor.scales, i);
       const bool proper = scale > 0.0f && std::isfinite(scale);
       if (!proper) damaged("tensor " + quoted(name) + " has a scale that is none");
     }
@@ -197,15 +198,6 @@ void read_plan(const Json& plan, ModelFile& model) {
   for (std::size_t i = 0; i < heads.size(); ++i) model.heads.push_back(read_head(heads[i], i));
 }
 
-// Those who know version 1 alone must never have to tell what an x_range is.
-void refuse_ranges(const ModelFile& model) {
-  for (const FileHead& head : model.heads) {
-    for (const FileOp& file_op : head.ops) {
-      if (file_op.op.numbers.count("x_range") != 0) damaged("version 1 has no 'x_range'");
-    }
-  }
-}
-
 std::uint64_t little_endian(const unsigned char* bytes) {
   std::uint64_t value = 0;
   for (int i = kLengthBytes - 1; i >= 0; --i) value = value << 8 | bytes[i];
@@ -214,16 +206,16 @@ std::uint64_t little_endian(const unsigned char* bytes) {
 
 }  // namespace
 
+float float_at(const unsigned char* bytes, std::int64_t index) {
+  float value;
+  std::memcpy(&value, bytes + index * static_cast<std::int64_t>(sizeof value), sizeof value);
+  return value;
+}
+
 std::int64_t FileTensor::elements() const {
   std::int64_t count = 1;
   for (const std::int64_t side : shape) count *= side;
   return count;
-}
-
-std::vector<float> FileTensor::all_scales() const {
-  std::vector<float> all(static_cast<std::size_t>(shape[0]));
-  std::memcpy(all.data(), scales, all.size() * sizeof(float));
-  return all;
 }
 
 void FileTensor::copy_to(float* to) const {
@@ -233,11 +225,9 @@ void FileTensor::copy_to(float* to) const {
     return;
   }
   if (type == Type::int8) {
-    const std::vector<float> channels = all_scales();
     const std::int64_t inner = count / shape[0];
     for (std::int64_t i = 0; i < count; ++i) {
-      const float scale = channels[static_cast<std::size_t>(i / inner)];
-      to[i] = static_cast<float>(static_cast<std::int8_t>(at[i])) * scale;
+      to[i] = static_cast<float>(static_cast<std::int8_t>(at[i])) * float_at(scales, i / inner);
     }
     return;
   }
@@ -265,11 +255,11 @@ ModelFile read_model_file(const unsigned char* bytes, std::size_t size) {
            ", and only '1' and '2' are known here");
   }
   ModelFile model;
+  model.may_round = version->text == kRounded;
   const std::size_t begin = kLengthBytes + static_cast<std::size_t>(length);
   read_tensors(header, bytes + begin, static_cast<std::int64_t>(size - begin), model);
   find_scales(model);
   read_plan(parse_json(plan->text), model);
-  if (version->text == kPlain) refuse_ranges(model);
   return model;
 }
 

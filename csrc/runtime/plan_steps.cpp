@@ -51,7 +51,7 @@ class ConvolutionStep final : public PlanStep {
 
   std::int64_t workspace(std::int64_t batch, int threads) const override {
     const ConvolutionShape shape = shape_of(batch);
-    if (int8_ != nullptr) return int8_workspace_size(shape, threads);
+    if (kHasInt8 && int8_ != nullptr) return int8_workspace_size(shape, threads);
     return workspace_size(shape, algorithm_, convolution_threads(shape, algorithm_, threads));
   }
 
@@ -79,7 +79,7 @@ class ConvolutionStep final : public PlanStep {
     args.y_stride = y_.stride;
     args.workspace = at.workspace;
     args.threads = at.pass.threads;
-    if (int8_ != nullptr) return int8_(args);
+    if (kHasInt8 && int8_ != nullptr) return int8_(args);
     args.threads = convolution_threads(args.shape, algorithm_, at.pass.threads);
     convolution(args);
   }
@@ -97,7 +97,7 @@ class ConvolutionStep final : public PlanStep {
       const float* const range = fields.weights("x_range", 2);
       if (!levels_.cover(range[0], range[1])) fields.fail("its x_range is no range around 0");
     }
-    if (fields.has("int8")) {
+    if (kHasInt8 && fields.has("int8")) {
       int8_ = int8_convolution();
       if (int8_ == nullptr || levels_.step == 0.0f || !fits_int8(shape_)) {
         fields.fail("no kernel serves such a convolution of int8");
