@@ -35,7 +35,8 @@ static inline Integers dot(Integers sum, Integers x, Integers w) {
 // Stores the lowest byte of each lane.
 static inline void store_bytes(std::uint8_t* to, Vector lanes) {
 #if defined(__AVX512VNNI__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)lanes));
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)lanes);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 #else
   const __m256i lowest = _mm256_set1_epi32(0x0C080400);
   const __m256i fours = _mm256_shuffle_epi8((__m256i)lanes, lowest);
@@ -158,16 +159,13 @@ class Int8Method {
                                            std::int64_t pixel) const {
     constexpr int kVectors = kPanels * kPanelVectors;
     const std::int64_t step = plan_.panel_floats, run = run_, pitch = pitch_;
-    const auto head = [&](int v) {
-      return packed + v / kPanelVectors * step + v % kPanelVectors * kWidth;
-    };
     Integers sums[kRows][kVectors];
     const std::uint8_t* x[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       x[r] = at[r];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = load_integers(head(v));
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = load_integers(head(packed, v));
     }
     const float* w = packed + 2 * kPanel;
     for (int row = 0; row < args_.shape.kernel; ++row) {
@@ -190,15 +188,31 @@ class Int8Method {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) x[r] += pitch;
     }
+    Integers finished[kVectors][kRows];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      if (v >= writers.count()) break;
-      const Vector unit = load(head(v) + kPanel);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        writers[v].write(pixel + r, __builtin_convertvector(sums[r][v], Vector) * unit);
+      for (int r = 0; r < kRows; ++r) finished[v][r] = sums[r][v];
+    }
+    write(finished[0], kRows, packed, writers, pixel);
+  }
+
+  // Writes the sums of a tile, `rows` of them for each vector. Once for all tiles: it is a large part of
+  // their code.
+  __attribute__((noinline)) void write(const Integers* sums, std::int64_t rows, const float* packed,
+                                       const OutputWriters& writers, std::int64_t pixel) const {
+    for (int v = 0; v < writers.count(); ++v) {
+      const Vector unit = load(head(packed, v) + kPanel);
+      const OutputWriter writer = writers[v];
+      for (std::int64_t r = 0; r < rows; ++r, ++sums) {
+        writer.write(pixel + r, __builtin_convertvector(*sums, Vector) * unit);
       }
     }
+  }
+
+  // The sums' first values for a vector of output channels; their unit is kPanel behind them.
+  const float* head(const float* packed, int vector) const {
+    return packed + vector / kPanelVectors * plan_.panel_floats + vector % kPanelVectors * kWidth;
   }
 
   const ConvolutionArgs& args_;

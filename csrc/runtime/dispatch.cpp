@@ -3,6 +3,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#ifdef ADVKD_HAVE_AVXVNNI
+#include <cpuid.h>
+#endif
 
 #include "runtime/convolution_int8.h"
 #include "runtime/error.h"
@@ -47,6 +50,14 @@ const KernelTable* table_named(const char* name) {
   return nullptr;
 }
 
+#ifdef ADVKD_HAVE_AVXVNNI
+// By cpuid: older compilers do not know its name.
+bool runs_avxvnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
+
 [[noreturn]] void refuse_isa(const std::string& name) {
   refuse("the instruction set '" + name + "' was not built or does not run here");
 }
@@ -77,10 +88,13 @@ std::vector<std::string> runnable_isas() {
 }
 
 Int8Convolution int8_convolution() {
-#ifdef ADVKD_HAVE_AVX512
+#ifdef ADVKD_HAVE_AVX512VNNI
   if (&kernels() == &avx512::table && __builtin_cpu_supports("avx512vnni")) {
     return avx512vnni::convolution_int8;
   }
+#endif
+#ifdef ADVKD_HAVE_AVXVNNI
+  if (&kernels() == &avx2::table && runs_avxvnni()) return avxvnni::convolution_int8;
 #endif
   return nullptr;
 }
