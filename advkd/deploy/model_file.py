@@ -128,14 +128,16 @@ def describe_file(path: Path) -> Iterator[str]:
 
 
 def _line(op: dict[str, Any], buffers: list[list[int]]) -> str:
-    """An operation and the pixels and channels of what it reads and writes."""
+    """An operation, the pixels and channels of what it reads and writes, and whether its input is
+    rounded for products of int8."""
 
     def shape(*names: str) -> str:
         found = next((op["numbers"][name] for name in names if name in op["numbers"]), None)
         return "" if found is None else f"{buffers[found][1]}x{buffers[found][2]}"
 
     read, written = shape("x", "qkv"), shape("y", "scale")
-    return f"{op['kind']:<15}{op['module']:<42}{read:>12}{written:>12}"
+    products = "  int8" if "x_range" in op["numbers"] else ""
+    return f"{op['kind']:<15}{op['module']:<42}{read:>12}{written:>12}{products}"
 
 
 def _depths(student: Student) -> Sequence[int]:

@@ -19,7 +19,7 @@ namespace {
 typedef std::int32_t Integers __attribute__((vector_size(kWidth * sizeof(float))));
 
 // Pixels and panels of a tile, whose sums fill the registers beside the weights.
-constexpr int kTilePixels = kWidth == 16 ? 8 : 4;
+constexpr int kTilePixels = kWidth == 16 ? 8 : 6;
 constexpr int kTilePanels = kWidth == 16 ? 3 : 1;
 constexpr std::int64_t kGroupBytes = 4 * kPanel;  // weights of four input channels
 

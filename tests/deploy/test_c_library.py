@@ -35,7 +35,8 @@ pytestmark = [
 TOLERANCE = 5e-5  # between instruction sets
 LAST_SEED = (1 << 64) - 1
 MOST_RESIDENT = 8 << 10  # KiB, of a program that generates one image of 28 x 28
-MOST_BYTES = {"avx2": 200_000, "portable;avx2;avx512": 1_000_000}  # of the stripped library
+# Of the stripped library; that of AVX2 holds AVX-VNNI's convolutions, too.
+MOST_BYTES = {"avx2": 220_000, "portable;avx2;avx512": 1_000_000}
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 STUDENTS: dict[str, Any] = {

@@ -202,6 +202,15 @@ def test_the_command_writes_every_format(
     said = capsys.readouterr().out
     assert "a model file of version 1: images of 8x8 pixels in 1 channel" in said
     assert "head 2: 8x8, arena" in said and "attention" in said
+    rounded = tmp_path / "int8.advkd"
+    given = ["--student", str(folder), "--format", "advkd", "--out", str(rounded)]
+    assert export.main([*given, "--dtype", "int8"]) == 0
+    capsys.readouterr()
+    assert info.main(["--plan", str(rounded)]) == 0
+    said = capsys.readouterr().out
+    assert "a model file of version 2" in said
+    listed = [line for line in said.splitlines() if line.endswith("  int8")]
+    assert listed and all(line.startswith("convolution ") for line in listed)
     assert info.main(["--plan", str(tmp_path / "out.html")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
