@@ -183,6 +183,8 @@ def isa_flags(machine: str) -> dict[str, list[str]]:
 
 def dot_product_flags(machine: str) -> dict[str, list[str]]:
     """The same of each instruction set with dot products of bytes."""
+    if machine in ("aarch64", "arm64"):
+        return {"neondot": ["-mcpu=generic+dotprod", *isa_flags(machine)["neon"]]}
     return X86_DOT_PRODUCT_FLAGS if machine in ("x86_64", "AMD64") else {}
 
 

@@ -23,20 +23,35 @@ constexpr int kTilePixels = kWidth == 16 ? 8 : 6;
 constexpr int kTilePanels = kWidth == 16 ? 3 : 1;
 constexpr std::int64_t kGroupBytes = 4 * kPanel;  // weights of four input channels
 
-// sum + x[0] w[0] + … + x[3] w[3] in each lane of four bytes, x without sign.
+// NEON multiplies bytes with signs only: levels are stored 128 lower, with their highest bit flipped.
+#ifdef __ARM_FEATURE_DOTPROD
+constexpr int kLower = 128;
+#else
+constexpr int kLower = 0;
+#endif
+
+// sum + x[0] w[0] + … + x[3] w[3] in each lane of four bytes.
 static inline Integers dot(Integers sum, Integers x, Integers w) {
 #if defined(__AVX512VNNI__)
   return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (Integers)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)w);
 #else
   return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
 #endif
 }
 
-// Stores the lowest byte of each lane.
+// Stores the lowest byte of each lane, kLower less.
 static inline void store_bytes(std::uint8_t* to, Vector lanes) {
 #if defined(__AVX512VNNI__)
   const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)lanes);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const uint16x4_t halves = vmovn_u32((uint32x4_t)lanes);
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(halves, halves));
+  const std::uint32_t four =
+      vget_lane_u32(vreinterpret_u32_u8(veor_u8(bytes, vdup_n_u8(kLower))), 0);
+  std::memcpy(to, &four, sizeof four);
 #else
   const __m256i lowest = _mm256_set1_epi32(0x0C080400);
   const __m256i fours = _mm256_shuffle_epi8((__m256i)lanes, lowest);
@@ -124,7 +139,8 @@ class Int8Method {
   }
 
   void fill(std::uint8_t* to, std::int64_t count) const {
-    std::memset(to, static_cast<int>(args_.x_levels.zero), static_cast<std::size_t>(count));
+    const int zero = static_cast<int>(args_.x_levels.zero) ^ kLower;
+    std::memset(to, zero, static_cast<std::size_t>(count));
   }
 
   // All pixels in tiles of kRows, then of half as many, …
@@ -165,9 +181,12 @@ class Int8Method {
     for (int r = 0; r < kRows; ++r) {
       x[r] = at[r];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = load_integers(head(packed, v));
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = load_integers(head(packed, v));
+        if (kLower != 0) sums[r][v] += load_integers(head(packed, v) + 2 * kPanel) * kLower;
+      }
     }
-    const float* w = packed + 2 * kPanel;
+    const float* w = packed + kInt8Head;
     for (int row = 0; row < args_.shape.kernel; ++row) {
       for (std::int64_t i = 0; i < run; i += 4, w += kGroupBytes / sizeof(float)) {
         Integers weights[kVectors];
@@ -210,7 +229,8 @@ class Int8Method {
     }
   }
 
-  // The sums' first values for a vector of output channels; their unit is kPanel behind them.
+  // The sums' first values for a vector of output channels; kPanel behind them is their unit, and
+  // again the sum of the weights.
   const float* head(const float* packed, int vector) const {
     return packed + vector / kPanelVectors * plan_.panel_floats + vector % kPanelVectors * kWidth;
   }

@@ -10,8 +10,7 @@
 namespace advkd {
 namespace {
 
-constexpr std::int64_t kGroup = 4;           // channels of one dot product
-constexpr std::int64_t kHead = 2 * kPanel;   // floats of a panel before its weights
+constexpr std::int64_t kGroup = 4;             // channels of one dot product
 constexpr std::int64_t kBandBytes = 64 << 10;  // stay in a core's caches
 constexpr std::int64_t kSpill = kPanel;        // bytes that the last pixel's block may be longer
 
@@ -27,7 +26,7 @@ Int8Plan::Int8Plan(const ConvolutionShape& s) {
   rows = std::clamp<std::int64_t>((kBandBytes / pitch - s.kernel) / s.stride + 1, 1, s.out_height());
   bands = divided_up(s.out_height(), rows);
   panels = divided_up(s.out_channels, kPanel);
-  panel_floats = kHead + s.kernel * s.kernel * pixel_bytes / kGroup * kPanel;
+  panel_floats = kInt8Head + s.kernel * s.kernel * pixel_bytes / kGroup * kPanel;
   const std::int64_t in_rows = (rows - 1) * s.stride + s.kernel;
   band_floats = whole_lines(divided_up(in_rows * pitch + kSpill, sizeof(float)));
 }
@@ -51,7 +50,7 @@ void pack_int8(const ConvolutionShape& s, const std::int8_t* weights,
   for (std::int64_t o = 0; o < s.out_channels; ++o) {
     const std::int64_t lane = o % kPanel;
     float* const panel = packed + o / kPanel * plan.panel_floats;
-    std::int8_t* const to = reinterpret_cast<std::int8_t*>(panel + kHead) + lane * kGroup;
+    std::int8_t* const to = reinterpret_cast<std::int8_t*>(panel + kInt8Head) + lane * kGroup;
     std::int32_t total = 0;
     for (std::int64_t i = 0; i < s.in_channels; ++i) {
       for (std::int64_t tap = 0; tap < taps; ++tap) {
@@ -65,6 +64,7 @@ void pack_int8(const ConvolutionShape& s, const std::int8_t* weights,
     float scale;
     std::memcpy(&scale, scales + o * static_cast<std::int64_t>(sizeof scale), sizeof scale);
     panel[kPanel + lane] = x_levels.step * scale;
+    std::memcpy(panel + 2 * kPanel + lane, &total, sizeof total);
   }
 }
 

@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
-#include "runtime/convolution.h"
+#include "runtime/convolution_plan.h"
 
 namespace advkd {
+
+constexpr std::int64_t kInt8Head = 3 * kPanel;  // floats of a panel before its weights
 
 // Takes a convolution's arguments, packed by pack_int8; `algorithm` does not matter.
 using Int8Convolution = void (*)(const ConvolutionArgs&);
@@ -39,7 +41,8 @@ struct Int8Plan {
 bool fits_int8(const ConvolutionShape& shape);
 
 // Floats of the packed weights, the same for every instruction set: for each panel the sums' first
-// values as int32, the sums' unit as float32, and [row][column][in / 4][kPanel][4] int8.
+// values as int32, the sums' unit as float32, the sums of the weights as int32, and the weights,
+// [row][column][in / 4][kPanel][4] int8.
 std::int64_t int8_packed_size(const ConvolutionShape& shape);
 
 // weights: (out, in, kernel, kernel); scales: the bytes of a float32 for each output channel, which

@@ -6,6 +6,9 @@
 #ifdef ADVKD_HAVE_AVXVNNI
 #include <cpuid.h>
 #endif
+#if defined(ADVKD_HAVE_NEONDOT) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "runtime/convolution_int8.h"
 #include "runtime/error.h"
@@ -58,6 +61,17 @@ bool runs_avxvnni() {
 }
 #endif
 
+#ifdef ADVKD_HAVE_NEONDOT
+bool runs_neondot() {
+#ifdef __linux__
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#else
+  return true;  // as every processor of Apple
+#endif
+}
+#endif
+
 [[noreturn]] void refuse_isa(const std::string& name) {
   refuse("the instruction set '" + name + "' was not built or does not run here");
 }
@@ -95,6 +109,9 @@ Int8Convolution int8_convolution() {
 #endif
 #ifdef ADVKD_HAVE_AVXVNNI
   if (&kernels() == &avx2::table && runs_avxvnni()) return avxvnni::convolution_int8;
+#endif
+#ifdef ADVKD_HAVE_NEONDOT
+  if (runs_neondot()) return neondot::convolution_int8;
 #endif
   return nullptr;
 }

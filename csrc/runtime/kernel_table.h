@@ -196,6 +196,9 @@ extern const TrainingKernelTable training_table;
 namespace avxvnni {
 void convolution_int8(const ConvolutionArgs& args);
 }
+namespace neondot {
+void convolution_int8(const ConvolutionArgs& args);
+}
 namespace avx512vnni {
 void convolution_int8(const ConvolutionArgs& args);
 }

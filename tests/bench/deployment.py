@@ -154,11 +154,11 @@ def contenders(student: str, folder: Path, skip_browser: bool) -> Iterator[Row]:
     stripped(library)
     int8 = folder / "student-int8.advkd"
     export(student, int8, "--dtype", "int8")
-    for words, file in (("", model), (", int8", int8)):
-        name = f"C library (advkd-generate){words}"
+    for dtype, file in (("", model), (", int8", int8)):
+        name = f"C library (advkd-generate){dtype}"
         yield native(name, build / "advkd-generate", file, library)
         own = RUNTIME.format(model=str(file))
-        yield by_python(f"advkd.runtime{words}", own, file, library.stat().st_size)
+        yield by_python(f"advkd.runtime{dtype}", own, file, library.stat().st_size)
     if importlib.util.find_spec("onnxruntime") is None:
         print("ONNX Runtime is not installed", file=sys.stderr)
     else:
