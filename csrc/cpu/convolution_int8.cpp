@@ -207,24 +207,25 @@ class Int8Method {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) x[r] += pitch;
     }
-    Integers finished[kVectors][kRows];
+    Vector products[kVectors][kRows];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
+      const Vector unit = load(head(packed, v) + kPanel);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) finished[v][r] = sums[r][v];
+      for (int r = 0; r < kRows; ++r) {
+        products[v][r] = __builtin_convertvector(sums[r][v], Vector) * unit;
+      }
     }
-    write(finished[0], kRows, packed, writers, pixel);
+    write(products[0], kRows, writers, pixel);
   }
 
-  // Writes the sums of a tile, `rows` of them for each vector. Once for all tiles: it is a large part of
-  // their code.
-  __attribute__((noinline)) void write(const Integers* sums, std::int64_t rows, const float* packed,
-                                       const OutputWriters& writers, std::int64_t pixel) const {
+  // Writes a tile, `rows` products for each vector. A function of its own, lest each tile have the
+  // code, and lest some compilers add what follows to a product before they round it.
+  __attribute__((noinline)) static void write(const Vector* products, std::int64_t rows,
+                                              const OutputWriters& writers, std::int64_t pixel) {
     for (int v = 0; v < writers.count(); ++v) {
-      const Vector unit = load(head(packed, v) + kPanel);
-      const OutputWriter writer = writers[v];
-      for (std::int64_t r = 0; r < rows; ++r, ++sums) {
-        writer.write(pixel + r, __builtin_convertvector(*sums, Vector) * unit);
+      for (std::int64_t r = 0; r < rows; ++r, ++products) {
+        writers[v].write(pixel + r, *products);
       }
     }
   }
