@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,12 @@ X86_ISA_FLAGS = {
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
         "-mprefer-vector-width=512",
     ],
+}
+# For instruction sets with dot products of bytes alone, each built beside the set that it extends.
+DOT_PRODUCT_SOURCES = ("convolution_int8.cpp",)
+X86_DOT_PRODUCT_FLAGS = {
+    "avxvnni": [*X86_ISA_FLAGS["avx2"], "-mavxvnni"],
+    "avx512vnni": [*X86_ISA_FLAGS["avx512"], "-mavx512vnni"],
 }
 # The two -fno-* flags only let sqrt and comparisons be vectorized; they change no result.
 CXX_FLAGS = [
@@ -175,13 +181,34 @@ def isa_flags(machine: str) -> dict[str, list[str]]:
     return {"portable": []} | (X86_ISA_FLAGS if machine in ("x86_64", "AMD64") else {})
 
 
-def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
+def dot_product_flags(machine: str) -> dict[str, list[str]]:
+    """The same of each instruction set with dot products of bytes."""
+    if machine in ("aarch64", "arm64"):
+        return {"neondot": ["-mcpu=generic+dotprod", *isa_flags(machine)["neon"]]}
+    return X86_DOT_PRODUCT_FLAGS if machine in ("x86_64", "AMD64") else {}
+
+
+def unknown_sets(compiler: list[str], machine: str) -> list[str]:
+    """The sets with dot products of bytes that a compiler is too old for."""
+
+    def knows(flags: list[str]) -> bool:
+        command = [*compiler, *flags, "-x", "c++", "-E", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    return [name for name, flags in dot_product_flags(machine).items() if not knows(flags)]
+
+
+def compile_units(
+    machine: str, cuda: Cuda | str, left_out: Sequence[str] = ()
+) -> Iterator[tuple[Path, str, list[str]]]:
     """(source, object name, extra flags) of every C++ translation unit of the extension.
 
-    All of csrc/cpu is compiled once per instruction set, everything else once.
+    All of csrc/cpu is compiled once per instruction set that it is for, but for those left out;
+    everything else once.
     """
     isas = isa_flags(machine)
-    have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in isas]
+    dot_products = {n: f for n, f in dot_product_flags(machine).items() if n not in left_out}
+    have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in (*isas, *dot_products)]
     if isinstance(cuda, Cuda):
         have += ["-DADVKD_HAVE_CUDA", f'-DADVKD_CUDA_ARCHS="{" ".join(cuda.numbers())}"']
         have += [f"-I{cuda.home / 'include'}"]
@@ -196,7 +223,8 @@ def compile_units(machine: str, cuda: Cuda | str) -> Iterator[tuple[Path, str, l
         if room == "cpu":
             exact = f"cpu/{source.name}" in UNCONTRACTED_SOURCES
             contract = [] if exact else ["-ffp-contract=fast"]
-            for isa, flags in isas.items():
+            sets = dot_products if source.name in DOT_PRODUCT_SOURCES else isas
+            for isa, flags in sets.items():
                 name = f"cpu/{isa}/{source.stem}.o"
                 yield source, name, [f"-DADVKD_ISA={isa}", *flags, *contract]
         else:
@@ -274,7 +302,7 @@ def ninja_text(
     # nvcc takes longest, so it begins.
     for rule, units in (
         ("compile_cuda", cuda_units(cuda)),
-        ("compile", compile_units(machine, cuda)),
+        ("compile", compile_units(machine, cuda, unknown_sets(compiler, machine))),
     ):
         for source, name, extra in units:
             objects.append(name)

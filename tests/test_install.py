@@ -61,21 +61,36 @@ def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("machine", "isas"),
-    [("x86_64", {"portable", "avx2", "avx512"}), ("aarch64", {"neon"})],
+    ("machine", "isas", "dot_products"),
+    [
+        ("x86_64", {"portable", "avx2", "avx512"}, {"avxvnni", "avx512vnni"}),
+        ("aarch64", {"neon"}, {"neondot"}),
+    ],
 )
 def test_each_kernel_is_compiled_for_each_instruction_set(
-    build: ModuleType, machine: str, isas: set[str]
+    build: ModuleType, machine: str, isas: set[str], dot_products: set[str]
 ) -> None:
     units = {name: flags for _, name, flags in build.compile_units(machine, "no CUDA")}
     for source in (ROOT / "csrc" / "cpu").glob("*.cpp"):
-        for isa in isas:
+        for isa in dot_products if source.stem == "convolution_int8" else isas:
             flags = units.pop(f"cpu/{isa}/{source.stem}.o")
             assert f"-DADVKD_ISA={isa}" in flags
             exact = source.name in ("philox.cpp", "sampling_step.cpp")
             assert ("-ffp-contract=fast" in flags) != exact
     assert not any(name.startswith("cpu/") for name in units)
     assert ("-DADVKD_HAVE_AVX2" in units["runtime/dispatch.o"]) == ("avx2" in isas)
+
+
+def test_sets_that_a_compiler_does_not_know_are_left_out(build: ModuleType, tmp_path: Path) -> None:
+    script = """#!/bin/sh\ncase "$*" in *-mavxvnni*) exit 1;; esac\n"""
+    compiler = executable(tmp_path / "c++", script)
+    unknown = build.unknown_sets([str(compiler)], "x86_64")
+    assert unknown == ["avxvnni"]
+    units = {name: flags for _, name, flags in build.compile_units("x86_64", "none", unknown)}
+    assert "cpu/avxvnni/convolution_int8.o" not in units
+    assert "cpu/avx512vnni/convolution_int8.o" in units
+    assert "-DADVKD_HAVE_AVXVNNI" not in units["runtime/dispatch.o"]
+    assert "-DADVKD_HAVE_AVX512VNNI" in units["runtime/dispatch.o"]
 
 
 def test_every_source_is_compiled_to_an_object_of_its_own(build: ModuleType) -> None:

@@ -10,26 +10,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advkd import runtime
 from advkd.deploy.graph import difference_between, inputs
 from advkd.engine.interface import input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.engine.networks import lower_student
+from advkd.engine.noise import Noise, Purpose
 from advkd.engine.plan import Builder, lay_out
 from advkd.files import CheckpointError
+from advkd.models.layers import Attention
 from advkd.models.student import Student
 from advkd.ops import extension
 
-VERSION = "1"
+VERSION, VERSION_WITH_RANGES = "1", "2"
 DTYPES = ("auto", "float32", "float16", "int8")
+Ranges = dict[str, tuple[float, float]]
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
 _LARGEST = 127  # of int8; without -128, so that it is symmetric
+_CALIBRATED, _CALIBRATED_AT_ONCE = 64, 16  # images whose inputs of convolutions are looked at
+_FEWEST_CHANNELS = 16  # of a convolution whose products are int8; fewer do not fill a vector
 _CHECKED = (1, 5)  # images: for few and for many, the algorithms differ
 # What a reader settles by itself: where the weights lie, and how a convolution is computed.
 _SETTLED = ("algorithm", "packed", "bias", "weight", "values", "table")
@@ -40,7 +46,8 @@ def model_bytes(student: Student, dtype: str = "auto") -> bytes:
 
     dtype is that of its matrices and convolutions: `auto` is float16 where that loses nothing, as
     for a student that was saved in it, else float32; `int8` has a scale for each output channel,
-    and is computed with in float32. Vectors stay float32 where float16 would round them. Raises
+    and the inputs of all but the narrowest convolutions are rounded to 8 bits as well, over the
+    range that they have for some noise. Vectors stay float32 where float16 would round them. Raises
     ValueError for another dtype, LoweringError for a student that no plan expresses.
     """
     if dtype not in DTYPES:
@@ -48,14 +55,16 @@ def model_bytes(student: Student, dtype: str = "auto") -> bytes:
     if extension is None:
         raise LoweringError("the C++ extension is not installed, and it plans the operations")
     tensors: dict[str, Tensor] = {}
+    ranges = input_ranges(student) if dtype == "int8" else {}
     plan = {
         "size": student.size,
         "channels": student.channels,
         "classes": student.num_classes or 0,
         "class_names": None if student.class_names is None else list(student.class_names),
-        "heads": [_head(student, depth, tensors) for depth in _depths(student)],
+        "heads": [_head(student, depth, tensors, ranges) for depth in _depths(student)],
     }
-    metadata = {"advkd": VERSION, "plan": _json(plan)}
+    version = VERSION_WITH_RANGES if ranges else VERSION
+    metadata = {"advkd": version, "plan": _json(plan)}
     stored: dict[str, Tensor] = {}
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
@@ -63,6 +72,8 @@ def model_bytes(student: Student, dtype: str = "auto") -> bytes:
             stored[name], stored[f"{name}.scale"] = quantized(tensor)
         else:
             stored[name] = _stored(tensor, dtype)
+    if ranges:
+        stored["x_ranges"] = torch.tensor(list(ranges.values()))
     return _safetensors(stored, metadata)
 
 
@@ -117,14 +128,16 @@ def describe_file(path: Path) -> Iterator[str]:
 
 
 def _line(op: dict[str, Any], buffers: list[list[int]]) -> str:
-    """An operation and the pixels and channels of what it reads and writes."""
+    """An operation, the pixels and channels of what it reads and writes, and whether its input is
+    rounded for products of int8."""
 
     def shape(*names: str) -> str:
         found = next((op["numbers"][name] for name in names if name in op["numbers"]), None)
         return "" if found is None else f"{buffers[found][1]}x{buffers[found][2]}"
 
     read, written = shape("x", "qkv"), shape("y", "scale")
-    return f"{op['kind']:<15}{op['module']:<42}{read:>12}{written:>12}"
+    products = "  int8" if "x_range" in op["numbers"] else ""
+    return f"{op['kind']:<15}{op['module']:<42}{read:>12}{written:>12}{products}"
 
 
 def _depths(student: Student) -> Sequence[int]:
@@ -133,7 +146,9 @@ def _depths(student: Student) -> Sequence[int]:
     return depths[-1:] if student.target == "state" else depths
 
 
-def _head(student: Student, depth: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _head(
+    student: Student, depth: int, tensors: dict[str, Tensor], ranges: Ranges
+) -> dict[str, Any]:
     """The plan that leaves by head number `depth`; its weights are added to `tensors`."""
     plan = lower_student(student, input_shape(student)[1:], 1, 1, depth).plan
     arena = lay_out(plan.buffers, plan.ops)
@@ -141,12 +156,12 @@ def _head(student: Student, depth: int, tensors: dict[str, Tensor]) -> dict[str,
         "size": student.config.stages[depth - 1],
         "arena": arena,
         "buffers": [[b.offset, b.height * b.width, b.channels] for b in plan.buffers],
-        "ops": _operations(plan, tensors),
+        "ops": _operations(plan, tensors, ranges),
     }
 
 
-def _operations(plan: Builder, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    listed = []
+def _operations(plan: Builder, tensors: dict[str, Tensor], ranges: Ranges) -> list[dict[str, Any]]:
+    listed, rows = [], list(ranges)
     for op, own in zip(plan.ops, plan.tensors, strict=True):
         names = {}
         for role, tensor in own.items():
@@ -159,6 +174,8 @@ def _operations(plan: Builder, tensors: dict[str, Tensor]) -> list[dict[str, Any
             for key, value in op.numbers.items()
             if key not in _SETTLED and not (key.endswith("_channel") and value == 0)
         }
+        if op.module in ranges:
+            numbers["x_range"] = rows.index(op.module)
         listed.append(
             {
                 "kind": op.kind,
@@ -218,6 +235,44 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.where(error < best, tried, scale)
         best = torch.minimum(error, best)
     return _rounded(rows, scale).to(torch.int8).view_as(weight), scale[:, 0].float()
+
+
+def input_ranges(student: Student) -> Ranges:
+    """The ranges that the inputs of convolutions are rounded over, by the operation's module.
+
+    Each goes from the least to the largest number, 0 included, for x_T that the student may have
+    been trained on. Narrow convolutions are left out, and inputs that are 0 or not finite.
+    """
+    ranges: Ranges = {}
+
+    def widen(name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        low, high = ranges.get(name, (0.0, 0.0))
+        least, largest = (float(end) for end in given[0].aminmax())
+        ranges[name] = (min(low, least), max(high, largest))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(widen, name))
+        for name, module in _rounded_layers(student)
+    ]
+    try:
+        noise, shape = Noise(0, Purpose.TRAINING), input_shape(student)
+        for numbers in torch.arange(_CALIBRATED).split(_CALIBRATED_AT_ONCE):
+            with torch.inference_mode():
+                student(noise.x_T(numbers, shape), noise.labels(numbers, student.num_classes))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: ends for name, ends in ranges.items() if 0 < ends[1] - ends[0] < math.inf}
+
+
+def _rounded_layers(student: Student) -> Iterator[tuple[str, nn.Module]]:
+    """The layers whose inputs are rounded, with the name of their operation."""
+    for name, module in student.named_modules():
+        if isinstance(module, Attention):
+            yield f"{name}.to_qkv", module.to_q  # three layers with one input are one operation
+            yield f"{name}.to_out.0", module.to_out[0]
+        elif isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= _FEWEST_CHANNELS:
+            yield name, module
 
 
 def _rounded(rows: Tensor, scale: Tensor) -> Tensor:

@@ -59,12 +59,24 @@ struct Image {
   int doubling;  // 1: each pixel stands for 2 x 2
   const float *scale, *shift;
   bool silu;
+  Levels levels;
 };
 
 static inline Image input_of(const ConvolutionArgs& args) {
   const ConvolutionShape& s = args.shape;
   return {args.x,        args.x_stride, s.height,     s.width,    s.in_channels,
-          s.upsample ? 1 : 0, args.x_scale,  args.x_shift, args.x_silu};
+          s.upsample ? 1 : 0, args.x_scale,  args.x_shift, args.x_silu, args.x_levels};
+}
+
+// Added to a small number it leaves no digits behind the point, and that number in the lowest bits.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+
+// kRounder + q for the level q of a number; NaN has level 0.
+static inline Vector level_of(Vector number, const Levels& levels) {
+  const Vector low = filled(kRounder), high = filled(kRounder + 255.0f);
+  const Vector q = number * levels.per_step + (kRounder + levels.zero);
+  const Vector bounded = q > low ? q : low;
+  return bounded < high ? bounded : high;
 }
 
 // Reads rows of one block of channels; pixels beyond the image's borders are 0.
@@ -74,52 +86,77 @@ class RowReader {
       : image_(image), channel_(channel), lanes_(least(kPanel, image.channels - channel)) {}
 
   // Columns [column, column + count) of a row, kPanel floats apart in `to`.
-  void read(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t count,
-            float* to) const {
+  __attribute__((noinline)) void read(std::int64_t n, std::int64_t row, std::int64_t column,
+                                      std::int64_t count, float* to) const {
     if (row < 0 || row >= image_.height << image_.doubling) return clear(to, count);
     const std::int64_t first = column < 0 ? least(-column, count) : 0;
     const std::int64_t inside = least(count, (image_.width << image_.doubling) - column);
     const std::int64_t end = inside < first ? first : inside;
     clear(to, first);
-    if (image_.scale == nullptr && !image_.silu) {
-      copy<false, false>(n, row, column, first, end, to);
-    } else if (image_.scale == nullptr) {
-      copy<false, true>(n, row, column, first, end, to);
-    } else if (!image_.silu) {
-      copy<true, false>(n, row, column, first, end, to);
-    } else {
-      copy<true, true>(n, row, column, first, end, to);
-    }
+    visit(n, row, column + first, column + end, Floats{to + first * kPanel});
+    if (image_.levels.step != 0.0f) round(to + first * kPanel, to + end * kPanel);
     clear(to + end * kPanel, count - end);
   }
 
+  // Calls put(vector, value) and put.next() for columns [column, end) of a row, all inside.
+  template <class Put>
+  void visit(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t end,
+             const Put& put) const {
+    if (image_.scale == nullptr && !image_.silu) {
+      visit_with<false, false>(n, row, column, end, put);
+    } else if (image_.scale == nullptr) {
+      visit_with<false, true>(n, row, column, end, put);
+    } else if (!image_.silu) {
+      visit_with<true, false>(n, row, column, end, put);
+    } else {
+      visit_with<true, true>(n, row, column, end, put);
+    }
+  }
+
  private:
+  struct Floats {
+    float* to;
+
+    void operator()(int vector, Vector value) const { store(to + vector * kWidth, value); }
+    void next() { to += kPanel; }
+  };
+
   static void clear(float* to, std::int64_t count) {
     if (count > 0) std::memset(to, 0, static_cast<std::size_t>(count * kPanel) * sizeof(float));
   }
 
+  __attribute__((noinline)) void round(float* from, const float* end) const {
+    const Vector zero = filled(kRounder + image_.levels.zero);
+    for (; from < end; from += kWidth) {
+      store(from, (level_of(load(from), image_.levels) - zero) * image_.levels.step);
+    }
+  }
+
   // A function of its own: inlined wherever rows are read it would be a quarter of the code.
-  template <bool kAffine, bool kSilu>
-  __attribute__((noinline)) void copy(std::int64_t n, std::int64_t row, std::int64_t column, std::int64_t first,
-            std::int64_t end, float* to) const {
+  template <bool kAffine, bool kSilu, class Put>
+  __attribute__((noinline)) void visit_with(std::int64_t n, std::int64_t row, std::int64_t column,
+                                            std::int64_t end, Put put) const {
     const std::int64_t line = n * image_.height + (row >> image_.doubling);
     const float* const from = image_.x + line * image_.width * image_.stride + channel_;
+    // Copies, as what is put may be bytes, which a compiler expects to change anything.
+    const std::int64_t stride = image_.stride, lanes = lanes_;
+    const int doubling = image_.doubling;
     Vector scale[kPanelVectors], shift[kPanelVectors];
     if constexpr (kAffine) {
       const std::int64_t at = n * image_.channels + channel_;
       for (int v = 0; v < kPanelVectors; ++v) {
-        scale[v] = some(image_.scale + at + v * kWidth, lanes_ - v * kWidth);
-        shift[v] = some(image_.shift + at + v * kWidth, lanes_ - v * kWidth);
+        scale[v] = some(image_.scale + at + v * kWidth, lanes - v * kWidth);
+        shift[v] = some(image_.shift + at + v * kWidth, lanes - v * kWidth);
       }
     }
-    for (std::int64_t c = first; c < end; ++c) {
-      const float* const pixel = from + ((column + c) >> image_.doubling) * image_.stride;
+    for (; column < end; ++column, put.next()) {
+      const float* const pixel = from + (column >> doubling) * stride;
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVectors; ++v) {
-        Vector value = some(pixel + v * kWidth, lanes_ - v * kWidth);
+        Vector value = some(pixel + v * kWidth, lanes - v * kWidth);
         if constexpr (kAffine) value = value * scale[v] + shift[v];
         if constexpr (kSilu) value = silu(value);
-        store(to + c * kPanel + v * kWidth, value);
+        put(v, value);
       }
     }
   }

@@ -16,6 +16,7 @@ void pack_convolution(const ConvolutionShape& shape, const ConvolutionWeights& w
 void convolution_direct(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd2(const ConvolutionArgs& args, const ConvolutionPlan& plan);
 void convolution_winograd4(const ConvolutionArgs& args, const ConvolutionPlan& plan);
+void convolution_int8(const ConvolutionArgs& args);
 void convolution_wgrad(const ConvolutionWgradArgs& args, const ConvolutionWgradPlan& plan);
 
 template <class S>

@@ -1,5 +1,5 @@
 // Convolutions: conv3x3 of training, and what lowering asks of the engine's.
-#include "runtime/convolution.h"
+#include "runtime/convolution_int8.h"
 
 #include <pybind11/stl.h>
 
@@ -103,6 +103,25 @@ void convolution_pack(const Sizes& sizes, int kernel, int stride, int pad_before
                pointer<float>(packed));
 }
 
+// weight: int8 (out, in, kernel, kernel), scales: (out,), both contiguous; x_range: low and high
+void convolution_pack_int8(const Sizes& sizes, int kernel, int stride, int pad_before,
+                           int pad_after, bool upsample, std::uintptr_t weight,
+                           std::uintptr_t scales, std::array<float, 2> x_range,
+                           std::uintptr_t packed) {
+  const ConvolutionShape shape =
+      convolution_shape(sizes, kernel, stride, pad_before, pad_after, upsample);
+  Levels levels;
+  if (!levels.cover(x_range[0], x_range[1])) throw std::invalid_argument("no range around 0");
+  pack_int8(shape, pointer<const std::int8_t>(weight), pointer<const unsigned char>(scales), levels,
+            pointer<float>(packed));
+}
+
+std::int64_t convolution_int8_size(const Sizes& sizes, int kernel, int stride, int pad_before,
+                                   int pad_after, bool upsample) {
+  return int8_packed_size(
+      convolution_shape(sizes, kernel, stride, pad_before, pad_after, upsample));
+}
+
 }  // namespace
 
 void bind_convolution(py::module_& module) {
@@ -112,6 +131,11 @@ void bind_convolution(py::module_& module) {
   module.def("convolution_plan", &convolution_plan,
              "The algorithm that should be fastest, and the number of floats of packed weights.");
   module.def("convolution_pack", &convolution_pack);
+  module.def("convolution_pack_int8", &convolution_pack_int8);
+  module.def("convolution_int8_size", &convolution_int8_size,
+             "The number of floats of weights packed for products of int8.");
+  module.def("has_int8_products", [] { return int8_convolution() != nullptr; },
+             "Whether the instruction set in use has dot products of bytes on this processor.");
 }
 
 }  // namespace advkd

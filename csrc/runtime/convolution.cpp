@@ -203,6 +203,15 @@ ConvolutionWgradPlan plan_wgrad(const ConvolutionShape& s) {
   return plan;
 }
 
+bool Levels::cover(float low, float high) {
+  step = (high - low) / 255.0f;
+  const bool proper = low <= 0.0f && high >= 0.0f && std::isnormal(step);
+  if (!proper) return false;
+  per_step = 1.0f / step;
+  zero = std::nearbyint(-low * per_step);
+  return std::isfinite(per_step) && zero <= 255.0f;
+}
+
 bool supported(const ConvolutionShape& s) {
   return (s.kernel == 1 || s.kernel == 3) && (s.stride == 1 || s.stride == 2) && s.batch >= 0 &&
          s.height >= 1 && s.width >= 1 && s.in_channels >= 1 && s.out_channels >= 1 &&

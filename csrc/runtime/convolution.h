@@ -41,6 +41,15 @@ struct ConvolutionWeights {
   }
 };
 
+// Whole numbers q in [0, 255] that stand for (q - zero) * step. Numbers are rounded to the nearest of
+// these, halves to an even q. Without a step they stay as they are.
+struct Levels {
+  float step, per_step, zero;
+
+  // Levels from low to high, which 0 lies between; false where there are none.
+  bool cover(float low, float high);
+};
+
 // y = (conv(act(x * x_scale + x_shift)) + bias + residual) * scale; act is SiLU or nothing, and
 // the padding's zeros are those of act's result.
 struct ConvolutionArgs {
@@ -50,6 +59,7 @@ struct ConvolutionArgs {
   std::int64_t x_stride;  // of pixels
   const float *x_scale, *x_shift;  // (B, in_channels), both or neither
   bool x_silu;
+  Levels x_levels;  // that act's result is rounded to
   const float* packed;  // by pack_weights for this shape
   const float* bias;  // (out_channels,), or null
   std::int64_t bias_stride;  // 0: one for all images; else image b has the one at + b * bias_stride

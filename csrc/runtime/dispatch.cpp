@@ -3,7 +3,14 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#ifdef ADVKD_HAVE_AVXVNNI
+#include <cpuid.h>
+#endif
+#if defined(ADVKD_HAVE_NEONDOT) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
+#include "runtime/convolution_int8.h"
 #include "runtime/error.h"
 
 namespace advkd {
@@ -46,6 +53,25 @@ const KernelTable* table_named(const char* name) {
   return nullptr;
 }
 
+#ifdef ADVKD_HAVE_AVXVNNI
+// By cpuid: older compilers do not know its name.
+bool runs_avxvnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
+
+#ifdef ADVKD_HAVE_NEONDOT
+bool runs_neondot() {
+#ifdef __linux__
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#else
+  return true;  // as every processor of Apple
+#endif
+}
+#endif
+
 [[noreturn]] void refuse_isa(const std::string& name) {
   refuse("the instruction set '" + name + "' was not built or does not run here");
 }
@@ -73,6 +99,21 @@ std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < tables.count; ++i) names.emplace_back(tables.at[i]->isa);
   return names;
+}
+
+Int8Convolution int8_convolution() {
+#ifdef ADVKD_HAVE_AVX512VNNI
+  if (&kernels() == &avx512::table && __builtin_cpu_supports("avx512vnni")) {
+    return avx512vnni::convolution_int8;
+  }
+#endif
+#ifdef ADVKD_HAVE_AVXVNNI
+  if (&kernels() == &avx2::table && runs_avxvnni()) return avxvnni::convolution_int8;
+#endif
+#ifdef ADVKD_HAVE_NEONDOT
+  if (runs_neondot()) return neondot::convolution_int8;
+#endif
+  return nullptr;
 }
 
 const KernelTable& kernels() { return *current().load(); }

@@ -192,6 +192,16 @@ namespace avx512 {
 extern const KernelTable table;
 extern const TrainingKernelTable training_table;
 }
+// Sets that extend others by dot products of bytes.
+namespace avxvnni {
+void convolution_int8(const ConvolutionArgs& args);
+}
+namespace neondot {
+void convolution_int8(const ConvolutionArgs& args);
+}
+namespace avx512vnni {
+void convolution_int8(const ConvolutionArgs& args);
+}
 namespace neon {
 extern const KernelTable table;
 extern const TrainingKernelTable training_table;

@@ -1,10 +1,11 @@
 #include "runtime/model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <utility>
 
-#include "runtime/convolution.h"
+#include "runtime/convolution_int8.h"
 #include "runtime/dispatch.h"
 #include "runtime/error.h"
 #include "runtime/noise.h"
@@ -24,43 +25,71 @@ class Weights {
 
   // The offset of a tensor that is read as it is, of so many numbers.
   std::int64_t vector(const std::string& name, std::int64_t elements, const Fields& fields) {
-    if (tensor(name, fields).elements() != elements) {
+    const FileTensor& found = tensor(name, fields);
+    if (found.elements() != elements) {
       fields.fail("tensor '" + name.substr(0, 60) + "' has another size than it needs");
     }
-    return place({name, false}, elements);
+    return place("v" + name, elements, {&found, Use::vector, {}, 0, 0});
   }
 
   // The offset of the weights of a convolution, (out_channels, in_channels, kernel, kernel).
   std::int64_t packed(const std::string& name, const ConvolutionShape& s, const Fields& fields) {
-    const std::vector<std::int64_t> shape = {s.out_channels, s.in_channels, s.kernel, s.kernel};
-    if (tensor(name, fields).shape != shape) {
-      fields.fail("tensor '" + name.substr(0, 60) + "' has another shape than its weights");
-    }
-    shapes_[name] = s;
-    return place({name, true}, packed_size(s));
+    return place("p" + name, packed_size(s), {&of_shape(name, s, fields), Use::packed, s, 0, 0});
+  }
+
+  // The same for products of int8 with an input that is rounded over a range, where this processor
+  // gains by them, else -1.
+  std::int64_t packed_int8(const std::string& name, std::int64_t range, const ConvolutionShape& s,
+                           const Fields& fields) {
+    const FileTensor& found = of_shape(name, s, fields);
+    if (found.type != FileTensor::Type::int8) fields.fail("its weights are not int8");
+    if (!fits_int8(s)) fields.fail("it has too many channels for int8");
+    if (!kHasInt8 || int8_convolution() == nullptr) return -1;
+    return place("i" + std::to_string(range) + " " + name, int8_packed_size(s),
+                 {&found, Use::packed_int8, s, range, 0});
+  }
+
+  // The offset of a range: a row of the file's ranges.
+  std::int64_t range(std::int64_t row, const Fields& fields) {
+    const FileTensor& ranges = tensor(kRanges, fields);
+    const bool has_row = file_.may_round && ranges.type == FileTensor::Type::float32 &&
+                         ranges.shape.size() == 2 && row < ranges.shape[0] && ranges.shape[1] == 2;
+    if (!has_row) fields.fail("there is no such x_range");
+    return vector(kRanges, ranges.elements(), fields) + 2 * row;
   }
 
   std::vector<float> filled() const {
     std::vector<float> all(static_cast<std::size_t>(size_)), dense;
-    for (const auto& [form, offset] : offsets_) {
-      const auto& [name, is_packed] = form;
-      const FileTensor& tensor = file_.tensors.at(name);
-      float* const to = all.data() + offset;
-      if (!is_packed) {
-        tensor.copy_to(to);
-        continue;
+    for (const Part& part : parts_) {
+      float* const to = all.data() + part.offset;
+      if (part.use == Use::vector) {
+        part.tensor->copy_to(to);
+      } else if (kHasInt8 && part.use == Use::packed_int8) {
+        pack_int8(part.shape, reinterpret_cast<const std::int8_t*>(part.tensor->at),
+                  part.tensor->scales, levels(part.range), to);
+      } else {
+        const ConvolutionShape& s = part.shape;
+        dense.resize(static_cast<std::size_t>(part.tensor->elements()));
+        part.tensor->copy_to(dense.data());
+        const std::int64_t taps = s.kernel * s.kernel;
+        pack_weights(s, {dense.data(), s.in_channels * taps, taps, s.kernel, 1}, to);
       }
-      const ConvolutionShape& s = shapes_.at(name);
-      dense.resize(static_cast<std::size_t>(tensor.elements()));
-      tensor.copy_to(dense.data());
-      const std::int64_t taps = s.kernel * s.kernel;
-      pack_weights(s, {dense.data(), s.in_channels * taps, taps, s.kernel, 1}, to);
     }
     return all;
   }
 
  private:
-  using Form = std::pair<std::string, bool>;  // a tensor, and whether it is packed
+  static constexpr const char* kRanges = "x_ranges";
+  enum class Use { vector, packed, packed_int8 };
+
+  // A tensor in one form.
+  struct Part {
+    const FileTensor* tensor;
+    Use use;
+    ConvolutionShape shape;  // of what is packed
+    std::int64_t range;      // of packed_int8: a row
+    std::int64_t offset;
+  };
 
   const FileTensor& tensor(const std::string& name, const Fields& fields) const {
     const auto found = file_.tensors.find(name);
@@ -70,9 +99,31 @@ class Weights {
     return found->second;
   }
 
-  std::int64_t place(const Form& form, std::int64_t size) {
+  Levels levels(std::int64_t row) const {
+    const unsigned char* const ranges = file_.tensors.at(kRanges).at;
+    Levels levels;
+    if (!levels.cover(float_at(ranges, 2 * row), float_at(ranges, 2 * row + 1))) {
+      corrupt("an x_range is no range around 0");
+    }
+    return levels;
+  }
+
+  const FileTensor& of_shape(const std::string& name, const ConvolutionShape& s,
+                             const Fields& fields) const {
+    const FileTensor& found = tensor(name, fields);
+    const std::vector<std::int64_t> shape = {s.out_channels, s.in_channels, s.kernel, s.kernel};
+    if (found.shape != shape) {
+      fields.fail("tensor '" + name.substr(0, 60) + "' has another shape than its weights");
+    }
+    return found;
+  }
+
+  // `form` tells parts from each other.
+  std::int64_t place(const std::string& form, std::int64_t size, const Part& part) {
     const auto [at, is_new] = offsets_.emplace(form, size_);
     if (is_new) {
+      parts_.push_back(part);
+      parts_.back().offset = size_;
       size_ += (size + kAlignment - 1) / kAlignment * kAlignment;
       if (size_ > kMostWeights) refuse("the model has more than 1 GiB of weights");
     }
@@ -80,8 +131,8 @@ class Weights {
   }
 
   const ModelFile& file_;
-  std::map<Form, std::int64_t> offsets_;
-  std::map<std::string, ConvolutionShape> shapes_;
+  std::map<std::string, std::int64_t> offsets_;  // by the form
+  std::vector<Part> parts_;
   std::int64_t size_ = 0;
 };
 
@@ -91,8 +142,24 @@ std::int64_t elements_of(const std::string& name, const PlanOp& op, std::int64_t
   if (op.kind == "convolution" && name == "bias") return fields.channels("out_channels");
   if (op.kind == "norm" && (name == "weight" || name == "bias")) return fields.channels("channels");
   if (op.kind == "constant" && name == "values") return fields.channels("channels");
-  if (op.kind == "embed" && name == "table") return product(classes, fields.channels("channels"));
+  if (op.kind == "embed" && name == "table")return product(classes, fields.channels("channels"));
   fields.fail("no operation of that kind has a weight '" + name.substr(0, 60) + "'");
+}
+
+// The weights of a convolution, as int8 where its input is to be rounded and this processor gains by
+// it. Elsewhere float32 multiplies the same numbers.
+void resolve_convolution(const std::string& tensor, Weights& weights, PlanOp& op, Fields& fields) {
+  const ConvolutionShape shape = convolution_shape(fields);
+  if (fields.has("x_range")) {
+    const std::int64_t range = fields.number("x_range", 0, kMostWeights);
+    op.numbers["x_range"] = weights.range(range, fields);
+    const std::int64_t int8 = weights.packed_int8(tensor, range, shape, fields);
+    if (int8 >= 0) {
+      op.numbers["int8"] = int8;
+      return;
+    }
+  }
+  op.numbers["packed"] = weights.packed(tensor, shape, fields);
 }
 
 // The operations with their weights' offsets; the algorithms of convolutions are not chosen yet.
@@ -106,14 +173,14 @@ void resolve(const FileHead& head, Weights& weights, PlanData& plan) {
     for (const auto& [name, tensor] : file_op.weights) {
       if (op.numbers.count(name) != 0) fields.fail("it has '" + name.substr(0, 60) + "' twice");
       if (op.kind == "convolution" && name == "packed") {
-        op.numbers[name] = weights.packed(tensor, convolution_shape(fields), fields);
+        resolve_convolution(tensor, weights, op, fields);
       } else {
         const std::int64_t elements = elements_of(name, op, plan.classes, fields);
         op.numbers[name] = weights.vector(tensor, elements, fields);
       }
     }
     // An offset that stands in the file would be one into weights that it does not know.
-    for (const char* const name : {"packed", "bias", "weight", "values", "table"}) {
+    for (const char* const name : {"packed", "int8", "bias", "weight", "values", "table"}) {
       if (file_op.op.numbers.count(name) != 0) fields.fail("its weights are no tensors");
     }
   }
@@ -123,7 +190,7 @@ std::unique_ptr<Plan> plan_of(PlanData data, std::int64_t batch) {
   data.batch = batch;
   for (std::size_t i = 0; i < data.ops.size(); ++i) {
     PlanOp& op = data.ops[i];
-    if (op.kind != "convolution") continue;
+    if (op.kind != "convolution" || op.numbers.count("int8") != 0) continue;
     Fields fields(op, i, data);
     ConvolutionShape shape = convolution_shape(fields);
     shape.batch = batch;

@@ -1,6 +1,7 @@
 #include "runtime/model_file.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string_view>
 #include <utility>
@@ -17,7 +18,7 @@ constexpr std::uint64_t kLongestHeader = 1 << 20;
 constexpr std::size_t kMostHeads = 64, kMostOps = 4096, kMostBuffers = 4096;
 constexpr std::int64_t kMostClasses = 1 << 20, kMostChannels = 1 << 10, kLargestImage = 1 << 13;
 constexpr std::int64_t kLargest = std::int64_t{1} << 40;  // of numbers that later checks bound
-constexpr const char* kVersion = "1";
+constexpr const char *kPlain = "1", *kRounded = "2";  // versions; x_range is new in the second
 
 [[noreturn]] void damaged(const std::string& what) { refuse("the model file is damaged: " + what); }
 
@@ -123,6 +124,11 @@ void find_scales(ModelFile& model) {
                       found->second.shape == std::vector<std::int64_t>{tensor.shape[0]};
     if (!fits) damaged("tensor " + quoted(name) + " has no scale for each channel");
     tensor.scales = found->second.at;
+    for (std::int64_t i = 0; i < tensor.shape[0]; ++i) {
+      const float scale = float_at(tensor.scales, i);
+      const bool proper = scale > 0.0f && std::isfinite(scale);
+      if (!proper) damaged("tensor " + quoted(name) + " has a scale that is none");
+    }
   }
 }
 
@@ -200,6 +206,12 @@ std::uint64_t little_endian(const unsigned char* bytes) {
 
 }  // namespace
 
+float float_at(const unsigned char* bytes, std::int64_t index) {
+  float value;
+  std::memcpy(&value, bytes + index * static_cast<std::int64_t>(sizeof value), sizeof value);
+  return value;
+}
+
 std::int64_t FileTensor::elements() const {
   std::int64_t count = 1;
   for (const std::int64_t side : shape) count *= side;
@@ -215,10 +227,7 @@ void FileTensor::copy_to(float* to) const {
   if (type == Type::int8) {
     const std::int64_t inner = count / shape[0];
     for (std::int64_t i = 0; i < count; ++i) {
-      float scale;
-      std::memcpy(&scale, scales + i / inner * static_cast<std::int64_t>(sizeof scale),
-                  sizeof scale);
-      to[i] = static_cast<float>(static_cast<std::int8_t>(at[i])) * scale;
+      to[i] = static_cast<float>(static_cast<std::int8_t>(at[i])) * float_at(scales, i / inner);
     }
     return;
   }
@@ -241,10 +250,12 @@ ModelFile read_model_file(const unsigned char* bytes, std::size_t size) {
   if (version == nullptr || plan == nullptr || plan->kind != Json::Kind::text) {
     refuse("these are tensors without a plan: advkd export --format advkd writes a model file");
   }
-  if (version->text != kVersion) {
-    refuse("the model file is of version " + quoted(version->text) + ", and only '1' is known here");
+  if (version->text != kPlain && version->text != kRounded) {
+    refuse("the model file is of version " + quoted(version->text) +
+           ", and only '1' and '2' are known here");
   }
   ModelFile model;
+  model.may_round = version->text == kRounded;
   const std::size_t begin = kLengthBytes + static_cast<std::size_t>(length);
   read_tensors(header, bytes + begin, static_cast<std::int64_t>(size - begin), model);
   find_scales(model);

@@ -12,6 +12,9 @@
 
 namespace advkd {
 
+// One of float32 numbers that lie at bytes of any address.
+float float_at(const unsigned char* bytes, std::int64_t index);
+
 // A tensor within the file's bytes, which are aligned to nothing.
 struct FileTensor {
   enum class Type { float16, float32, int8 };
@@ -40,6 +43,7 @@ struct FileHead {
 };
 
 struct ModelFile {
+  bool may_round;  // whether its version knows x_range
   std::int64_t size, channels, classes;
   std::vector<std::string> class_names;  // empty, or one for each class
   std::vector<FileHead> heads;

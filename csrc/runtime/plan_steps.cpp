@@ -3,7 +3,7 @@
 #include <cstring>
 #include <map>
 
-#include "runtime/convolution.h"
+#include "runtime/convolution_int8.h"
 #include "runtime/dispatch.h"
 #include "runtime/plan_step.h"
 #include "runtime/thread_pool.h"
@@ -33,11 +33,6 @@ class ConvolutionStep final : public PlanStep {
  public:
   explicit ConvolutionStep(Fields& fields) {
     shape_ = convolution_shape(fields);
-    algorithm_ = static_cast<ConvolutionAlgorithm>(fields.number("algorithm", 0, 2));
-    const bool winograd = algorithm_ != ConvolutionAlgorithm::direct;
-    if (winograd && (shape_.kernel != 3 || shape_.stride != 1)) {
-      fields.fail("no kernel serves such a convolution");
-    }
     const std::int64_t pixels = shape_.out_height() * shape_.out_width();
     x_ = reads(fields.slice("x", shape_.in_channels, shape_.height * shape_.width));
     y_ = writes(fields.slice("y", shape_.out_channels, pixels));
@@ -47,7 +42,7 @@ class ConvolutionStep final : public PlanStep {
       x_scale_ = reads(fields.vector("x_scale", shape_.in_channels));
       x_shift_ = reads(fields.vector("x_shift", shape_.in_channels));
     }
-    packed_ = fields.weights("packed", packed_size(shape_));
+    take_weights(fields);
     take_bias(fields);
     has_residual_ = fields.has("residual");
     if (has_residual_) residual_ = reads(fields.slice("residual", shape_.out_channels, pixels));
@@ -56,6 +51,7 @@ class ConvolutionStep final : public PlanStep {
 
   std::int64_t workspace(std::int64_t batch, int threads) const override {
     const ConvolutionShape shape = shape_of(batch);
+    if (kHasInt8 && int8_ != nullptr) return int8_workspace_size(shape, threads);
     return workspace_size(shape, algorithm_, convolution_threads(shape, algorithm_, threads));
   }
 
@@ -68,6 +64,7 @@ class ConvolutionStep final : public PlanStep {
     args.x_scale = affine_ ? at.input(x_scale_) : nullptr;
     args.x_shift = affine_ ? at.input(x_shift_) : nullptr;
     args.x_silu = silu_;
+    args.x_levels = levels_;
     args.packed = packed_;
     args.bias = bias_;
     if (bias_in_conditioning_) args.bias = at.pass.conditioning + bias_offset_;
@@ -81,6 +78,8 @@ class ConvolutionStep final : public PlanStep {
     args.y = at.output(y_);
     args.y_stride = y_.stride;
     args.workspace = at.workspace;
+    args.threads = at.pass.threads;
+    if (kHasInt8 && int8_ != nullptr) return int8_(args);
     args.threads = convolution_threads(args.shape, algorithm_, at.pass.threads);
     convolution(args);
   }
@@ -90,6 +89,28 @@ class ConvolutionStep final : public PlanStep {
     ConvolutionShape shape = shape_;
     shape.batch = batch;
     return shape;
+  }
+
+  // As float32 for one of the algorithms, or as int8.
+  void take_weights(Fields& fields) {
+    if (fields.has("x_range")) {
+      const float* const range = fields.weights("x_range", 2);
+      if (!levels_.cover(range[0], range[1])) fields.fail("its x_range is no range around 0");
+    }
+    if (kHasInt8 && fields.has("int8")) {
+      int8_ = int8_convolution();
+      if (int8_ == nullptr || levels_.step == 0.0f || !fits_int8(shape_)) {
+        fields.fail("no kernel serves such a convolution of int8");
+      }
+      packed_ = fields.weights("int8", int8_packed_size(shape_));
+      return;
+    }
+    algorithm_ = static_cast<ConvolutionAlgorithm>(fields.number("algorithm", 0, 2));
+    const bool winograd = algorithm_ != ConvolutionAlgorithm::direct;
+    if (winograd && (shape_.kernel != 3 || shape_.stride != 1)) {
+      fields.fail("no kernel serves such a convolution");
+    }
+    packed_ = fields.weights("packed", packed_size(shape_));
   }
 
   // One of: weights, a part of the conditioning, a vector of each image.
@@ -106,7 +127,9 @@ class ConvolutionStep final : public PlanStep {
   }
 
   ConvolutionShape shape_;
-  ConvolutionAlgorithm algorithm_;
+  ConvolutionAlgorithm algorithm_ = ConvolutionAlgorithm::direct;
+  Int8Convolution int8_ = nullptr;  // of the instruction set that the plan was made with
+  Levels levels_ = {};
   Slice x_, y_, x_scale_{}, x_shift_{}, residual_{}, bias_slice_{};
   bool silu_, affine_, has_residual_, bias_in_conditioning_, bias_in_buffer_;
   const float* packed_;

@@ -152,9 +152,13 @@ def contenders(student: str, folder: Path, skip_browser: bool) -> Iterator[Row]:
     build = built(folder / "build")
     library = (build / "libadvkd.so").resolve()
     stripped(library)
-    yield native(build / "advkd-generate", model, library)
-    own = RUNTIME.format(model=str(model))
-    yield by_python("advkd.runtime (ctypes, numpy)", own, model, library.stat().st_size)
+    int8 = folder / "student-int8.advkd"
+    export(student, int8, "--dtype", "int8")
+    for dtype, file in (("", model), (", int8", int8)):
+        name = f"C library (advkd-generate){dtype}"
+        yield native(name, build / "advkd-generate", file, library)
+        own = RUNTIME.format(model=str(file))
+        yield by_python(f"advkd.runtime{dtype}", own, file, library.stat().st_size)
     if importlib.util.find_spec("onnxruntime") is None:
         print("ONNX Runtime is not installed", file=sys.stderr)
     else:
@@ -175,11 +179,11 @@ def contenders(student: str, folder: Path, skip_browser: bool) -> Iterator[Row]:
     yield from in_browser(folder, model, onnx if onnx.exists() else None)
 
 
-def export(student: str, path: Path) -> None:
+def export(student: str, path: Path, *options: str) -> None:
     """`advkd export` to the format that the file's name ends in."""
     subprocess.run(
         [sys.executable, "-m", "advkd.export", "--student", student, "--format", path.suffix[1:],
-         "--out", str(path)],
+         "--out", str(path), *options],
         check=True, capture_output=True,
     )  # fmt: skip
 
@@ -227,7 +231,7 @@ def peak_memory(command: list[str]) -> int:
     return int(done.stdout) * 1024
 
 
-def native(program: Path, model: Path, library: Path) -> Row:
+def native(name: str, program: Path, model: Path, library: Path) -> Row:
     """advkd-generate; the time of an image is the difference of two runs."""
     out = model.with_name("images.bin")
 
@@ -244,7 +248,7 @@ def native(program: Path, model: Path, library: Path) -> Row:
     cold, _, _ = started([str(program), str(model), "--num", "1", "--out", png])
     memory = own_peak_memory(program.parent, model)
     size = library.stat().st_size
-    return Row("C library (advkd-generate)", model.stat().st_size, size, cold, memory, None, many)
+    return Row(name, model.stat().st_size, size, cold, memory, None, many)
 
 
 def own_peak_memory(build: Path, model: Path) -> int:
@@ -410,14 +414,13 @@ def sizes(folder: Path) -> dict[str, int]:
     found = {}
     for isas in ("avx2", "portable;avx2;avx512"):
         build = built(folder / isas.replace(";", "-"), f"-DADVKD_ISAS={isas}", "-DADVKD_TOOLS=OFF")
-        found[f"C library, {isas.replace(';', ', ')}"] = stripped(
-            (build / "libadvkd.so").resolve()
-        )
+        found[f"C library, {isas.replace(';', ', ')}"] = stripped((build / "libadvkd.so").resolve())
     found["WebAssembly"] = (ROOT / "advkd/deploy/web/advkd.wasm").stat().st_size
-    for kind in ("advkd", "html"):
+    for kind, *options in (("advkd",), ("html",), ("advkd", "--dtype", "int8")):
         path = folder / f"student.{kind}"
-        export("zoo:fashion-mnist-student", path)
-        found[f"Fashion-MNIST student, {kind}"] = path.stat().st_size
+        export("zoo:fashion-mnist-student", path, *options)
+        name = ", ".join(["Fashion-MNIST student", kind, *options[1:]])
+        found[name] = path.stat().st_size
     return found
 
 

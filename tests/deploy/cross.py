@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from advkd import runtime
 from advkd.deploy.model_file import model_bytes
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
@@ -183,6 +184,20 @@ def check_images(run: Run, folder: Path) -> None:
         require(worst <= TOLERANCE, f"{name} differs by {worst}")
 
 
+def check_rounded(run: Run, folder: Path) -> None:
+    """A file of int8 gives this machine's images, but where a number lies between two levels."""
+    student = load_student("zoo:fashion-mnist-student")
+    content, path = model_bytes(student, "int8"), folder / "int8.advkd"
+    path.write_bytes(content)
+    request = Request(3, 0, 20)
+    exact = images_of(student, request)
+    expected = runtime.load(content).generate(20, seed=3, dtype="float32", threads=1)
+    (found,) = run(path, [(request, exact.shape)])
+    error, effect = np.abs(found - expected).mean(), np.abs(exact - expected).mean()
+    print(f"int8: {error:.1e} from this machine's images, which are {effect:.1e} from float32's")
+    require(error < effect / 2, "images of int8 differ")
+
+
 def images_of(student: Student, request: Request) -> np.ndarray:
     depth = request.exit_at or len(student.heads)
     images = generate(student, request.images, request.seed, first=request.first, exit_at=depth)
@@ -224,6 +239,7 @@ def check_wasm(folder: Path, write: bool) -> None:
     else:
         check_noise(in_node(fresh), folder)
         check_images(in_node(fresh), folder)
+        check_rounded(in_node(fresh), folder)
     if write:
         shutil.copyfile(fresh, COMMITTED)
         print(f"{COMMITTED} is written")
@@ -261,6 +277,7 @@ OBJDUMPS = ("aarch64-linux-gnu-objdump", "llvm-objdump")
 KINDS = {
     "fmla by element": r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[\d\]",
     "fmla vector": r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.4s",
+    "sdot": r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.16b",
     "128-bit loads": r"(ldr|ldur)\s+q|ld1\s+\{v\d+\.4s\}",
     "pairs of them": r"ldp\s+q",
     "scalar loads": r"(ldr|ldur|ldp)\s+s|ld1r",
@@ -272,6 +289,7 @@ HOT = {
     "product, 5 rows": r"::multiply_tile<5, 1,",
     "product, 4 rows": r"::multiply_tile<4, 1,",
     "product, 1 row": r"::multiply_tile<1, 1,",
+    "int8 product": r"::make_tile<6, 1>\(",
     "attention, 4 x 3": r"::make_tile<4, 3, float,.*StoreScores",
     "Winograd 4: input": r"InputTiles<4>::transform_tile\(",
     "Winograd 4: weights": r"WinogradConvolution<4>::transform\(",
@@ -307,7 +325,8 @@ def hot_loop(code: list[tuple[int, str]]) -> list[str]:
 
 def arithmetic(code: list[str]) -> int:
     """Instructions that compute with vectors or floats."""
-    return sum(bool(re.match(r"f(mla|mls|mul|add|sub|n?madd|n?msub)\b", text)) for text in code)
+    computing = r"(f(mla|mls|mul|add|sub|n?madd|n?msub)|sdot)\b"
+    return sum(bool(re.match(computing, text)) for text in code)
 
 
 def check_instructions(archive: Path) -> None:
@@ -324,14 +343,14 @@ def check_instructions(archive: Path) -> None:
         loop = max(map(hot_loop, named), key=arithmetic)
         mix = Counter(k for t in loop for k, shape in KINDS.items() if re.match(shape, t))
         print(f"{name:20}  {len(loop):4}", *(f"{mix[k]:{len(k)}}" for k in KINDS), sep="  ")
-        if name.startswith("product"):
-            products = mix["fmla by element"] + mix["fmla vector"]
-            require(products > 0, f"{name}: its loop has no fmla of vectors")
+        if "product" in name:
+            products = mix["fmla by element"] + mix["fmla vector"] + mix["sdot"]
+            require(products > 0, f"{name}: its loop has no products of vectors")
             require(mix["scalar fmadd"] == 0, f"{name}: its loop computes with scalars")
             require(mix["spilt vectors"] == 0, f"{name}: its loop has too few registers")
 
 
-def in_qemu(program: Path) -> Run:
+def in_qemu(*command: str) -> Run:
     """Runs advkd-generate of another processor."""
 
     def run(path: Path, requests: Shaped) -> list[np.ndarray]:
@@ -340,8 +359,7 @@ def in_qemu(program: Path) -> Run:
             options = ["--seed", str(request.seed), "--first", str(request.first)]
             if request.exit_at:
                 options += ["--exit-at", str(request.exit_at)]
-            command = ["qemu-aarch64", str(program)]
-            images.append(library.generated(command, path, shape, *options))
+            images.append(library.generated([*command], path, shape, *options))
         return images
 
     return run
@@ -353,9 +371,14 @@ def check_aarch64(folder: Path) -> None:
     if shutil.which("qemu-aarch64") is None:
         print("qemu-aarch64 is not installed, so nothing runs here")
         return
-    run = in_qemu(made / "advkd-generate")
+    run = in_qemu("qemu-aarch64", str(made / "advkd-generate"))
     check_noise(run, folder)
     check_images(run, folder)
+    check_rounded(run, folder)
+    # A processor without dot products of bytes.
+    check_rounded(
+        in_qemu("qemu-aarch64", "-cpu", "cortex-a53", str(made / "advkd-generate")), folder
+    )
 
 
 def main() -> int:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from advkd import export, info, runtime
 from advkd.config import StudentConfig
-from advkd.deploy.model_file import difference_of, model_bytes, quantized
+from advkd.deploy.graph import inputs
+from advkd.deploy.model_file import difference_of, input_ranges, model_bytes, quantized
 from advkd.engine.lowering import LoweringError
 from advkd.models.student import Student
 from advkd.pretrained import load_student, save_student
 
 UNET = StudentConfig(stages=(4, 8), widths=(16, 8), attention=(4,), groups=4)
+WIDE = StudentConfig(stages=(4, 8), widths=(32, 20), attention=(4,), groups=4)
 PYRAMID = StudentConfig(family="pyramid", stages=(4, 8), widths=(16, 8), attention=(4,), groups=4)
 
 
@@ -85,6 +91,76 @@ def test_rounded_weights_change_images_a_little(dtype: str, most: float) -> None
     assert 1e-5 < difference_of(model_bytes(student, dtype), student) < most
 
 
+def ops_of(content: bytes) -> list[dict[str, Any]]:
+    """The operations of the last head."""
+    heads = json.loads(header_of(content)["__metadata__"]["plan"])["heads"]
+    listed: list[dict[str, Any]] = heads[-1]["ops"]
+    return listed
+
+
+def in_eager(student: Student, num: int) -> Tensor:
+    """The images that a file of int8 means, by torch's modules: (num, 8, 8, 1)."""
+    twin, ranges = copy.deepcopy(student), input_ranges(student)
+
+    def rounded(ends: tuple[float, float], _: nn.Module, given: tuple[Tensor, ...]) -> Any:
+        step = (ends[1] - ends[0]) / 255
+        zero = round(-ends[0] / step)
+        return (((given[0] / step + zero).round().clamp(0, 255) - zero) * step,)
+
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
+            values, scale = quantized(module.weight.detach())
+            wide = values * scale.view(-1, *[1] * (values.dim() - 1))
+            module.weight.data = wide
+        # Attention's three projections have the same input.
+        operation = re.sub(r"\.to_[qkv]$", ".to_qkv", name)
+        if operation in ranges:
+            module.register_forward_pre_hook(partial(rounded, ranges[operation]))
+    with torch.inference_mode():
+        return twin(*inputs(student, num)).clamp(-1, 1).permute(0, 2, 3, 1)
+
+
+def test_inputs_of_wide_convolutions_are_rounded() -> None:
+    student = student_of(WIDE, num_classes=3)
+    content = model_bytes(student, "int8")
+    assert content == model_bytes(student, "int8")
+    assert header_of(content)["__metadata__"]["advkd"] == "2"
+    rounded = {op["module"] for op in ops_of(content) if "x_range" in op["numbers"]}
+    wide = {
+        op["module"]
+        for op in ops_of(content)
+        if op["kind"] == "convolution"
+        and min(op["numbers"]["in_channels"], op["numbers"]["out_channels"]) >= 16
+        and op["module"] != "time_emb_proj"
+    }
+    assert rounded == wide and len(rounded) > 8
+    assert any("to_qkv" in name for name in rounded) and any("reduce" in name for name in rounded)
+    ranges = header_of(content)["x_ranges"]
+    assert ranges["shape"] == [len(rounded), 2] and ranges["dtype"] == "F32"
+    for low, high in input_ranges(student).values():
+        assert low <= 0 < high
+    # The same ranges wherever a student is exported.
+    assert all(not module._forward_pre_hooks for module in student.modules())
+
+
+def test_a_file_of_int8_gives_the_images_of_rounded_inputs() -> None:
+    student = student_of(WIDE, num_classes=3)
+    plain, expected = runtime.load(model_bytes(student)), in_eager(student, 32)
+    images = runtime.load(model_bytes(student, "int8")).generate(32, seed=0, dtype="float32")
+    error = (torch.from_numpy(images) - expected).abs()
+    effect = (torch.from_numpy(plain.generate(32, seed=0, dtype="float32")) - expected).abs()
+    # A number between two levels may be rounded to either, which moves an image a little.
+    assert error.mean() < effect.mean() / 4 and (error < 1e-4).float().mean() > 0.3
+
+
+def test_a_student_too_narrow_for_int8_has_weights_of_it_alone() -> None:
+    student = student_of(StudentConfig(stages=(4, 8), widths=(8, 8), attention=(), groups=4))
+    content = model_bytes(student, "int8")
+    assert header_of(content)["__metadata__"]["advkd"] == "1"
+    assert "x_ranges" not in header_of(content) and "I8" in dtypes_of(content)
+    assert difference_of(content, student) < 0.25
+
+
 def test_an_unknown_dtype_and_an_unknown_network_are_refused() -> None:
     student = student_of(UNET)
     with pytest.raises(ValueError, match="dtype='float8' is not one of"):
@@ -126,6 +202,15 @@ def test_the_command_writes_every_format(
     said = capsys.readouterr().out
     assert "a model file of version 1: images of 8x8 pixels in 1 channel" in said
     assert "head 2: 8x8, arena" in said and "attention" in said
+    rounded = tmp_path / "int8.advkd"
+    given = ["--student", str(folder), "--format", "advkd", "--out", str(rounded)]
+    assert export.main([*given, "--dtype", "int8"]) == 0
+    capsys.readouterr()
+    assert info.main(["--plan", str(rounded)]) == 0
+    said = capsys.readouterr().out
+    assert "a model file of version 2" in said
+    listed = [line for line in said.splitlines() if line.endswith("  int8")]
+    assert listed and all(line.startswith("convolution ") for line in listed)
     assert info.main(["--plan", str(tmp_path / "out.html")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save
 
+from advkd import runtime
 from advkd.deploy.model_file import model_bytes
 from advkd.ops import extension
 
@@ -59,6 +61,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def content() -> bytes:
     return model_bytes(library.student("attention", 3))
+
+
+@pytest.fixture(scope="module")
+def rounded() -> bytes:
+    """A file with weights of int8 and ranges of inputs."""
+    return model_bytes(library.student("attention", 3), "int8")
 
 
 class Parts:
@@ -213,8 +221,11 @@ def last_to_the_input(parts: Parts) -> None:
     ("change", "words"),
     [
         # The header.
-        (lambda p: p.header["__metadata__"].update(advkd="2"), "of version '2', and only '1'"),
-        (lambda p: p.header["__metadata__"].update(advkd="9" * 999), "and only '1' is known"),
+        (
+            lambda p: p.header["__metadata__"].update(advkd="3"),
+            "of version '3', and only '1' and '2'",
+        ),
+        (lambda p: p.header["__metadata__"].update(advkd="9" * 999), "and only '1' and '2' are"),
         (lambda p: p.header["__metadata__"].update(advkd=1), "of version '', and only '1'"),
         (lambda p: p.tensor().update(dtype="BF16"), "is neither F32 nor F16 nor I8"),
         (lambda p: p.tensor().update(shape=[1 << 40, 1 << 40]), "is too large"),
@@ -282,6 +293,84 @@ def test_what_is_damaged(loaded: Path, content: bytes, change: Change, words: st
     change(parts)
     said = refusal(loaded, parts.bytes())
     assert re.search(words, said), said
+
+
+def renamed(was: str, becomes: str) -> Change:
+    return lambda parts: parts.header.update({becomes: parts.header.pop(was)})
+
+
+def with_floats(name: str, *values: float) -> Change:
+    """A change of a tensor's first numbers."""
+
+    def change(parts: Parts) -> None:
+        begin = parts.header[name]["data_offsets"][0]
+        new = struct.pack(f"<{len(values)}f", *values)
+        parts.data = parts.data[:begin] + new + parts.data[begin + len(new) :]
+
+    return change
+
+
+def of_rounded(name: str, value: int) -> Change:
+    """A change of a number of the first operation whose input is rounded."""
+
+    def change(parts: Parts) -> None:
+        ops = (op for op in parts.plan["heads"][0]["ops"] if "x_range" in op["numbers"])
+        next(ops)["numbers"][name] = value
+
+    return change
+
+
+NAN, INF = float("nan"), float("inf")
+SCALES = "submodules.0.blocks.0.conv1.weight.scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.header["__metadata__"].update(advkd="1"), "there is no such x_range"),
+        (of_rounded("x_range", 99), "there is no such x_range"),
+        (of_rounded("x_range", 1 << 40), "x_range=.* is not between 0 and"),
+        (of_rounded("int8", 0), "its weights are no tensors"),
+        (renamed("x_ranges", "x_rangez"), "there is no tensor 'x_ranges'"),
+        (lambda p: p.header["x_ranges"].update(shape=[2, 9]), "has other bytes|no such x_range"),
+        (lambda p: p.header["x_ranges"].update(dtype="F16"), "has other bytes than its shape"),
+        (with_floats("x_ranges", 0.0, 0.0), "x_range is no range around 0"),
+        (with_floats("x_ranges", 1.0, 2.0), "x_range is no range around 0"),
+        (with_floats("x_ranges", -2.0, -1.0), "x_range is no range around 0"),
+        (with_floats("x_ranges", 2.0, -2.0), "x_range is no range around 0"),
+        (with_floats("x_ranges", NAN, 1.0), "x_range is no range around 0"),
+        (with_floats("x_ranges", -1.0, NAN), "x_range is no range around 0"),
+        (with_floats("x_ranges", -INF, 1.0), "x_range is no range around 0"),
+        (with_floats("x_ranges", -3e38, 3e38), "x_range is no range around 0"),
+        (with_floats("x_ranges", 0.0, 1e-40), "x_range is no range around 0"),
+        (with_floats(SCALES, 0.0), "has a scale that is none"),
+        (with_floats(SCALES, 1.0, -0.1), "has a scale that is none"),
+        (with_floats(SCALES, NAN), "has a scale that is none"),
+        (with_floats(SCALES, INF), "has a scale that is none"),
+        (renamed(SCALES, "other"), "has no scale for each channel"),
+    ],
+)
+def test_what_is_damaged_of_int8(loaded: Path, rounded: bytes, change: Change, words: str) -> None:
+    """With products of float32, and of int8 where this processor has them."""
+    parts = Parts(rounded)
+    change(parts)
+    said = refusal(loaded, parts.bytes())
+    assert re.search(words, said), said
+    with pytest.raises(runtime.ModelError, match=words):
+        runtime.load(parts.bytes())
+
+
+def test_only_weights_of_int8_have_inputs_that_are_rounded(loaded: Path, content: bytes) -> None:
+    parts = Parts(content)
+    begin = len(parts.data)
+    parts.header["__metadata__"]["advkd"] = "2"
+    parts.header["x_ranges"] = {
+        "dtype": "F32", "shape": [1, 2], "data_offsets": [begin, begin + 8]
+    }  # fmt: skip
+    parts.data += struct.pack("<2f", -1.0, 1.0)
+    Model(library.library(loaded), parts.bytes()).close()
+    parts.op("convolution")["numbers"]["x_range"] = 0
+    assert "its weights are not int8" in refusal(loaded, parts.bytes())
 
 
 def test_numbers_without_bounds(loaded: Path, content: bytes) -> None:
