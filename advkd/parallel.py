@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -54,7 +55,9 @@ class Workers:
         if device.type == "cpu":
             self.count = threads or self._threads_before
             torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.count)
+        # In each of them too: else a thread's first convolution takes as many as OpenMP has.
+        begin = partial(torch.set_num_threads, 1) if device.type == "cpu" else None
+        self._pool = ThreadPoolExecutor(self.count, initializer=begin)
 
     def shares(self, batch: int) -> list[slice]:
         """Slices of a batch: `accumulate` per worker, fewer if the batch is smaller than that."""

@@ -9,11 +9,11 @@ and with one process, every function here returns at once.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,7 +29,6 @@ ROLL_CALL = 3.0  # seconds within which the living say so, once one is lost
 GRACE = 10.0  # seconds that a process has to end by itself, once another is lost
 
 Result = TypeVar("Result")
-_groups = itertools.count()  # of this process, one after another
 
 
 class ProcessError(RuntimeError):
@@ -61,7 +60,7 @@ class _Group:
 
     def __init__(self, rank: int, count: int, store: dist.Store, cuda: bool):
         self.rank, self.count = rank, count
-        self.store = dist.PrefixStore(f"advkd/{next(_groups)}", store)
+        self.store = dist.PrefixStore("advkd", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         self._pulses: Any = dist.new_group(backend="gloo", timeout=SILENCE)
@@ -164,6 +163,34 @@ class _Group:
         dist.destroy_process_group()
 
 
+def _own_store(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """A part of the store for these processes alone. torchrun gives those that it starts again the
+    store of those before, whose addresses are still there.
+
+    The first process names the part; the others greet it there by a word of their own until it has
+    seen all of them, so that nobody takes the name that an earlier first process left.
+    """
+    until = time.monotonic() + TIMEOUT.total_seconds()
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("advkd/part", word)
+        greetings = [f"advkd/{word}/{r}" for r in range(1, count)]
+        while not store.check(greetings):
+            if time.monotonic() > until:
+                raise RuntimeError(f"not all came in {TIMEOUT.total_seconds():.0f} seconds")
+            time.sleep(0.05)
+        store.set(f"advkd/{word}/seen", " ".join(store.get(key).decode() for key in greetings))
+        return dist.PrefixStore(f"advkd/{word}", store)
+    while time.monotonic() < until:
+        part = store.get("advkd/part").decode()
+        store.set(f"advkd/{part}/{rank}", word)
+        seen = f"advkd/{part}/seen"
+        if store.check([seen]) and word in store.get(seen).decode():
+            return dist.PrefixStore(f"advkd/{part}", store)
+        time.sleep(0.05)
+    raise RuntimeError(f"the first did not come in {TIMEOUT.total_seconds():.0f} seconds")
+
+
 _group: _Group | None = None
 
 
@@ -181,7 +208,7 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        _group = _Group(rank, count, store, device.type == "cuda")
+        _group = _Group(rank, count, _own_store(store, rank, count), device.type == "cuda")
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ProcessError(f"the {launched()} processes could not meet: {reason}") from None

@@ -1,8 +1,8 @@
 """The stages of a run that several processes share, in one process of torchrun.
 
 Arguments are those of `advkd train`. The environment's MOMENT, "STAGE:STEP:RANK:SIGNAL", lets a
-process send itself a signal at the beginning of a step; ALONE, "RANK OPTION...", gives one process
-further options.
+process send itself a signal at the beginning of a step, unless torchrun has started it again;
+ALONE, "RANK OPTION...", gives one process further options.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def end_at(stage: str, at: int, rank: int, number: int) -> None:
 
 if __name__ == "__main__":
     options = sys.argv[1:]
-    if "MOMENT" in os.environ:
+    if "MOMENT" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         stage, *numbers = os.environ["MOMENT"].split(":")
         end_at(stage, *map(int, numbers))
     if "ALONE" in os.environ:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advkd import device, processes
@@ -70,6 +71,36 @@ def test_a_run_goes_on_with_other_numbers_of_processes_after_a_stop_and_a_death(
     code, said = ended(launched(0, command))
     assert code == 0, said
     assert left_by(run) == expected
+
+
+def test_torchrun_starts_them_again_and_they_go_on(
+    options: list[str], expected: dict[str, str]
+) -> None:
+    death = {"MOMENT": f"distill:5:1:{int(signal.SIGKILL)}"}
+    node = ("--standalone", "--max-restarts=1")
+    command = [str(STAGES), *options, "--name", "again"]
+    code, said = ended(launched(2, command, node, death))
+    assert code == 0, said
+    assert "process 1 of 0 to 1 died, or cannot be reached" in said
+    assert left_by(run_of(options, "again")) == expected
+
+
+def test_one_all_reduce_gives_nearly_the_exact_sums(options: list[str]) -> None:
+    weights = []
+    for reduce in ("exact", "fast"):
+        own = ["--name", reduce, "--stage", "teacher", "--set", f'run.reduce="{reduce}"']
+        own += ["--set", "unet.dropout=0"]  # whose numbers are those of the parts
+        code, said = ended(launched(2, [str(STAGES), *options, *own]))
+        assert code == 0, said
+        (file,) = (run_of(options, reduce) / "teacher").rglob("*.safetensors")
+        weights.append(load_file(file))
+    exact, fast = weights
+    assert any(not torch.equal(fast[name], exact[name]) for name in exact)
+    apart, whole = (
+        torch.cat([x.flatten() for x in values]).norm()
+        for values in ([fast[n] - exact[n] for n in exact], exact.values())
+    )
+    assert apart < 1e-3 * whole
 
 
 def test_a_process_with_another_configuration_is_refused_by_name(options: list[str]) -> None:
