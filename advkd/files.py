@@ -110,13 +110,29 @@ def _is_stale(path: Path) -> bool:
     pid = int(match[1])
     if pid == os.getpid():
         return path.stat().st_mtime < _STARTED
+    return not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
     try:
         os.kill(pid, 0)  # no signal: asks whether the process exists
     except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
         return False
-    return False
+    except PermissionError:
+        return True
+    return True
+
+
+def created(path: Path, text: str = "") -> bool:
+    """Create a file with a text; False where there is one. Of several processes that try, also on
+    machines that share the folder, one alone succeeds."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
 
 
 def hold(folder: Path) -> IO[bytes]:

@@ -266,7 +266,7 @@ def stopping(asked: bool) -> bool:
 
 
 def any_of(asked: bool) -> bool:
-    """Whether any process says so; all are told the same, at the same step."""
+    """Whether any process says so; all get the same answer, at the same step."""
     if _group is None:
         return asked
     flag = torch.tensor([asked], dtype=torch.int32, device="cpu")

@@ -26,7 +26,7 @@ from advkd.kernels.attention_device import (
     attention_dq_kernel,
     attention_forward_kernel,
 )
-from advkd.kernels.compilation import Build
+from advkd.kernels.compilation import POINTERS, Build, capability_of
 from torch import Tensor
 
 
@@ -265,7 +265,7 @@ def _build(variant: Variant, dtype: str, precision: str, even_rows: bool, even_d
     even = math.lcm(variant.block_d, variant.out_d)
     constants = variant.constants(rows if even_rows else 1, rows, even if even_d else 8, precision)
     kernel = KERNELS[variant.kernel]
-    pointer = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
+    pointer = POINTERS[dtype]
     types = {
         name: "*fp32" if name in ("lse_ptr", "statistics_ptr")
         else pointer if name.endswith("_ptr")
@@ -336,8 +336,7 @@ def _launch(
     scale: float | None = None,
 ) -> None:  # fmt: skip
     """Runs a kernel on (pointers, strides and lengths, scale) with the picked variant."""
-    device, dtype = tensors[0].device, tensors[0].dtype
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    capability, dtype = capability_of(tensors[0].device), tensors[0].dtype
     precision = precision_of(kernel, dtype, capability)
     grid, options = _grid_and_options(kernel, shape, dtype, capability, precision)
     scalars = [*numbers, *([] if scale is None else [float(scale)])]

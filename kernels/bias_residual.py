@@ -13,7 +13,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from advkd.kernels.compilation import Build
+from advkd.kernels.compilation import POINTERS, Build
 from torch import Tensor
 
 _BLOCK, _WARPS = 1024, 4  # elements and warps of a program
@@ -77,7 +77,6 @@ def bias_residual(
 
 
 _OPTIONS = {"num_warps": _WARPS, "num_stages": 1, "enable_fp_fusion": True}
-_TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
 def variants() -> list[Build]:
@@ -88,7 +87,7 @@ def variants() -> list[Build]:
 def _build(dtype: str, vec: int) -> Build:
     constants = {"VEC": vec, "BLOCK": _BLOCK}
     types = {
-        name: ("*fp32" if name == "bias_ptr" else _TYPES[dtype]) if name.endswith("_ptr")
+        name: ("*fp32" if name == "bias_ptr" else POINTERS[dtype]) if name.endswith("_ptr")
         else "fp32" if name == "scale" else "i32"
         for name in bias_residual_kernel.arg_names if name not in constants
     }  # fmt: skip

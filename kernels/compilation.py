@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import torch
+
+# How Triton calls pointers to elements of a dtype.
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+
+
+@lru_cache(maxsize=64)
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """As torch.cuda.get_device_capability says; (0, 0) off CUDA, where Triton interprets."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @dataclass(frozen=True)

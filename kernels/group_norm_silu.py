@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from advkd.kernels.compilation import Build
+from advkd.kernels.compilation import POINTERS, Build, capability_of
 from advkd.kernels.group_norm_silu_device import (
     COLUMNS,
     GROUPS_IN_TILE,
@@ -325,11 +325,6 @@ def sum_chunks(problem: Problem, variant: Variant) -> tuple[int, int]:
     return triton.cdiv(tiles, chunk_tiles), chunk_tiles
 
 
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def _launch(launch: Launch, tensors: Sequence[Tensor | None], *more: float) -> None:
     """Run a kernel on its pointers, the launch's numbers, and those that are no part of it."""
     with torch.cuda.device_of(tensors[0]):
@@ -425,7 +420,7 @@ def forward(
         return y, mean.fill_(math.nan), rstd.fill_(math.nan)
     affine = _readable(affine)
     added_row = added.stride(0) if added is not None and added.dim() == 2 else 0
-    launches = forward_launches(problem, silu, _capability(x.device))
+    launches = forward_launches(problem, silu, capability_of(x.device))
     if len(launches) == 1:
         _launch(launches[0], [x, added, *affine, y, mean, rstd], added_row, float(eps))
         return y, mean, rstd
@@ -487,7 +482,7 @@ def backward(
     if x.numel() == 0:
         return dx, [None if gradient is None else gradient.zero_() for gradient in gradients]
     read = [grad_y, x, *affine, *(_aligned(t.contiguous()) for t in statistics)]
-    sums_of, reduce, of_x, of_parameters = backward_launches(problem, silu, _capability(x.device))
+    sums_of, reduce, of_x, of_parameters = backward_launches(problem, silu, capability_of(x.device))
     sums, means = _sums_and_means(read, sums_of, reduce)
     _launch(of_x, [*read, means, dx])
     if any(gradient is not None for gradient in gradients):
@@ -496,7 +491,6 @@ def backward(
     return dx, gradients
 
 
-_TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 _OF_X_DTYPE = ("x_ptr", "y_ptr", "grad_ptr", "dx_ptr")
 
 
@@ -504,7 +498,7 @@ def _build(variant: Variant, dtype: str, vec: int) -> Build:
     kernel = KERNELS[variant.kernel]
     constants = variant.constants(vec, True)
     types = {
-        name: _TYPES[dtype if name in _OF_X_DTYPE else "float32"] if name.endswith("_ptr")
+        name: POINTERS[dtype if name in _OF_X_DTYPE else "float32"] if name.endswith("_ptr")
         else "fp32" if name == "eps" else "i32"
         for name in kernel.arg_names if name not in constants
     }  # fmt: skip

@@ -37,7 +37,14 @@ from advkd.console import progress_bar
 from advkd.data.geometry import BLOCK
 from advkd.data.pixels import Mapped
 from advkd.data.sentences import DataError, plural
-from advkd.files import CheckpointError, read_json, replacing, write_json
+from advkd.files import (
+    CheckpointError,
+    created,
+    is_running,
+    read_json,
+    replacing,
+    write_json,
+)
 
 LOCATION = "ADVKD_CACHE"
 FORMAT = 1  # of the folders, and of how images are decoded
@@ -276,23 +283,15 @@ class _Claims:
 
     def take(self, number: int) -> bool:
         """Whether the shard is now this process's to decode."""
-        path = self._path(number)
-        if self._create(path):
+        path, owner = self._path(number), f"{os.getpid()} {socket.gethostname()}"
+        if created(path, owner):
             return True
         if not self._is_abandoned(number):
             return False
         path.unlink(missing_ok=True)
         for left_behind in self._folder.glob(f".shard-{number:05d}.*.tmp"):
             left_behind.unlink(missing_ok=True)
-        return self._create(path)
-
-    def _create(self, path: Path) -> bool:
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(f"{os.getpid()} {socket.gethostname()}")
-        except FileExistsError:
-            return False
-        return True
+        return created(path, owner)
 
     def _is_abandoned(self, number: int) -> bool:
         path, now = self._path(number), time.monotonic()
@@ -301,7 +300,9 @@ class _Claims:
         except FileNotFoundError:
             return False
         pid, _, host = owner.partition(" ")
-        if host == socket.gethostname() and pid.isdigit() and not _is_running(int(pid)):
+        # One of our own number is of an earlier process, since this one holds none.
+        is_here = host == socket.gethostname() and pid.isdigit()
+        if is_here and (int(pid) == os.getpid() or not is_running(int(pid))):
             return True
         # Ages are told by this machine's clock alone, since that of the disk may be another's.
         seen, since = self._seen.get(number, (0, now))
@@ -322,16 +323,3 @@ class _Claims:
             yield
         finally:
             self._path(number).unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    """Whether another process of this machine has this number."""
-    if pid == os.getpid():  # a claim of an earlier process, since this one holds none
-        return False
-    try:
-        os.kill(pid, 0)  # no signal: asks whether the process exists
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -41,6 +41,7 @@ from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import saved_steps, table_of
 from advkd.files import (
     CheckpointError,
+    created,
     read_json,
     remove_stale,
     replacing,
@@ -324,13 +325,7 @@ def _missing(folder: Path, shards: int) -> list[int]:
 def _claim(folder: Path, number: int) -> bool:
     """Whether this process is the one to sample a shard. Only the first to ask gets it, also in a
     folder that machines share."""
-    if processes.count() == 1:
-        return True
-    try:
-        (folder / f"shard-{number:05d}.claim").open("x").close()
-    except FileExistsError:
-        return False
-    return True
+    return processes.count() == 1 or created(folder / f"shard-{number:05d}.claim")
 
 
 def _remove_claims(folder: Path) -> None:

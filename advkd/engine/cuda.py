@@ -40,7 +40,7 @@ from advkd.models.student import Student
 from advkd.models.unet import UNet
 
 CHUNK = 10  # steps between two looks at Ctrl-C and at callbacks
-MAX_PIXELS = 1 << 20  # of a captured pass, unless it is of one image; more take several
+MAX_PIXELS = 1 << 20  # of a captured pass, unless it is of one image: 1024 images of 32x32
 _MEMORY_SHARE = 4  # a captured pass takes at most one part in so many of the memory that is free
 _MAX_CHANNELS = 128  # of an image, in csrc/cuda/sampling_step.h
 _WARM_UP = 3  # passes before the capture, in which libraries choose their algorithms
@@ -223,10 +223,19 @@ def free_memory(device: torch.device) -> int:
 def _most_images(plan: Builder, like: Tensor) -> int:
     """The images of a captured pass at most: a power of two that fills a GPU and fits memory."""
     source = plan.buffers[INPUT]
-    by_pixels = MAX_PIXELS // (source.height * source.width)
     bytes_of_image = lay_out(plan.buffers, plan.ops) * like.element_size()
     by_memory = free_memory(like.device) // _MEMORY_SHARE // max(1, bytes_of_image)
-    return 1 << max(0, min(by_pixels, by_memory).bit_length() - 1)
+    return min(_power_of_two(by_memory), images_that_fill(source.height * source.width))
+
+
+def images_that_fill(pixels: int) -> int:
+    """The images of so many pixels that fill a GPU at once: a power of two."""
+    return _power_of_two(MAX_PIXELS // pixels)
+
+
+def _power_of_two(most: int) -> int:
+    """The largest that is not above `most`, or 1."""
+    return 1 << max(0, most.bit_length() - 1)
 
 
 class CudaEngine(Engine):

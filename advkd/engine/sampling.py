@@ -15,12 +15,11 @@ from torch import Tensor
 from advkd.config import SAMPLERS
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.engine.cache import engine_for
+from advkd.engine.cuda import images_that_fill
 from advkd.engine.interface import Engine, check_labels, input_shape
 from advkd.engine.noise import MAX_STEPS, Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-
-CUDA_PIXELS = 1 << 20  # of a batch on a GPU: 1024 images of 32x32
 
 Callback = Callable[[int, int], object]  # (network passes done, passes in all); may raise to stop
 
@@ -111,7 +110,7 @@ def usual_batch(model: UNet | Student | Engine, size: int | None = None) -> int:
         shape = model.shape
     else:
         shape = input_shape(model, None if size is None else (size, size))
-    return max(1, CUDA_PIXELS // (shape[1] * shape[2]))
+    return images_that_fill(shape[1] * shape[2])
 
 
 def _check_numbers(num: int, first: int, batch: int, threads: int) -> None:

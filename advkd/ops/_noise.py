@@ -191,7 +191,7 @@ def _philox_normal_fake(
     )
 
 
-def _philox_normal_cpu(
+def _philox_normal_fused(
     seed: int,
     image_index: Tensor,
     step: int,
@@ -200,34 +200,23 @@ def _philox_normal_cpu(
     width: int,
     channels_last: bool,
 ) -> Tensor:
+    """By C++ on the CPU, by CUDA C++ on a GPU."""
     out = _philox_normal_fake(seed, image_index, step, channels, height, width, channels_last)
-    image_index = image_index.contiguous()
-    fused_extension().philox_normal(
-        unsigned(seed), address(image_index, torch.int64), step, len(image_index), channels,
-        height * width, channels_last, address(out, torch.float32), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def _philox_normal_cuda(
-    seed: int,
-    image_index: Tensor,
-    step: int,
-    channels: int,
-    height: int,
-    width: int,
-    channels_last: bool,
-) -> Tensor:
-    out = _philox_normal_fake(seed, image_index, step, channels, height, width, channels_last)
-    image_index = image_index.contiguous()
-    device = image_index.device
-    stream = torch.cuda.current_stream(device).cuda_stream
-    fused_extension().cuda_philox_normal(
-        seed=unsigned(seed), step=step,
-        image_index=address(image_index, torch.int64, device=device),
-        sizes=(len(image_index), channels, height * width), channels_last=channels_last,
-        out=address(out, torch.float32, device=device), device=device.index, stream=stream,
-    )  # fmt: skip
+    image_index, device = image_index.contiguous(), image_index.device
+    numbers = address(image_index, torch.int64, device=device)
+    normals = address(out, torch.float32, device=device)
+    count, pixels = len(image_index), height * width
+    if device.type == "cpu":
+        fused_extension().philox_normal(
+            unsigned(seed), numbers, step, count, channels, pixels, channels_last, normals,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        fused_extension().cuda_philox_normal(
+            seed=unsigned(seed), image_index=numbers, step=step, sizes=(count, channels, pixels),
+            channels_last=channels_last, out=normals, device=device.index,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )  # fmt: skip
     return out
 
 
@@ -242,7 +231,7 @@ _PHILOX_NORMAL = register(
     "philox_normal(int seed, Tensor image_index, int step, SymInt channels, SymInt height, "
     "SymInt width, bool channels_last, bool fused) -> Tensor",
     _philox_normal_reference,
-    cpu=Kernel(_philox_normal_cpu, (torch.int64,)),
-    cuda=Kernel(_philox_normal_cuda, (torch.int64,), language="CUDA C++"),
+    cpu=Kernel(_philox_normal_fused, (torch.int64,)),
+    cuda=Kernel(_philox_normal_fused, (torch.int64,), language="CUDA C++"),
     fake=_philox_normal_fake,
 )

@@ -51,7 +51,7 @@ def teacher_on_meta(run: Run) -> UNet:
     """The teacher that the run has, takes or would train, without weights."""
     config = run.config
     if run.is_done("teacher"):
-        return run.teacher().to("meta")
+        return run.stored_teacher().to("meta")
     if config.teacher.source:
         return run.given_teacher().to("meta")
     with torch.device("meta"):

@@ -83,8 +83,16 @@ class Run(RunFolder):
 
     def teacher(self) -> UNet:
         """The run's own copy of the teacher, on the run's device."""
-        return placed(load_teacher(self.path / "teacher"), self.device)
+        return placed(self.stored_teacher(), self.device)
+
+    def stored_teacher(self) -> UNet:
+        """The same on the CPU, for what does not run it."""
+        return load_teacher(self.path / "teacher")
 
     def student(self) -> Student:
         """The run's student, on the run's device."""
-        return placed(load_student(self.path / "student"), self.device)
+        return placed(self.stored_student(), self.device)
+
+    def stored_student(self) -> Student:
+        """The same on the CPU, for what does not run it."""
+        return load_student(self.path / "student")

@@ -125,7 +125,7 @@ def make_trajectories(run: Run) -> float:
 def make_student(run: Run) -> float:
     """Distill the student."""
     store = Trajectories(run.path / "trajectories", run.config.trajectory.num)
-    images, names = run.images(), run.teacher().class_names
+    images, names = run.images(), run.stored_teacher().class_names
     train = None if images is None else images.train
     return distill_student(run.config, store, run.path, train, names)
 
@@ -165,7 +165,7 @@ def make_report(run: Run) -> float:
 def model_file_of(run: Run) -> bytes | str:
     """The student's model file, or why it has none, as a clause."""
     try:
-        return model_bytes(run.student().cpu())
+        return model_bytes(run.stored_student())
     except LoweringError as error:
         return str(error)
 

@@ -100,14 +100,14 @@ def ops_of(content: bytes) -> list[dict[str, Any]]:
 
 def in_eager(student: Student, num: int) -> Tensor:
     """The images that a file of int8 means, by torch's modules: (num, 8, 8, 1)."""
-    twin, ranges = copy.deepcopy(student), input_ranges(student)
+    copied, ranges = copy.deepcopy(student), input_ranges(student)
 
     def rounded(ends: tuple[float, float], _: nn.Module, given: tuple[Tensor, ...]) -> Any:
         step = (ends[1] - ends[0]) / 255
         zero = round(-ends[0] / step)
         return (((given[0] / step + zero).round().clamp(0, 255) - zero) * step,)
 
-    for name, module in twin.named_modules():
+    for name, module in copied.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
             values, scale = quantized(module.weight.detach())
             wide = values * scale.view(-1, *[1] * (values.dim() - 1))
@@ -117,7 +117,7 @@ def in_eager(student: Student, num: int) -> Tensor:
         if operation in ranges:
             module.register_forward_pre_hook(partial(rounded, ranges[operation]))
     with torch.inference_mode():
-        return twin(*inputs(student, num)).clamp(-1, 1).permute(0, 2, 3, 1)
+        return copied(*inputs(student, num)).clamp(-1, 1).permute(0, 2, 3, 1)
 
 
 def test_inputs_of_wide_convolutions_are_rounded() -> None:

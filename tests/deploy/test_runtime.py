@@ -200,13 +200,13 @@ def test_a_path_or_its_bytes(files: dict[str, Path], fashion: runtime.Student) -
 def test_a_student_is_freed_with_its_last_reference(files: dict[str, Path]) -> None:
     student = runtime.load(files[SHIPPED[0]])
     model = weakref.ref(student._model)
-    twin = copy.copy(student)
+    copied = copy.copy(student)
     del student
     gc.collect()
-    assert twin.generate(1).any()
+    assert copied.generate(1).any()
     with pytest.raises((TypeError, ValueError)):
-        pickle.dumps(twin)
-    del twin
+        pickle.dumps(copied)
+    del copied
     gc.collect()
     assert model() is None
 

@@ -152,7 +152,7 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(
     settings = dataclasses.replace(settings, log_every=10, checkpoint_every=5)
     drawn, carried, states = training.inputs, training.step, {}
 
-    def poisoned(step: int) -> Any:
+    def nan_filled(step: int) -> Any:
         found = drawn(step)
         first = found[0] if kind == "teacher" else found.targets[0]
         if step == 7:
@@ -163,7 +163,7 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(
         states[step] = weights_of(training)
         return carried(step, workers)
 
-    training.inputs, training.step = poisoned, watched  # type: ignore[assignment, method-assign]
+    training.inputs, training.step = nan_filled, watched  # type: ignore[assignment, method-assign]
     training.close = drawn.close  # type: ignore[method-assign]
     name = "loss" if kind == "teacher" else "rec_1"
     with pytest.raises(TrainingError, match=rf"^{name} is nan at step 7 of stage"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advkd import ops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from one_convolution import Geometry, carried_out, convolved, numbers_of
 
 DIRECT, WINOGRAD2, WINOGRAD4 = ALGORITHMS = (0, 1, 2)
 GAP = 3  # channels before those that are read
@@ -39,7 +44,7 @@ class Problem:
     def __init__(
         self,
         sizes: tuple[int, int, int, int, int],
-        geometry: tuple[int, int, int, int, bool] = (3, 1, 1, 1, False),
+        geometry: Geometry = (3, 1, 1, 1, False),
         folded: bool = True,
     ):
         self.sizes, self.geometry, self.folded = sizes, geometry, folded
@@ -56,30 +61,21 @@ class Problem:
             self.truth = self.truth * 0.7
 
     def convolution(self) -> Tensor:
-        _, stride, before, after, upsample = self.geometry
-        x = self.x[..., GAP : GAP + self.sizes[3]].double().permute(0, 3, 1, 2)
+        x = self.x[..., GAP : GAP + self.sizes[3]].double()
         x = F.silu(x) if self.folded else x
-        if upsample:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        x = F.pad(x, (before, after, before, after))
-        y = F.conv2d(x, self.weight.double(), self.bias.double(), stride)
-        return y.permute(0, 2, 3, 1)
+        return convolved(x, self.weight, self.geometry, self.bias.double())
 
     def plan(self, algorithm: int) -> tuple[Any, Tensor]:
         """The plan, and the weights, which it does not keep alive."""
         assert ops.extension is not None
-        (B, H, W, C, D), (kernel, stride, before, after, upsample) = self.sizes, self.geometry
-        weights = torch.full((D + -(-D // 16) * 16 * C * kernel**2,), float("nan"))
+        B, H, W, C, D = self.sizes
+        weights = torch.full((D + -(-D // 16) * 16 * C * self.geometry[0] ** 2,), float("nan"))
         weights[:D] = self.bias
         ops.extension.convolution_pack(
             self.sizes, *self.geometry, self.weight.data_ptr(), weights[D:].data_ptr()
         )
-        step = {
-            "height": H, "width": W, "in_channels": C, "out_channels": D, "kernel": kernel,
-            "stride": stride, "pad_before": before, "pad_after": after, "upsample": int(upsample),
-            "algorithm": algorithm, "silu": int(self.folded), "bias": 0, "packed": D,
-            "x": 0, "x_channel": GAP, "y": 1, "y_channel": 0,
-        }  # fmt: skip
+        step = numbers_of(self.sizes, self.geometry, self.folded, GAP)
+        step |= {"algorithm": algorithm, "packed": D}
         if self.has_residual:
             step |= {"residual": 0, "residual_channel": GAP + C}
         pixels = self.truth.shape[1] * self.truth.shape[2]
@@ -93,14 +89,8 @@ class Problem:
 
     def run(self, algorithm: int, threads: int = 1, images: slice = slice(None)) -> Tensor:
         """The result for some of the images; NaN where nothing was written."""
-        x = self.x[images].contiguous()
-        y = torch.full((x.shape[0], *self.truth.shape[1:]), float("nan"))
         plan, _weights = self.plan(algorithm)
-        plan.run(
-            x=x.data_ptr(), y=y.data_ptr(), conditioning=0, labels=0, images=x.shape[0],
-            threads=threads, nan_fill=True,
-        )  # fmt: skip
-        return y
+        return carried_out(plan, self.x[images], self.truth.shape[1:], threads)
 
     def check(self, algorithm: int, threads: int = 1) -> None:
         got = self.run(algorithm, threads).double()

@@ -6,6 +6,8 @@ integer convolution; else the reference is float64 with inputs that lie between 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advkd import ops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from one_convolution import carried_out, convolved, numbers_of
 
 DIRECT, WINOGRAD4, INT8 = 0, 2, 3
 GAP = 5  # channels before those that are read
@@ -75,12 +80,8 @@ class Problem:
 
     def sums(self) -> Tensor:
         """The sums of products of whole numbers, int64 (B, H, W, D)."""
-        _, stride, before, after, upsample = self.geometry
-        x = (self.levels - self.zero).permute(0, 3, 1, 2).double()
-        if upsample:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        x = F.pad(x, (before, after, before, after))
-        return F.conv2d(x, self.weight.double(), stride=stride).long().permute(0, 2, 3, 1)
+        x = (self.levels - self.zero).double()
+        return convolved(x, self.weight, self.geometry).long()
 
     def truth(self) -> Tensor:
         """The result, float64."""
@@ -116,14 +117,9 @@ class Problem:
     def plan(self, algorithm: int, **changes: int) -> tuple[Any, Tensor]:
         """The plan, and the weights, which it does not keep alive."""
         assert ops.extension is not None
-        (B, H, W, C, D), (kernel, stride, before, after, upsample) = self.sizes, self.geometry
+        B, H, W, _, D = self.sizes
         weights = self.weights(algorithm)
-        step = {
-            "height": H, "width": W, "in_channels": C, "out_channels": D, "kernel": kernel,
-            "stride": stride, "pad_before": before, "pad_after": after, "upsample": int(upsample),
-            "silu": int(self.silu), "bias": 0, "x_range": D, "x": 0, "x_channel": GAP, "y": 1,
-            "y_channel": 0,
-        }  # fmt: skip
+        step = numbers_of(self.sizes, self.geometry, self.silu, GAP) | {"x_range": D}
         step |= {"int8": D + 2} if algorithm == INT8 else {"packed": D + 2, "algorithm": algorithm}
         out = self.sums().shape[1:3]
         plan = ops.extension.Plan(
@@ -136,14 +132,8 @@ class Problem:
 
     def run(self, algorithm: int, threads: int = 1, images: slice = slice(None)) -> Tensor:
         """The result for some of the images; NaN where nothing was written."""
-        x = self.x[images].contiguous()
-        y = torch.full((x.shape[0], *self.sums().shape[1:]), float("nan"))
         plan, _weights = self.plan(algorithm)
-        plan.run(
-            x=x.data_ptr(), y=y.data_ptr(), conditioning=0, labels=0, images=x.shape[0],
-            threads=threads, nan_fill=True,
-        )  # fmt: skip
-        return y
+        return carried_out(plan, self.x[images], self.sums().shape[1:], threads)
 
 
 @pytest.fixture
