@@ -27,7 +27,7 @@ def guarded(command: Callable[[], None], again: str = "the same command") -> int
     try:
         command()
     except Interrupted as stop:
-        print(f"advkd: {stop}; {again} goes on from there", file=sys.stderr)
+        _say(f"{stop}; {again} goes on from there")
         return 130
     except MemoryError as error:
         return _fail(f"out of memory {_first_line(error)}".rstrip())
@@ -36,14 +36,19 @@ def guarded(command: Callable[[], None], again: str = "the same command") -> int
     except RuntimeError as error:  # of torch, whose messages go on with where in C++ it was
         return _fail(_first_line(error) or type(error).__name__)
     except KeyboardInterrupt:
-        print("advkd: stopped", file=sys.stderr)
+        _say("stopped")
         return 130
     return 0
 
 
 def _fail(sentence: str) -> int:
-    print(f"advkd: {sentence}", file=sys.stderr)
+    _say(sentence)
     return 1
+
+
+def _say(words: str) -> None:
+    """Write a line to stderr, all at once, since several processes may share it."""
+    sys.stderr.write(f"advkd: {words}\n")
 
 
 def _first_line(error: BaseException) -> str:
@@ -51,7 +56,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _one_line_warning(message: Warning | str, *details: object) -> None:
-    print(f"advkd: warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

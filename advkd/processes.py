@@ -90,7 +90,8 @@ class _Group:
                 self.lost = lost
                 self._changed.notify_all()
             time.sleep(GRACE)  # what it is at may not end, such as a kernel that waits for others
-            print(f"advkd: {lost}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"advkd: {lost}\n")  # at once, since processes may share it
+            sys.stderr.flush()
             os._exit(1)
 
     def _roll_call(self) -> str:

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from advkd.__main__ import COMMANDS, main
+from advkd.cli import guarded
 
 
 def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -73,3 +75,15 @@ def test_no_such_command(
         assert said.err == "advkd: there is no command 'distill'; see advkd --help\n"
     else:
         assert said.out.startswith("usage: advkd COMMAND")
+
+
+def test_an_error_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes may write to one stderr, and their lines are to stay whole."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append))
+
+    def fail() -> None:
+        raise ValueError("it cannot be")
+
+    assert guarded(fail) == 1
+    assert written == ["advkd: it cannot be\n"]
