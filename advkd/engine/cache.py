@@ -6,6 +6,7 @@ import operator
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -138,7 +139,8 @@ class _Snapshot:
             *(vars(module) for module in modules),
             *(vars(module)[name] for module in modules for name in _TABLES),
         ]
-        self._values = self._all_values()
+        self._lengths = list(map(len, self._tables))
+        self._values = list(self._all_values())
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._layouts = self._all_layouts()
         read = self._tensors if reads_content else []
@@ -148,14 +150,13 @@ class _Snapshot:
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the network is still as it was."""
-        values = self._all_values()
         return (
             type(model) is self._kind
             and list(map(type, self._inner)) == self._kinds
             and self._all_methods() == self._methods
             and list(map(len, self._hooks)) == self._hooked
-            and len(values) == len(self._values)
-            and all(map(operator.is_, values, self._values))
+            and list(map(len, self._tables)) == self._lengths
+            and all(map(operator.is_, self._all_values(), self._values))
             and self._all_layouts() == self._layouts
             and self._fingerprint() == self._content
         )
@@ -164,8 +165,8 @@ class _Snapshot:
         kinds = dict.fromkeys((self._kind, *self._kinds))
         return [method for kind in kinds for method in vars(kind).values() if callable(method)]
 
-    def _all_values(self) -> list[object]:
-        return list(chain.from_iterable(map(dict.values, self._tables)))
+    def _all_values(self) -> Iterator[object]:
+        return chain.from_iterable(map(dict.values, self._tables))
 
     def _all_layouts(self) -> list[_Layout]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]

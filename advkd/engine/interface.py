@@ -163,9 +163,11 @@ def check_labels(y: Tensor | None, images: int, classes: int | None) -> None:
         return
     if y.shape != (images,) or y.dtype is not torch.int64:
         raise ValueError(f"y {tuple(y.shape)} {y.dtype} is not ({images},) int64")
-    wrong = y[(y < 0) | (y >= classes)]
-    if len(wrong):
-        raise ValueError(f"label {int(wrong[0])} is not one of 0 .. {classes - 1}")
+    if not len(y):
+        return
+    low, high = (int(bound) for bound in y.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"label {low if low < 0 else high} is not one of 0 .. {classes - 1}")
 
 
 def patched(model: nn.Module) -> str | None:

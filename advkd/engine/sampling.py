@@ -78,7 +78,8 @@ def generate(
     numbers = torch.arange(first, first + num, dtype=torch.int64, device="cpu")
     if y is None:
         y = noise.labels(numbers, engine.classes)
-    check_labels(y, num, engine.classes)
+    else:
+        check_labels(y, num, engine.classes)
     parts = [slice(start, min(start + batch, num)) for start in range(0, num, batch)]
     passes = _Counter(len(parts) * (1 if table is None else len(table)), callback)
 
@@ -97,7 +98,8 @@ def generate(
     images = list(engine.map(sample, parts, threads))
     if not images:
         return torch.empty((0, *engine.shape), dtype=torch.float32, device="cpu")
-    return torch.cat(images).clamp(-1, 1).contiguous()
+    whole = images[0] if len(images) == 1 else torch.cat(images)
+    return whole.clamp(-1, 1).contiguous()
 
 
 def usual_batch(model: UNet | Student | Engine, size: int | None = None) -> int:

@@ -13,10 +13,11 @@ class Fingerprint {
   std::uint64_t value() const;
 
  private:
-  static constexpr int kLanes = 8;
-  void add(const std::uint64_t (&words)[kLanes]);
+  // Vectors as every processor has them.
+  typedef std::uint64_t Pair __attribute__((vector_size(2 * sizeof(std::uint64_t))));
+  static constexpr int kPairs = 4;
 
-  std::uint64_t first_[kLanes] = {}, second_[kLanes] = {};
+  Pair first_[kPairs] = {}, second_[kPairs] = {};
 };
 
 }  // namespace advkd
