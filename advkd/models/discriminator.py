@@ -32,8 +32,8 @@ def with_detail(x: Tensor) -> Tensor:
 
 
 def leaky(x: Tensor) -> Tensor:
-    """Leaky ReLU."""
-    return F.leaky_relu(x, SLOPE)
+    """Leaky ReLU, in the place of x: its gradient needs the result alone."""
+    return F.leaky_relu(x, SLOPE, inplace=True)
 
 
 class Discriminator(nn.Module):

@@ -1,8 +1,8 @@
 """The building blocks of teacher, student and discriminator.
 
 Attribute names follow diffusers where the teacher uses them, so that its tensors load by name.
-Every GroupNorm-SiLU of the package goes through `GroupNormSiLU`, and every 3x3 convolution between
-wide layers through `Conv3x3`.
+Every GroupNorm-SiLU of the package goes through `GroupNormSiLU`, and every 3x3 convolution of many
+channels that keeps the size through `Conv3x3`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkd.config import TARGETS, StudentConfig
-from advkd.models.layers import Attention, GroupNormSiLU, ResnetBlock
+from advkd.models.layers import Attention, Conv3x3, GroupNormSiLU, ResnetBlock
 
 FAMILIES = ("unet", "pyramid")
 MAX_BLOCKS = 256  # residual blocks of all submodules
@@ -27,7 +27,7 @@ class Head(nn.Module):
     def __init__(self, width: int, channels: int, groups: int):
         super().__init__()
         self.norm = GroupNormSiLU(groups, width)
-        self.conv = nn.Conv2d(width, channels, 3, padding=1)
+        self.conv = Conv3x3(width, channels)
 
     def forward(self, h: Tensor) -> Tensor:
         image: Tensor = self.conv(self.norm(h))

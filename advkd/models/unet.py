@@ -16,6 +16,7 @@ from advkd.config import UNetConfig, build
 from advkd.diffusion import Schedule
 from advkd.models.layers import (
     Attention,
+    Conv3x3,
     Downsample,
     GroupNormSiLU,
     ResnetBlock,
@@ -263,7 +264,7 @@ class UNet(nn.Module):
             up_channels = (up[min(i + 1, len(up) - 1)], up[max(i - 1, 0)], up[i])
             self.up_blocks.append(UpBlock(config, kind, up_channels, i == len(up) - 1))
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(widths[0], config.out_channels)
 
     @property
     def num_classes(self) -> int | None:

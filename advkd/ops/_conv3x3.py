@@ -107,9 +107,11 @@ def _channels_innermost(x: Tensor) -> Tensor:
 
 
 def _empty_pixels(like: Tensor, channels: int) -> Tensor:
-    """(B, channels, H, W) of the batch and size of `like`, channels_last whatever its shape."""
-    size = (like.shape[0], like.shape[2], like.shape[3], channels)
-    return torch.empty(size, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
+    """(B, channels, H, W) of the batch and size of `like`, channels_last whatever its shape; no
+    view, so that what comes behind a convolution may be done in place."""
+    B, _, H, W = like.shape
+    strides = (H * W * channels, 1, W * channels, channels)
+    return torch.empty_strided((B, channels, H, W), strides, dtype=like.dtype, device=like.device)
 
 
 def _conv3x3_fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -57,7 +57,7 @@ class Plan {
   // Floats of the memory that a pass of so many images takes: arena and workspace.
   std::int64_t floats(std::int64_t batch, int threads) const;
 
-  // Images of a pass at most, or fewer where a core's caches serve no more.
+  // Images of a pass at most, or fewer where a core's caches or a little memory serve no more.
   std::int64_t images_of_a_part() const;
 
   // Refuses a pass of too many images or threads, without what it needs, or with unknown labels.

@@ -216,6 +216,17 @@ def test_the_r1_gradient_is_the_references() -> None:
     assert 0 < error <= 1e-4  # fused indeed; about ten layers, each within 1e-5
 
 
+def test_what_follows_may_be_done_in_its_place() -> None:
+    leaves = [t.requires_grad_() for t in inputs((3, 16, 4, 4, 16))[:3]]
+
+    def gradients(inplace: bool) -> tuple[Tensor, ...]:
+        out = F.leaky_relu(ops.conv3x3(*leaves, backend="fused"), 0.2, inplace=inplace)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, weight, bias, _ = inputs(SHAPES[3])
     assert ops.conv3x3(x, weight, bias, backend="fused").grad_fn is None
