@@ -261,19 +261,19 @@ def describe(engine: CpuEngine, images: int, timed: bool = False) -> Iterator[st
 
 
 def _shares(ops: Sequence[Op], images: int, seconds: Sequence[float]) -> Iterator[str]:
-    """The share of a pass of each kind of operation, convolutions by their algorithm and kernel."""
-
-    def kind(op: Op) -> str:
-        kernel = op.numbers.get("kernel")
-        square = "" if kernel is None else f" {kernel}x{kernel}, {_algorithm(op)}"
-        return op.kind + square
-
+    """The share of a pass of each kind of operation."""
     total = sum(seconds)
-    for name in dict.fromkeys(map(kind, ops)):
-        of_kind = [i for i, op in enumerate(ops) if kind(op) == name]
+    for name in dict.fromkeys(map(kind_of, ops)):
+        of_kind = [i for i, op in enumerate(ops) if kind_of(op) == name]
         part = sum(seconds[i] for i in of_kind)
         flops = images * sum(ops[i].flops for i in of_kind)
         yield f"  {name:<30}{part / total:>6.1%}{flops / part / 1e9:>9.1f} GFLOP/s"
+
+
+def kind_of(op: Op) -> str:
+    """An operation's kind, a convolution's with its kernel and algorithm."""
+    kernel = op.numbers.get("kernel")
+    return op.kind if kernel is None else f"{op.kind} {kernel}x{kernel}, {_algorithm(op)}"
 
 
 def _algorithm(op: Op) -> str:

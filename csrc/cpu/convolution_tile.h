@@ -186,6 +186,23 @@ class OutputWriter {
     bias_ = lanes_ == kWidth ? load(from) : load_some(from, lanes_);
   }
 
+  // Whether its channels fill a vector.
+  bool full() const { return lanes_ == kWidth; }
+  bool has_residual() const { return residual_ != nullptr; }
+
+  // kCount pixels one after the other, where `full`.
+  template <bool kResidual, int kCount>
+  void write_row(std::int64_t pixel, const Vector (&sums)[kCount]) const {
+    float* const to = y_ + pixel * y_stride_;
+    const float* const residual = residual_ + pixel * residual_stride_;
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      Vector sum = sums[i] + bias_;
+      if constexpr (kResidual) sum += load(residual + i * residual_stride_);
+      store(to + i * y_stride_, sum * scale_);
+    }
+  }
+
   void write(std::int64_t pixel, Vector sum) const {
     float* const to = y_ + pixel * y_stride_;
     const float* const residual = residual_ + pixel * residual_stride_;

@@ -21,6 +21,22 @@ static inline __m512 exp2_by_parts(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.999999404e-01f));
   return _mm512_maskz_scalef_ps(0xFFFF, p, x);
 }
+#else
+// A number that is added to x > -128 leaves no digits behind the point, and those of x + 127, which
+// are a power of two's exponent, in the lowest bits.
+constexpr float kShift = 12582912.0f + 127.0f;  // 1.5 * 2^23
+
+// 2^n 2^f where n stands in `shifted` and |f| <= 1/2, within 2 ulp: 0 for n = -127, infinite for 128.
+static inline VectorOf<float> exp2_by_parts(VectorOf<float> shifted, VectorOf<float> f) {
+  VectorOf<float> p = f * 1.534581243e-04f + 1.339993090e-03f;
+  p = p * f + 9.618489072e-03f;
+  p = p * f + 5.550328642e-02f;
+  p = p * f + 2.402264625e-01f;
+  p = p * f + 6.931471825e-01f;
+  p = p * f + 1.0f;
+  typedef std::uint32_t Bits __attribute__((vector_size(sizeof f)));
+  return p * (VectorOf<float>)((Bits)shifted << 23);
+}
 #endif
 
 // 2^x for x < 128, within 2 ulp; 0 where it is below 2^-126; NaN stays NaN.
@@ -31,19 +47,10 @@ static inline VectorOf<float> exp2_of(VectorOf<float> x) {
   return (VectorOf<float>)_mm512_maskz_mov_ps(static_cast<__mmask16>(~below),
                                               exp2_by_parts((__m512)x));
 #else
-  // 2^x = 2^n 2^f, |f| <= 1/2. The lower bound gives the factor 2^n the bits of 0.
   const VectorOf<float> low = VectorOf<float>{} - 127.0f;
   x = low > x ? low : x;
-  const VectorOf<float> shifted = x + 12582912.0f;  // 1.5 * 2^23 leaves n in the low bits
-  const VectorOf<float> f = x - (shifted - 12582912.0f);
-  VectorOf<float> p = f * 1.534581243e-04f + 1.339993090e-03f;
-  p = p * f + 9.618489072e-03f;
-  p = p * f + 5.550328642e-02f;
-  p = p * f + 2.402264625e-01f;
-  p = p * f + 6.931471825e-01f;
-  p = p * f + 1.0f;
-  typedef std::uint32_t Bits __attribute__((vector_size(sizeof x)));
-  return p * (VectorOf<float>)(((Bits)shifted + 127u) << 23);
+  const VectorOf<float> shifted = x + kShift;
+  return exp2_by_parts(shifted, x - (shifted - kShift));
 #endif
 }
 
@@ -55,23 +62,15 @@ static inline VectorOf<double> exp2_of(VectorOf<double> x) {
 
 // e^x within |x| + 2 ulp; at most 2^-126 below -87.7, infinite from 88.8 on; NaN stays NaN.
 static inline VectorOf<float> exp_of(VectorOf<float> x) {
+  constexpr float log2_e = 1.44269504f;
 #ifdef __AVX512F__
-  return (VectorOf<float>)exp2_by_parts((__m512)(x * 1.44269504f));
+  return (VectorOf<float>)exp2_by_parts((__m512)(x * log2_e));
 #else
-  // e^x = 2^n e^f, |f| <= log(2) / 2. The bounds give the factor 2^n the bits of 0 and infinity.
   const VectorOf<float> low = VectorOf<float>{} - 88.0f, high = VectorOf<float>{} + 89.0f;
   x = low > x ? low : x;
   x = high < x ? high : x;
-  const VectorOf<float> shifted = x * 1.44269504f + 12582912.0f;
-  const VectorOf<float> n = shifted - 12582912.0f;
-  const VectorOf<float> f = x - n * 0.693359375f - n * -2.121944400e-04f;
-  VectorOf<float> p = f * 1.395047642e-03f + 8.368882351e-03f;
-  p = p * f + 4.166620597e-02f;
-  p = p * f + 1.666651815e-01f;
-  p = p * f + 0.5f;
-  p = p * f * f + f + 1.0f;
-  typedef std::uint32_t Bits __attribute__((vector_size(sizeof x)));
-  return p * (VectorOf<float>)(((Bits)shifted + 127u) << 23);
+  const VectorOf<float> shifted = x * log2_e + kShift;
+  return exp2_by_parts(shifted, x * log2_e - (shifted - kShift));
 #endif
 }
 

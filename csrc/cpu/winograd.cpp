@@ -88,12 +88,29 @@ class WinogradConvolution {
                   std::int64_t column, const Vector (&out)[kOut][kOut]) const {
     const std::int64_t pixel = (image * plan_.out_height + row) * plan_.out_width + column;
     const std::int64_t height = plan_.out_height - row, width = plan_.out_width - column;
+    // With 8 lanes it saves a quarter of the writing, with 16 nothing, and narrower ones are those of
+    // browsers, where little code counts more.
+    if constexpr (kWidth == 8) {
+      if (height >= kOut && width >= kOut && writer.full()) {
+        if (writer.has_residual()) return write_rows<true>(writer, pixel, out);
+        return write_rows<false>(writer, pixel, out);
+      }
+    }
 #pragma GCC unroll 4
     for (int y = 0; y < kOut; ++y) {
 #pragma GCC unroll 4
       for (int x = 0; x < kOut; ++x) {
         if (y < height && x < width) writer.write(pixel + y * plan_.out_width + x, out[y][x]);
       }
+    }
+  }
+
+  template <bool kResidual>
+  void write_rows(const OutputWriter& writer, std::int64_t pixel,
+                  const Vector (&out)[kOut][kOut]) const {
+#pragma GCC unroll 4
+    for (int y = 0; y < kOut; ++y) {
+      writer.template write_row<kResidual>(pixel + y * plan_.out_width, out[y]);
     }
   }
 

@@ -1,14 +1,18 @@
 """What the engine makes of a processor, beside torch's product of matrices on the same core.
 
 OMP_NUM_THREADS=1 python -m tests.bench.engine_figures          # one thread, by CPU time
+OMP_NUM_THREADS=1 python -m tests.bench.engine_figures isas     # each instruction set's kernels
 python -m tests.bench.engine_figures threads                    # one and two, by wall time
 
-The second wants a machine that does nothing else. Figures are medians of samples taken in turn.
+The last wants a machine that does nothing else. Figures are medians of samples taken in turn, those
+of single kinds of operations the least of some samples.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,9 +22,10 @@ from collections.abc import Callable
 import torch
 
 from advkd.diffusion import ddim_table
-from advkd.engine.cpu import CpuEngine, lower
+from advkd.engine.cpu import CpuEngine, kind_of, lower
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
+from advkd.ops import extension
 from advkd.pretrained import load_student
 
 from .bench_sampling_loop import PASSES, Shape, example, teacher_of
@@ -31,6 +36,10 @@ SAMPLE_SECONDS = 0.02
 MATRIX = 1024
 STEPS = 50
 BUSY = "while True: pass"
+REPEATS = 10  # of each operation, whose least time counts
+ISAS = ("avx512", "avx2", "portable")
+SGEMM, ALL = "a product of matrices", "all"
+UNITS = (", ms", "", ", GFLOP/s")
 
 Run = Callable[[], object]
 
@@ -166,11 +175,63 @@ def scaling() -> str:
     )
 
 
+def operations() -> dict[str, dict[str, list[float]]]:
+    """GFLOP and seconds of a pass by kind of operation, by the instruction set in use; and of a
+    product of matrices."""
+    product, gflop = sgemm()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        product()
+        seconds.append(time.process_time() - start)
+    found = {SGEMM: {"sgemm": [gflop, min(seconds)]}}
+    for shape in PASSES:
+        engine, _ = engine_of(shape)
+        kinds = found[shape.name] = {}
+        for op, spent in zip(engine.plan.ops, engine.profile(shape.batch, REPEATS), strict=True):
+            gflop_and_seconds = kinds.setdefault(kind_of(op), [0.0, 0.0])
+            gflop_and_seconds[0] += 1e-9 * op.flops * shape.batch
+            gflop_and_seconds[1] += spent
+    return found
+
+
+def side_by_side() -> str:
+    """Where a pass goes, and how fast that is, by each instruction set that runs here."""
+    isas = [isa for isa in ISAS if extension and isa in extension.isas()]
+    found = {}
+    for isa in isas:
+        command = [sys.executable, "-m", "tests.bench.engine_figures", "operations"]
+        run = subprocess.run(
+            command, env=os.environ | {"ADVKD_ISA": isa}, check=True, capture_output=True, text=True
+        )
+        found[isa] = json.loads(run.stdout)
+    rows = []
+    for name, kinds in found[isas[0]].items():
+        for isa in isas:
+            parts = found[isa][name]
+            found[isa][name][ALL] = [sum(numbers) for numbers in zip(*parts.values(), strict=True)]
+        for kind in kinds:
+            row = [name, kind]
+            for isa in isas:
+                (gflop, seconds), (_, whole) = found[isa][name][kind], found[isa][name][ALL]
+                row += [f"{seconds * 1e3:.3g}", f"{seconds / whole:.0%}", f"{gflop / seconds:.0f}"]
+            rows.append(row)
+    return markdown(
+        ["a pass of", "operations", *(f"{isa}{unit}" for isa in isas for unit in UNITS)], rows
+    )
+
+
 def main() -> None:
     if sys.argv[1:] == ["threads"]:
         print(scaling())
         return
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["operations"]:
+        print(json.dumps(operations()))
+        return
+    if sys.argv[1:] == ["isas"]:
+        print(side_by_side())
+        return
     for part in (passes, overhead, student):
         print(part(), end="\n\n", flush=True)
 
