@@ -162,9 +162,9 @@ def test_what_does_not_fit_is_listed(pipeline: Path) -> None:
 def test_unknown_block_type_is_an_error(pipeline: Path) -> None:
     config = pipeline / "unet" / "config.json"
     settings = json.loads(config.read_text())
-    settings["down_block_types"][0] = "ResnetDownsampleBlock2D"
+    settings["down_block_types"][0] = "SkipDownBlock2D"
     config.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="ResnetDownsampleBlock2D"):
+    with pytest.raises(ValueError, match="SkipDownBlock2D"):
         load_teacher(pipeline)
 
 

@@ -201,7 +201,9 @@ def _initial_unet(config: Config) -> UNet:
             )
         unet.load_state_dict(given.state_dict(), strict=of_classes is None)
         if of_classes is not None:
-            torch.nn.init.zeros_(of_classes.weight)
+            last = getattr(of_classes, "linear_2", of_classes)
+            for parameter in last.parameters():
+                torch.nn.init.zeros_(parameter)
     return unet
 
 
