@@ -98,6 +98,34 @@ TEACHERS = {
         ),
         (8, 8),
     ),
+    "FiLM": (dataclasses.replace(SMALL, resnet_time_scale_shift="scale_shift"), (8, 8)),
+    "resampled by resnets, FiLM, a rectangle": (
+        dataclasses.replace(
+            SMALL,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(12, 20, 24),
+            norm_num_groups=2,
+            down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            downsample_type="resnet",
+            upsample_type="resnet",
+            resnet_time_scale_shift="scale_shift",
+            attention_head_dim=(4, 5, 24),
+        ),
+        (12, 20),
+    ),
+    "resampled by resnets": (
+        dataclasses.replace(
+            SMALL,
+            block_out_channels=(16, 40),
+            down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"),
+            up_block_types=("ResnetUpsampleBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+        ),
+        (16, 8),
+    ),
+    "no middle block": (dataclasses.replace(SMALL, mid_block_type=None), (8, 8)),
     "sizes of other numbers": (dataclasses.replace(SMALL, sample_size=None), (22, 18)),
 }
 STUDENTS = {
@@ -189,6 +217,20 @@ def test_a_teacher_is_conditioned_on_the_time(t: int) -> None:
     unet = teacher()
     x = noise(unet, (8, 8))
     assert distance(lower(unet, (8, 8), batch=4).run(x, t=t), exactly(unet, x, t)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["small", "FiLM", "resampled by resnets, FiLM, a rectangle"])
+@pytest.mark.parametrize("kind", [None, "timestep"])
+def test_class_conditional_teachers_of_each_kind(name: str, kind: str | None) -> None:
+    torch.manual_seed(0)
+    config, size = TEACHERS[name]
+    config = dataclasses.replace(config, num_class_embeds=5, class_embed_type=kind)
+    unet = scrambled(UNet(config))
+    x, y = noise(unet, size), torch.tensor([4, 0, 3])
+    found = lower(unet, size, batch=2).run(x, y, t=9, nan_fill=True)
+    assert distance(found, exactly(unet, x, 9, y)) <= TOLERANCE
+    again = lower(unet, size, batch=2).run(x, y, t=9, threads=2)
+    assert torch.equal(found, again)
 
 
 def test_class_conditional_teacher() -> None:

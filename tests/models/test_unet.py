@@ -255,7 +255,7 @@ def test_config_round_trip() -> None:
     [
         ({"act_fn": "gelu"}, ["act_fn", "gelu"]),
         ({"resnet_time_scale_shift": "spatial"}, ["resnet_time_scale_shift", "spatial"]),
-        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier", "Fourier features"]),
+        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "Fourier features"]),
         ({"time_embedding_type": "learned"}, ["time_embedding_type", "learned", "table of times"]),
         ({"downsample_type": "fir"}, ["downsample_type", "fir"]),
         ({"upsample_type": 3}, ["upsample_type"]),
