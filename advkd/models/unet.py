@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from advkd.config import UNetConfig, build
-from advkd.diffusion import Schedule
+from advkd.diffusion import LEARNED_RANGE, Schedule
 from advkd.models.layers import (
     Attention,
     Conv3x3,
@@ -318,7 +318,7 @@ class UNet(nn.Module):
         """Whether a variance follows the prediction, in as many channels (Nichol and Dhariwal
         2021)."""
         twice = self.config.out_channels == 2 * self.config.in_channels
-        return twice and self.schedule.variance_type == "learned_range"
+        return twice and self.schedule.variance_type == LEARNED_RANGE
 
     def embed_time(self, t: Tensor | int, batch: int) -> Tensor:
         """The time embedding without a class: (batch, hidden)."""

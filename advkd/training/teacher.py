@@ -37,7 +37,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]  # clean images, noise, tim
 _NOT_LEARNED = {
     *("sample_size", "dropout"),
     *("clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset"),
-    "set_alpha_to_one",
+    *("set_alpha_to_one", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 }
 
 
