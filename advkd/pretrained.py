@@ -58,7 +58,7 @@ DEPRECATED_ATTENTION = {
 }
 # Parts of a tensor's name that torch.compile, DDP, FSDP and activation checkpointing add.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -116,10 +116,15 @@ def load_network(
     for one in files:
         tensors |= {names[name]: tensor for name, tensor in read_tensors(one, sha256).items()}
     load_strictly(network, tensors, files[0])
+    check_finite(network, files[0])
+    return network
+
+
+def check_finite(network: nn.Module, file: Path) -> None:
+    """Raise CheckpointError where a network that was read from `file` has NaN or infinity."""
     for name, tensor in network.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{files[0]} cannot be used: {name} holds NaN or infinity")
-    return network
+            raise CheckpointError(f"{file} cannot be used: {name} holds NaN or infinity")
 
 
 def _brief(error: Exception) -> str:
@@ -163,15 +168,19 @@ def save_teacher(unet: UNet, folder: Path, dtype: torch.dtype = torch.float32) -
     )
 
 
-def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNet:
+def load_teacher(
+    source: str | Path,
+    scheduler: str | Path | None = None,
+    weights: Sequence[Path] | None = None,
+) -> UNet:
     """Load a DDPM UNet as diffusers or advkd saved it, in float32 on the CPU, ready to sample.
 
     `source` is a pipeline folder, a flat folder as the google/ddpm-* uploads are, a bare `unet/`
     folder (then `scheduler` names the folder or file of its scheduler_config.json), or `zoo:NAME`.
     Only safetensors are read: `diffusion_pytorch_model.safetensors` or the one variant that stands
     in its place, such as `diffusion_pytorch_model.fp16.safetensors`, or in several parts with an
-    index. Raises CheckpointError for a
-    file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
+    index. `weights` are safetensors files in place of the folder's own. Raises CheckpointError for
+    a file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
     setting that is not supported; both name the file.
     """
     folder = resolve(source)
@@ -190,8 +199,8 @@ def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNe
             f"{config_file} gives {config.out_channels} channels for {config.in_channels}: "
             f"{LEARNED_RANGE!r} belongs to twice as many, and twice as many to it"
         )
-    weights = _weights_files(unet_folder)
-    unet = load_network(lambda: UNet(config, schedule), config_file, weights, rename=_modern)
+    files = weights or _weights_files(unet_folder)
+    unet = load_network(lambda: UNet(config, schedule), config_file, files, rename=_modern)
     unet.class_names = names
     return unet
 
@@ -249,13 +258,32 @@ def _weights_files(folder: Path) -> list[Path]:
             f"{folder} holds its weights in several files ({parts[0]}, ...) without the "
             f"{WEIGHTS}.index.json that lists them"
         )
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{folder} holds only a pickle ({pickles[0]}), which no command reads but one: "
             f"advkd convert {folder} NEW_FOLDER"
         )
     raise CheckpointError(f"{folder} has no {WEIGHTS}")
+
+
+def pickles_of(source: str | Path) -> list[Path]:
+    """The pickles that a folder of diffusers has for its weights: one, or several parts; none
+    where it has safetensors. CheckpointError where they could be either of several networks."""
+    folder = _unet_folder(resolve(source))
+    if any(folder.glob("*.safetensors")):
+        return []
+    stem = WEIGHTS.partition(".")[0]
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+    usual = [file for file in pickles if file.name == f"{stem}.bin"]
+    parts = [file for file in pickles if re.fullmatch(rf"{stem}-\d+-of-\d+\.bin", file.name)]
+    found = usual or parts or pickles
+    if not found:
+        raise CheckpointError(f"{folder} has no {WEIGHTS}, and no {stem}.bin")
+    if len(found) > 1 and found != parts:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder} has several weights ({names}); rename one to {stem}.bin")
+    return found
 
 
 def _listed_files(index: Path) -> list[Path]:
