@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +19,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import nn
 
-from advkd import convert
+from advkd import convert, pickles
 from advkd.diffusion import ddpm_table
 from advkd.engine.eager import general_step
 from advkd.models.guided_diffusion import (
@@ -50,6 +53,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+@pytest.fixture(autouse=True)
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles are read here and now, since a process takes seconds; a few tests want one."""
+    if "own_process" in request.keywords:
+        return
+
+    def here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            status = pickles.main(*command[3:])
+        return subprocess.CompletedProcess(command, status, "", errors.getvalue())
+
+    monkeypatch.setattr(pickles.subprocess, "run", here)
+
+
+own_process = pytest.mark.own_process
+
+
 def randomize(network: nn.Module) -> None:
     """Random values in every parameter: zeros and ones would hide swapped tensors."""
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +99,9 @@ def network() -> UNet2DModel:
     return network.eval()
 
 
-@pytest.mark.parametrize("size", ["10GB", "20KB"], ids=["whole", "in parts"])
+@pytest.mark.parametrize(
+    "size", [pytest.param("10GB", marks=own_process, id="whole"), pytest.param("20KB", id="parts")]
+)
 @pytest.mark.parametrize("layout", ["pipeline", "flat", "unet alone"])
 @torch.no_grad()
 def test_pickles_of_diffusers(
@@ -208,8 +231,9 @@ def test_rescaled_times_are_the_whole_ones() -> None:
     _, diffusion = original(GUIDED["as its defaults"] | flags)
     with pytest.warns(UserWarning, match="of the 4000 training times those 1000"):
         schedule = schedule_from_flags(parse_flags(words_of(flags)))
-    asked = [float(diffusion._scale_timesteps(torch.tensor(t))) for t in range(0, 4000, 4)]
-    assert asked == list(range(1000))
+    network = diffusion._wrap_model(lambda _, times: times)  # what it gives a network for t
+    asked = network(None, torch.arange(0, 4000, 4))
+    assert asked.tolist() == list(range(1000))
     np.testing.assert_allclose(schedule.alpha_bar, diffusion.alphas_cumprod[::4], rtol=1e-9)
 
 
@@ -280,6 +304,7 @@ def refused(run: Run, folder: Path, *words: object) -> str:
     return said
 
 
+@own_process
 def test_a_pickle_calls_nothing(tmp_path: Path, run: Run) -> None:
     torch.save({"conv_in.weight": Calls(tmp_path / "made")}, tmp_path / "old.pt")
     assert "cannot be converted" in refused(run, tmp_path)
