@@ -193,11 +193,11 @@ def load_teacher(
     with _naming(config_file):
         config = config_from_diffusers(settings)
         names = _class_names(settings.get(CLASS_NAMES), config.num_class_embeds)
-    if (config.out_channels == 2 * config.in_channels) != (schedule.variance_type == LEARNED_RANGE):
+    learned = schedule.variance_type == LEARNED_RANGE
+    if learned and config.out_channels != 2 * config.in_channels:
         raise ConfigError(
-            f"{schedule_file} has variance_type={schedule.variance_type!r}, and the network of "
-            f"{config_file} gives {config.out_channels} channels for {config.in_channels}: "
-            f"{LEARNED_RANGE!r} belongs to twice as many, and twice as many to it"
+            f"{schedule_file} has variance_type={LEARNED_RANGE!r}, but the network of "
+            f"{config_file} gives {config.out_channels} channels for {config.in_channels}, not twice as many"
         )
     files = weights or _weights_files(unet_folder)
     unet = load_network(lambda: UNet(config, schedule), config_file, files, rename=_modern)

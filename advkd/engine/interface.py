@@ -148,8 +148,8 @@ def input_shape(model: UNet | Student, size: tuple[int, int] | None = None) -> t
         if model.config.out_channels != channels and not model.learns_variance:
             raise ValueError(
                 f"this teacher takes {channels} channels and gives {model.config.out_channels}, "
-                f"which no sampler here can use; {2 * channels} with variance_type='learned_range' "
-                "are a prediction and its variance"
+                f"which no sampler can use: {2 * channels} would be a prediction and its variance, "
+                "if scheduler_config.json had variance_type='learned_range'"
             )
     if size is None:
         if own is None:

@@ -196,12 +196,14 @@ def test_teacher_equals_its_module(name: str, batch: int) -> None:
     assert distance(found, exactly(unet, x, 7)) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "name", ["as google/ddpm-cifar10-32", "resampled by resnets, FiLM, a rectangle"]
+)
 @pytest.mark.parametrize("isa_name", ["portable", "avx2", "avx512"])
-def test_teacher_on_every_instruction_set(isa_name: str) -> None:
+def test_teacher_on_every_instruction_set(isa_name: str, name: str) -> None:
     assert ops.extension is not None
     if isa_name not in ops.extension.isas():
         pytest.skip(f"this machine does not run {isa_name}")
-    name = "as google/ddpm-cifar10-32"
     unet, size = teacher(name), TEACHERS[name][1]
     x, before = noise(unet, size), ops.extension.isa()
     ops.extension.set_isa(isa_name)
@@ -623,6 +625,30 @@ def in_head(data: st.DataObject, corrupt: plan.Plan) -> plan.Plan:
 )
 def test_what_is_wrong_is_said(words: str, spoil: Callable[[plan.Plan], object]) -> None:
     corrupt = changed(lower(teacher(), (8, 8), batch=2).plan)
+    spoil(corrupt)
+    with pytest.raises(ValueError, match=f"corrupt plan: .*{words}"):
+        corrupt.compiled()
+
+
+@pytest.mark.parametrize(
+    ("words", "spoil"),
+    [
+        ("it has no film", lambda p: drop(p, "film", "film_conditioning")),
+        ("film_conditioning=.* is not", lambda p: number(p, "film", "film_conditioning", -1)),
+        ("scale is not dense", lambda p: number(p, "film", "channels", 1)),
+        ("fewer channels than", lambda p: number(p, "film", "channels", 1 << 19)),
+        ("sides are not even", lambda p: number(p, "average_pool", "height", 3)),
+        ("other pixels", lambda p: number(p, "average_pool", "width", 4)),
+        ("silu=2 is not between", lambda p: number(p, "average_pool", "silu", 2)),
+        ("not known", lambda p: number(p, "average_pool", "y_scale", 1)),
+    ],
+)
+def test_what_is_wrong_with_operations_of_teachers(
+    words: str, spoil: Callable[[plan.Plan], object]
+) -> None:
+    name = "resampled by resnets, FiLM, a rectangle"
+    corrupt = changed(lower(teacher(name), TEACHERS[name][1], batch=2).plan)
+    corrupt.compiled()
     spoil(corrupt)
     with pytest.raises(ValueError, match=f"corrupt plan: .*{words}"):
         corrupt.compiled()
