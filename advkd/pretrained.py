@@ -197,7 +197,8 @@ def load_teacher(
     if learned and config.out_channels != 2 * config.in_channels:
         raise ConfigError(
             f"{schedule_file} has variance_type={LEARNED_RANGE!r}, but the network of "
-            f"{config_file} gives {config.out_channels} channels for {config.in_channels}, not twice as many"
+            f"{config_file} gives {config.out_channels} channels for {config.in_channels}, not "
+            "twice as many"
         )
     files = weights or _weights_files(unet_folder)
     unet = load_network(lambda: UNet(config, schedule), config_file, files, rename=_modern)
