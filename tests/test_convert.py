@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -377,3 +378,22 @@ def test_several_pickles_are_named(network: UNet2DModel, tmp_path: Path, run: Ru
     weights.unlink()
     status, said = run(tmp_path / "old", tmp_path / "new")
     assert status == 1 and "a.pt, b.ckpt" in said
+
+
+def test_the_documented_forms_are_those_that_are_compared() -> None:
+    """docs/teachers.md has a row for each form of tests/against/teachers.py, and no other."""
+    root = Path(__file__).resolve().parents[1]
+    path = root / "tests" / "against" / "teachers.py"
+    spec = importlib.util.spec_from_file_location("against_teachers", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (root / "docs" / "teachers.md").read_text().partition("\n## ")[0]
+    rows = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ")]
+    tables = [i for i, row in enumerate(rows) if " of diffusers " in row or row == "files"]
+    found = [rows[i + 1 : j] for i, j in zip(tables, [*tables[1:], len(rows)], strict=True)]
+    networks, files, schedules = found
+    guided = next(i for i, row in enumerate(files) if row.startswith("guided-diffusion"))
+    assert networks == list(module.NETWORKS)
+    assert files[guided + 1 :] == list(module.GUIDED)
+    assert schedules == list(module.SCHEDULES)
