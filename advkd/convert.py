@@ -16,7 +16,7 @@ import torch
 from advkd.cli import guarded
 from advkd.files import CheckpointError, load_strictly, read_tensors
 from advkd.models import guided_diffusion
-from advkd.models.unet import UNet
+from advkd.models.unet import UNet, config_to_diffusers
 from advkd.pickles import unpickle
 from advkd.pretrained import PICKLES, check_finite, load_teacher, pickles_of, save_teacher
 
@@ -67,9 +67,11 @@ def convert(args: argparse.Namespace) -> None:
             args.new.rmdir()
         os.replace(room / "new", args.new)
     millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    print(
-        f"{args.new}: a UNet of {millions:.1f} million parameters, as diffusers and advkd read it"
-    )
+    several = isinstance(config_to_diffusers(unet.config)["attention_head_dim"], tuple)
+    readers = "advkd and diffusers read it"
+    if several:
+        readers = "advkd alone reads it: levels differ in their heads"
+    print(f"{args.new}: a UNet of {millions:.1f} million parameters, as {readers}")
 
 
 def _of_diffusers(args: argparse.Namespace, room: Path) -> UNet:

@@ -193,7 +193,9 @@ def test_a_checkpoint_of_guided_diffusion(name: str, tmp_path: Path, run: Run) -
     y = torch.tensor([5, 999]) if flags.get("class_cond") else None
     expected = theirs(x, t) if y is None else theirs(x, t, y)
     assert_agree(ours(x, t, y), expected)
-    if ours.config.attention_head_dim is None or isinstance(ours.config.attention_head_dim, int):
+    one_size = not isinstance(ours.config.attention_head_dim, tuple)
+    assert one_size == ("diffusers read it" in said) == (name != "as its defaults")
+    if one_size:
         pipe = (DDPMPipeline if flags.get("learn_sigma") else DDIMPipeline).from_pretrained(
             tmp_path / "new"
         )
