@@ -209,6 +209,7 @@ def compile_units(
     isas = isa_flags(machine)
     dot_products = {n: f for n, f in dot_product_flags(machine).items() if n not in left_out}
     have = [f"-DADVKD_HAVE_{isa.upper()}" for isa in (*isas, *dot_products)]
+    have += ["-DADVKD_TEACHERS"]  # operations that no student has
     if isinstance(cuda, Cuda):
         have += ["-DADVKD_HAVE_CUDA", f'-DADVKD_CUDA_ARCHS="{" ".join(cuda.numbers())}"']
         have += [f"-I{cuda.home / 'include'}"]

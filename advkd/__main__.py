@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "sample images from a student or a teacher",
     "evaluate": "evaluate networks, or fit features to evaluate by",
     "export": "write a student as ONNX or a torch.export program",
+    "convert": "write a teacher in an old or foreign form as a folder of safetensors",
     "info": "versions, instruction set and which backend serves each op",
 }
 

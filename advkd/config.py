@@ -23,8 +23,9 @@ from typing import Any
 
 SAMPLERS = ("ddim", "ddpm")
 TARGETS = ("denoised", "state")
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+RESAMPLERS = ("conv", "resnet")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -93,18 +94,26 @@ class UNetConfig:
         ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), DOWN_BLOCKS
     )
     up_block_types: tuple[str, ...] = one_of(("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), UP_BLOCKS)
+    mid_block_type: str | None = one_of("UNetMidBlock2D", ("UNetMidBlock2D",))  # None = no block
     layers_per_block: int = within(2, 1, 64)
-    attention_head_dim: int | None = within(None, 1, MAX_WIDTH)  # None = one head over all channels
+    # None = one head over all channels; a list has an entry a level, the highest resolution first
+    attention_head_dim: int | tuple[int, ...] | None = within(None, 1, MAX_WIDTH)
     norm_num_groups: int = within(8, 1, MAX_WIDTH)
+    attn_norm_num_groups: int | None = within(None, 1, MAX_WIDTH)  # of the middle block's attention
     norm_eps: float = within(1e-5, 0, 1)
     freq_shift: int = within(0, 0, 1)
     flip_sin_to_cos: bool = True
+    time_embedding_dim: int | None = within(None, 1, MAX_WIDTH)  # None = 4 block_out_channels[0]
+    resnet_time_scale_shift: str = one_of("default", ("default", "scale_shift"))  # or FiLM
     downsample_padding: int = within(1, 0, 1)
+    downsample_type: str = one_of("conv", RESAMPLERS)  # of levels with attention on the way down
+    upsample_type: str = one_of("conv", RESAMPLERS)  # of levels with attention on the way up
     mid_block_scale_factor: float = within(1.0, 0, 1e6, above=True)
     add_attention: bool = True
     center_input_sample: bool = False
     dropout: float = within(0.0, 0, 1)
     num_class_embeds: int | None = within(None, 1, MAX_CLASSES)  # None = unconditional
+    class_embed_type: str | None = one_of(None, ("timestep",))  # None = a table; else as the time
 
 
 @dataclass(frozen=True)
@@ -431,8 +440,12 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where!r} is a table, not {_shown(value)}")
         return build(typing.cast(type, hint), value, f"{where}.")
     if isinstance(hint, types.UnionType):
-        inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-        return None if value in (None, "none") else _checked(inner, value, where)
+        if value is None or value == "none":
+            return None
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        is_list = isinstance(value, list | tuple)
+        fitting = [arg for arg in inner if (typing.get_origin(arg) is tuple) == is_list]
+        return _checked((fitting or inner)[0], value, where)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):

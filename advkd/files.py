@@ -31,9 +31,12 @@ MAX_DIMENSIONS = 8  # of a tensor
 LISTED = 6  # problems of one file that a message spells out
 
 # What often stands in for a file that was not downloaded or converted, by its first bytes.
-_MISTAKEN = (
+_NOT_FETCHED = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"<", "a web page or XML"),
+)
+_MISTAKEN = (
+    *_NOT_FETCHED,
     (b"PK\x03\x04", "a ZIP archive, as torch.save writes its pickles"),
     (b"\x80\x02", "a pickle"),
 )
@@ -196,6 +199,14 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _mistaken(head: bytes) -> str | None:
     """What a file that begins with these bytes is instead of text or safetensors, if known."""
     return next((words for first, words in _MISTAKEN if head.startswith(first)), None)
+
+
+def check_downloaded(path: Path) -> None:
+    """Raise CheckpointError for a file that is absent or stands in for one not fetched yet."""
+    with _opened(path) as file:
+        head = file.read(64)
+    if head.startswith(tuple(first for first, _ in _NOT_FETCHED)):
+        raise CheckpointError(f"{path} cannot be read: it is {_mistaken(head)}")
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.resources
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from advkd.config import (
     one_of,
     within,
 )
-from advkd.diffusion import Schedule
+from advkd.diffusion import LEARNED_RANGE, Schedule
 from advkd.files import (
     CheckpointError,
     check_fit,
@@ -57,7 +58,7 @@ DEPRECATED_ATTENTION = {
 }
 # Parts of a tensor's name that torch.compile, DDP, FSDP and activation checkpointing add.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -84,7 +85,7 @@ def resolve(source: str | Path) -> Path:
 def load_network(
     make: Callable[[], Network],
     config: Path,
-    file: Path,
+    file: Path | Sequence[Path],
     *,
     sha256: str | None = None,
     rename: Callable[[str], str] = lambda name: name,
@@ -92,10 +93,11 @@ def load_network(
     """Make a network and load its weights from a safetensors file: float32, on the CPU, frozen.
 
     `make()` runs on device `meta`, and what it returns is compared with the header of `file` before
-    any memory is taken. `config` is the file that it has its settings from. Names in `file` are
-    freed of what wrappers such as torch.compile add, then passed to `rename`. Raises
-    CheckpointError, naming the file, for settings that no network has, for weights that are absent,
-    broken, not the ones written (`sha256`) or of another network, and for NaN or infinity.
+    any memory is taken; a large network's file may be several. `config` is the file that it has its
+    settings from. Names in `file` are freed of what wrappers such as torch.compile add, then passed
+    to `rename`. Raises CheckpointError, naming the file, for settings that no network has, for
+    weights that are absent, broken, not the ones written (`sha256`) or of another network, and for
+    NaN or infinity.
     """
     try:
         with torch.device("meta"):
@@ -103,17 +105,26 @@ def load_network(
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{config} describes no network: {_brief(error)}") from None
     network = network.float().eval().requires_grad_(False)
-    header = read_header(file)
-    names = _names(list(header), rename, file)
-    infos = {names[name]: info for name, info in header.items()}
-    check_fit(network.state_dict(), infos, file, f"the network that {config} describes")
-    tensors = read_tensors(file, sha256)
+    files = [file] if isinstance(file, Path) else list(file)
+    headers = {one: read_header(one) for one in files}
+    stored = [name for header in headers.values() for name in header]
+    names = _names(stored, rename, files[0])
+    infos = {names[name]: info for header in headers.values() for name, info in header.items()}
+    check_fit(network.state_dict(), infos, files[0], f"the network that {config} describes")
     network = network.to_empty(device="cpu")
-    load_strictly(network, {names[name]: tensor for name, tensor in tensors.items()}, file)
+    tensors: dict[str, torch.Tensor] = {}
+    for one in files:
+        tensors |= {names[name]: tensor for name, tensor in read_tensors(one, sha256).items()}
+    load_strictly(network, tensors, files[0])
+    check_finite(network, files[0])
+    return network
+
+
+def check_finite(network: nn.Module, file: Path) -> None:
+    """Raise CheckpointError where a network that was read from `file` has NaN or infinity."""
     for name, tensor in network.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file} cannot be used: {name} holds NaN or infinity")
-    return network
 
 
 def _brief(error: Exception) -> str:
@@ -125,6 +136,8 @@ def _names(stored: Sequence[str], rename: Callable[[str], str], file: Path) -> d
     """The network's name for each stored one; CheckpointError where two have the same."""
     names = {}
     for name in stored:
+        if name in names:
+            raise CheckpointError(f"{file} and the files beside it hold twice: {name:.200}")
         parts = (part for part in name.split(".") if part not in _WRAPPERS)
         names[name] = rename(".".join(parts))
     found = list(names.values())
@@ -148,25 +161,30 @@ def save_teacher(unet: UNet, folder: Path, dtype: torch.dtype = torch.float32) -
     write_json(
         folder / "model_index.json",
         {
-            "_class_name": "DDIMPipeline",
-            "scheduler": ["diffusers", "DDIMScheduler"],
+            "_class_name": unet.schedule.scheduler.replace("Scheduler", "Pipeline"),
+            "scheduler": ["diffusers", unet.schedule.scheduler],
             "unet": ["diffusers", "UNet2DModel"],
         },
     )
 
 
-def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNet:
+def load_teacher(
+    source: str | Path,
+    scheduler: str | Path | None = None,
+    weights: Sequence[Path] | None = None,
+) -> UNet:
     """Load a DDPM UNet as diffusers or advkd saved it, in float32 on the CPU, ready to sample.
 
     `source` is a pipeline folder, a flat folder as the google/ddpm-* uploads are, a bare `unet/`
     folder (then `scheduler` names the folder or file of its scheduler_config.json), or `zoo:NAME`.
     Only safetensors are read: `diffusion_pytorch_model.safetensors` or the one variant that stands
-    in its place, such as `diffusion_pytorch_model.fp16.safetensors`. Raises CheckpointError for a
-    file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
+    in its place, such as `diffusion_pytorch_model.fp16.safetensors`, or in several parts with an
+    index. `weights` are safetensors files in place of the folder's own. Raises CheckpointError for
+    a file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
     setting that is not supported; both name the file.
     """
     folder = resolve(source)
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet_folder = _unet_folder(folder)
     schedule_file = _scheduler_file(folder, scheduler)
     with _naming(schedule_file):
         schedule = Schedule.from_diffusers(read_json(schedule_file))
@@ -175,10 +193,30 @@ def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNe
     with _naming(config_file):
         config = config_from_diffusers(settings)
         names = _class_names(settings.get(CLASS_NAMES), config.num_class_embeds)
-    weights = _weights_file(unet_folder)
-    unet = load_network(lambda: UNet(config, schedule), config_file, weights, rename=_modern)
+    learned = schedule.variance_type == LEARNED_RANGE
+    if learned and config.out_channels != 2 * config.in_channels:
+        raise ConfigError(
+            f"{schedule_file} has variance_type={LEARNED_RANGE!r}, but the network of "
+            f"{config_file} gives {config.out_channels} channels for {config.in_channels}, not "
+            "twice as many"
+        )
+    files = weights or _weights_files(unet_folder)
+    unet = load_network(lambda: UNet(config, schedule), config_file, files, rename=_modern)
     unet.class_names = names
     return unet
+
+
+def _unet_folder(folder: Path) -> Path:
+    """Where the network of a pipeline's folder lies, or of a checkpoint of diffusers' trainings."""
+    if (folder / "unet").is_dir():
+        if (folder / "unet_ema").is_dir():
+            warnings.warn(
+                f"{folder} has unet/ and its average unet_ema/: unet/ is taken; name the other to "
+                "take that",
+                stacklevel=3,
+            )
+        return folder / "unet"
+    return folder / "unet_ema" if (folder / "unet_ema").is_dir() else folder
 
 
 @contextlib.contextmanager
@@ -198,33 +236,67 @@ def _modern(name: str) -> str:
     return name
 
 
-def _weights_file(folder: Path) -> Path:
-    """The safetensors file of a unet folder; CheckpointError says what is there instead."""
+def _weights_files(folder: Path) -> list[Path]:
+    """The safetensors files of a unet folder; CheckpointError says what is there instead."""
     if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    stem, suffix = WEIGHTS.split(".")
+        return [folder / WEIGHTS]
+    stem = WEIGHTS.partition(".")[0]
     files = sorted(file.name for file in folder.iterdir() if file.is_file())
-    parts = [name for name in files if re.search(r"-\d+-of-\d+", name) or ".index." in name]
+    whole = [n for n in files if re.fullmatch(rf"{stem}\.\w+\.safetensors", n)]
+    indices = [n for n in files if re.fullmatch(rf"{stem}\.safetensors\.index(\.\w+)?\.json", n)]
+    variants = [*whole, *indices]
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{folder} has several weights ({', '.join(variants)}); rename one to {WEIGHTS}, or "
+            "move the others away"
+        )
+    if variants:
+        one = folder / variants[0]
+        return _listed_files(one) if indices else [one]
+    parts = [n for n in files if re.search(r"-\d+-of-\d+\.safetensors$", n)]
     if parts:
         raise CheckpointError(
-            f"{folder} holds its weights in several files ({parts[0]}, ...), and advkd reads one: "
-            "save it anew with diffusers, save_pretrained(NEW_FOLDER, max_shard_size='100GB')"
+            f"{folder} holds its weights in several files ({parts[0]}, ...) without the "
+            f"{WEIGHTS}.index.json that lists them"
         )
-    variants = [n for n in files if n.startswith(f"{stem}.") and n.endswith(f".{suffix}")]
-    if len(variants) == 1:
-        return folder / variants[0]
-    if variants:
-        raise CheckpointError(
-            f"{folder} has several weights ({', '.join(variants)}); rename one to {WEIGHTS}"
-        )
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
-            f"{folder} holds only a pickle ({pickles[0]}), which advkd never reads: convert "
-            "it with diffusers, UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
-            ".save_pretrained(NEW_FOLDER)"
+            f"{folder} holds only a pickle ({pickles[0]}), which no command reads but one: "
+            f"advkd convert {folder} NEW_FOLDER"
         )
     raise CheckpointError(f"{folder} has no {WEIGHTS}")
+
+
+def pickles_of(source: str | Path) -> list[Path]:
+    """The pickles that a folder of diffusers has for its weights: one, or several parts; none
+    where it has safetensors. CheckpointError where they could be either of several networks."""
+    folder = _unet_folder(resolve(source))
+    if any(folder.glob("*.safetensors")):
+        return []
+    stem = WEIGHTS.partition(".")[0]
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+    usual = [file for file in pickles if file.name == f"{stem}.bin"]
+    parts = [file for file in pickles if re.fullmatch(rf"{stem}-\d+-of-\d+\.bin", file.name)]
+    found = usual or parts or pickles
+    if not found:
+        raise CheckpointError(f"{folder} has no {WEIGHTS}, and no {stem}.bin")
+    if len(found) > 1 and found != parts:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder} has several weights ({names}); rename one to {stem}.bin")
+    return found
+
+
+def _listed_files(index: Path) -> list[Path]:
+    """The files of weights that are cut into several, as the index says, which lies beside them."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} cannot be used: it has no weight_map")
+    names = {str(name) for name in places.values()}
+    wrong = sorted(name for name in names if Path(name).name != name or not name.strip("."))
+    if wrong:
+        raise CheckpointError(f"{index} cannot be used: {wrong[0]!r:.200} is no file beside it")
+    return [index.with_name(name) for name in sorted(names)]
 
 
 def _scheduler_file(folder: Path, scheduler: str | Path | None) -> Path:

@@ -22,6 +22,7 @@ from advkd.diffusion import (
     ddpm_table,
     timesteps_of,
 )
+from advkd.engine.eager import general_step
 
 SHAPE = (2, 3, 4, 4)
 SCALES = torch.linspace(0.5, 1.5, 3, dtype=torch.float64).view(1, 3, 1, 1)
@@ -36,6 +37,21 @@ def noise(step: int) -> torch.Tensor:
     """z of a step; step -1 is x_T."""
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+
+
+def run_whole_table(table: StepTable) -> list[torch.Tensor]:
+    """The same by the eager engine's step, which knows thresholds and learned variances."""
+    x, states = noise(-1), []
+    for i, t in enumerate(table.timesteps.tolist()):
+        out = network(x, t)
+        x, _ = general_step(table, i, x, out, predicted_variance(x, t), noise(i))
+        states.append(x)
+    return states
+
+
+def predicted_variance(x: torch.Tensor, t: int) -> torch.Tensor:
+    """What a network gives behind its prediction; not only in [-1, 1]."""
+    return 1.5 * torch.sin(3 * x + 0.01 * t)
 
 
 def run_table(table: StepTable) -> list[torch.Tensor]:
@@ -86,7 +102,10 @@ def run_ddpm(
     x, states = noise(-1), []
     for i, t in enumerate(scheduler.timesteps.tolist()):
         monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, i=i, **__: noise(i))
-        x = scheduler.step(network(x, t), t, x).prev_sample
+        out = network(x, t)
+        if schedule.variance_type == "learned_range":
+            out = torch.cat([out, predicted_variance(x, t)], dim=1)
+        x = scheduler.step(out, t, x).prev_sample
         states.append(x)
     return states
 
@@ -162,6 +181,108 @@ def test_ddpm_is_diffusers(
     assert_same(ours, run_ddpm(schedule, None, monkeypatch), 1e-9)
 
 
+@pytest.mark.parametrize("steps", [None, 25])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_learned_variances_are_diffusers(
+    steps: int | None, prediction_type: str, beta_schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule(
+        num_train_timesteps=100,
+        variance_type="learned_range",
+        prediction_type=prediction_type,
+        beta_schedule=beta_schedule,
+    )
+    table = ddpm_table(schedule, steps)
+    assert not table.is_plain and ddim_table(schedule, 10, 1.0).is_plain
+    assert_same(run_whole_table(table), run_ddpm(schedule, steps, monkeypatch), 1e-9)
+    assert schedule.to_diffusers()["_class_name"] == "DDPMScheduler"
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("most", [1.0, 1.2, 100.0])
+def test_thresholding_is_diffusers(
+    ratio: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule(
+        num_train_timesteps=100,
+        thresholding=True,
+        dynamic_thresholding_ratio=ratio,
+        sample_max_value=most,
+    )
+    for eta in (0.0, 1.0):
+        table = ddim_table(schedule, 20, eta)
+        assert table.is_plain == (most == 1)
+        assert_same(run_whole_table(table), run_ddim(schedule, 20, eta), 1e-9)
+    theirs = run_ddpm(schedule, None, monkeypatch)
+    assert_same(run_whole_table(ddpm_table(schedule)), theirs, 1e-9)
+    if most == 1:
+        assert_same(run_table(ddpm_table(schedule)), theirs, 1e-9)
+
+
+def test_a_plain_table_is_the_same_to_every_step() -> None:
+    for table in (ddim_table(Schedule(), 10, 0.5), ddpm_table(Schedule(), 10)):
+        assert_same(run_whole_table(table), run_table(table), 1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+def test_zero_snr_at_the_end_is_diffusers(
+    prediction_type: str, spacing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule(
+        num_train_timesteps=100,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=True,
+        timestep_spacing=spacing,
+    )
+    assert schedule.alpha_bar[-1] == 0 and (np.diff(schedule.alpha_bar) < 0).all()
+    theirs = DDIMScheduler.from_config(schedule.to_diffusers()).alphas_cumprod.double().numpy()
+    # Of float32's rounding of numbers around 1, squared and multiplied up again.
+    np.testing.assert_allclose(theirs, schedule.alpha_bar, atol=100 * 2**-22)
+    for steps in (7, 100):
+        for eta in (0.0, 0.5):  # with 1, diffusers takes the root of a rounded 0 below 0
+            ours = run_table(ddim_table(schedule, steps, eta))
+            assert_same(ours, run_ddim(schedule, steps, eta), 1e-9)
+        ours = run_table(ddpm_table(schedule, steps))
+        assert_same(ours, run_ddpm(schedule, steps, monkeypatch), 1e-9)
+
+
+def test_noise_is_no_prediction_at_zero_snr() -> None:
+    """Refused where the last time takes part, which fewer steps leave out."""
+    schedule = Schedule(rescale_betas_zero_snr=True)
+    assert np.isfinite(ddim_table(schedule, 50).coefficients).all()
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr.*'epsilon'"):
+        ddpm_table(schedule)
+
+
+def test_betas_of_ones_own_are_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    betas = tuple(np.geomspace(1e-4, 0.2, 60).tolist())
+    schedule = Schedule.from_diffusers(
+        {"trained_betas": list(betas), "num_train_timesteps": 60, "beta_schedule": "linear"}
+    )
+    assert schedule.trained_betas == betas
+    assert Schedule.from_diffusers(schedule.to_diffusers()) == schedule
+    theirs = DDPMScheduler.from_config(schedule.to_diffusers()).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(theirs, schedule.alpha_bar, rtol=60 * 2**-22)
+    assert_same(run_table(ddpm_table(schedule)), run_ddpm(schedule, None, monkeypatch), 1e-9)
+
+
+def test_a_store_begun_before_says_the_same() -> None:
+    """The fields that were there then, and no others, unless they stand at another value."""
+    assert list(Schedule().settings()) == [
+        *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"),
+        *("clip_sample", "clip_sample_range", "variance_type", "timestep_spacing"),
+        *("steps_offset", "set_alpha_to_one"),
+    ]
+    schedule = Schedule(thresholding=True, sample_max_value=1.5)
+    _ = schedule.alpha_bar
+    assert schedule.settings() == Schedule().settings() | {
+        "thresholding": True,
+        "sample_max_value": 1.5,
+    }
+
+
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("steps", [1, 7, 30, 100])
 @pytest.mark.parametrize("steps_offset", [0, 1])
@@ -231,11 +352,21 @@ def test_a_perfect_network_gives_back_the_clean_image(prediction_type: str) -> N
     [
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
         ({"prediction_type": "flow"}, "flow"),
-        ({"variance_type": "learned_range"}, "learned_range"),
+        ({"variance_type": "learned"}, "learned"),
+        ({"variance_type": "fixed_large_log"}, "fixed_large_log"),
         ({"timestep_spacing": "karras"}, "karras"),
-        ({"thresholding": True}, "thresholding"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"thresholding": 1}, "thresholding"),
+        ({"thresholding": True, "sample_max_value": 0.5}, "sample_max_value"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr"),
+        ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "two training times"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"trained_betas": [0.1] * 5000}, "list of 1000 numbers"),
+        ({"trained_betas": 0.1}, "trained_betas"),
+        ({"trained_betas": [0.1, "0.2"], "num_train_timesteps": 2}, "trained_betas"),
+        ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "trained_betas"),
+        ({"trained_betas": [0.1, math.nan], "num_train_timesteps": 2}, "trained_betas"),
+        ({"trained_betas": [0.5] * 1000}, "alpha_bar"),
         ({"predict_epsilon": False}, "predict_epsilon"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler"),
         ({"sigma_max": 1348.0}, "sigma_max"),
@@ -277,6 +408,7 @@ def test_unsupported_scheduler_setting_is_an_error(settings: dict, word: str) ->
     [
         {"trained_betas": None, "thresholding": None, "sigma_max": None},
         {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0, "_anything": [1]},
+        {"rescale_betas_zero_snr": None, "thresholding": False},
         {"beta_start": 0.001, "beta_end": 0.001},
     ],
 )

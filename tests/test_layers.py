@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the top down. Places of one layer may not import each other; a package's own files may.
 LAYERS: dict[int, tuple[str, ...]] = {
-    10: ("train", "sample", "evaluate", "export", "info", "__main__"),
+    10: ("train", "sample", "evaluate", "export", "convert", "info", "__main__"),
     9: ("api", "run", "cli"),
     8: ("report",),
     7: ("evaluation", "deploy"),
@@ -19,7 +19,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     5: ("data",),
     4: ("engine",),
     3: ("pretrained",),
-    2: ("models",),
+    2: ("models", "pickles"),
     1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
     0: ("kernels", "runtime", "_C", "processes"),
 }

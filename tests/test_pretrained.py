@@ -19,9 +19,11 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 
 from advkd.config import ConfigError, StudentConfig
 from advkd.diffusion import Schedule
+from advkd.engine.sampling import generate
 from advkd.files import LISTED, CheckpointError, read_tensors, write_tensors
 from advkd.models.student import Student
 from advkd.models.unet import UNet, config_from_diffusers
@@ -162,18 +164,44 @@ def test_what_does_not_fit_is_listed(pipeline: Path) -> None:
 def test_unknown_block_type_is_an_error(pipeline: Path) -> None:
     config = pipeline / "unet" / "config.json"
     settings = json.loads(config.read_text())
-    settings["down_block_types"][0] = "ResnetDownsampleBlock2D"
+    settings["down_block_types"][0] = "SkipDownBlock2D"
     config.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="ResnetDownsampleBlock2D"):
+    with pytest.raises(ValueError, match="SkipDownBlock2D"):
         load_teacher(pipeline)
 
 
 def test_unsupported_scheduler_value_is_an_error(pipeline: Path) -> None:
     file = pipeline / "scheduler" / "scheduler_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"variance_type": "learned_range"}))
-    with pytest.raises(ValueError, match=r"variance_type.*learned_range"):
+    file.write_text(json.dumps(settings | {"variance_type": "learned"}))
+    with pytest.raises(ValueError, match=r"variance_type.*learned"):
         load_teacher(pipeline)
+
+
+def test_a_learned_range_and_twice_the_channels_go_together(pipeline: Path) -> None:
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    edit(file, variance_type="learned_range")
+    with pytest.raises(ConfigError, match=r"variance_type='learned_range'.*1 channels for 1"):
+        load_teacher(pipeline)
+    with pytest.raises(ValueError, match=r"2 would be.*variance_type='learned_range'"):
+        generate(UNet(dataclasses.replace(our_teacher().config, out_channels=2)), 1, seed=0)
+
+
+def test_a_learned_range_loads_and_comes_back(tmp_path: Path) -> None:
+    """From diffusers' DDPMPipeline and back to it, where it samples."""
+    torch.manual_seed(1)
+    network = UNet2DModel(**SETTINGS | {"out_channels": 2}).eval()
+    scheduler = DDPMScheduler(num_train_timesteps=50, variance_type="learned_range")
+    DDPMPipeline(network, scheduler).save_pretrained(tmp_path / "theirs")
+    ours = load_teacher(tmp_path / "theirs")
+    assert ours.learns_variance
+    assert_same_network(ours, network)
+    save_teacher(ours, tmp_path / "ours")
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    assert_same_network(ours, pipe.unet)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+    assert load_teacher(tmp_path / "ours").schedule == ours.schedule
 
 
 def test_a_pickle_is_refused_with_the_way_to_convert_it(pipeline: Path) -> None:
@@ -181,7 +209,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(pipeline: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(CheckpointError) as caught:
         load_teacher(pipeline)
-    for part in (weights.with_suffix(".bin").name, "convert", "use_safetensors=False"):
+    for part in (weights.with_suffix(".bin").name, f"advkd convert {pipeline / 'unet'}"):
         assert part in str(caught.value)
 
 
@@ -456,12 +484,76 @@ def test_several_variants_are_named(pipeline: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_weights_in_several_files_are_named(pipeline: Path, variant: str | None) -> None:
-    network = UNet2DModel.from_pretrained(pipeline / "unet")
+def test_weights_in_several_files(
+    pipeline: Path, network: UNet2DModel, variant: str | None
+) -> None:
     (pipeline / "unet" / WEIGHTS).unlink()
     network.save_pretrained(pipeline / "unet", max_shard_size="20KB", variant=variant)
-    with pytest.raises(CheckpointError, match=r"several files.*00001-of-"):
+    assert len(list((pipeline / "unet").glob("*.safetensors"))) > 5
+    assert_same_network(load_teacher(pipeline), network)
+    theirs = UNet2DModel.from_pretrained(pipeline / "unet", variant=variant).eval()
+    assert_same_network(load_teacher(pipeline), theirs)
+
+
+def parts(pipeline: Path, network: UNet2DModel) -> tuple[Path, list[Path]]:
+    """The index of weights in several files, and the files."""
+    (pipeline / "unet" / WEIGHTS).unlink()
+    network.save_pretrained(pipeline / "unet", max_shard_size="20KB")
+    folder = pipeline / "unet"
+    return folder / f"{WEIGHTS}.index.json", sorted(folder.glob("*.safetensors"))
+
+
+def test_a_part_that_is_missing_is_named(pipeline: Path, network: UNet2DModel) -> None:
+    _, files = parts(pipeline, network)
+    files[3].unlink()
+    with pytest.raises(CheckpointError, match=files[3].name):
         load_teacher(pipeline)
+
+
+def test_parts_without_their_index_are_named(pipeline: Path, network: UNet2DModel) -> None:
+    index, files = parts(pipeline, network)
+    index.unlink()
+    with pytest.raises(CheckpointError, match=rf"{files[0].name}.*index\.json"):
+        load_teacher(pipeline)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": "../b.safetensors"}}]
+    + [{"weight_map": {"a": name}} for name in ("/etc/passwd", "..", "", 3, ["a/b"])],
+    ids=str,
+)
+def test_an_index_of_anything_else_is_named(
+    pipeline: Path, network: UNet2DModel, content: dict[str, Any]
+) -> None:
+    index, _ = parts(pipeline, network)
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"{index.parent}"):
+        load_teacher(pipeline)
+
+
+def test_a_tensor_in_two_parts_is_an_error(pipeline: Path, network: UNet2DModel) -> None:
+    _, files = parts(pipeline, network)
+    shutil.copy(files[0], files[1])
+    with pytest.raises(CheckpointError, match="twice"):
+        load_teacher(pipeline)
+
+
+def test_a_checkpoint_of_diffusers_training_script(
+    pipeline: Path, network: UNet2DModel, tmp_path: Path
+) -> None:
+    """unet/ beside unet_ema/, whose config.json says how the average was made, and no scheduler."""
+    checkpoint, scheduler = tmp_path / "checkpoint-500", pipeline / "scheduler"
+    average = EMAModel(network.parameters(), model_cls=UNet2DModel, model_config=network.config)
+    for shadow in average.shadow_params:
+        shadow.mul_(1.25)
+    average.save_pretrained(checkpoint / "unet_ema")
+    ema = UNet2DModel.from_pretrained(checkpoint / "unet_ema").eval()
+    assert_same_network(load_teacher(checkpoint, scheduler), ema)
+    network.save_pretrained(checkpoint / "unet")
+    with pytest.warns(UserWarning, match="unet_ema"):
+        assert_same_network(load_teacher(checkpoint, scheduler), network)
+    assert_same_network(load_teacher(checkpoint / "unet_ema", scheduler), ema)
 
 
 # Odd folders that do not.

@@ -127,7 +127,7 @@ def index_of(
     shard = max(1, min(settings.shard, MAX_SHARD // (4 * K * math.prod(shape))))
     return TrajectoryIndex(
         teacher=tensors_hash(unet.state_dict()),
-        schedule=asdict(unet.schedule),
+        schedule=unet.schedule.settings(),
         seed=seed,
         sampler=settings.sampler,
         steps=N,
@@ -139,7 +139,7 @@ def index_of(
         dtype=settings.dtype,
         shard=shard,
         num_classes=unet.num_classes,
-        engine=engine_for(unet, shard, size=(size, size)).name,
+        engine=engine_for(unet, shard, size=(size, size), table=table).name,
     )
 
 

@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from advkd.diffusion import StepTable
 from advkd.engine.cpu import CpuEngine
 from advkd.engine.cuda import CudaEngine
 from advkd.engine.eager import EagerEngine
@@ -61,14 +62,16 @@ def engine_for(
     *,
     size: tuple[int, int] | None = None,
     exit_at: int | None = None,
+    table: StepTable | None = None,
 ) -> Engine:
-    """The engine that samples so many images at once; cached with its network.
+    """The engine that samples so many images at once, by `table`; cached with its network.
 
     An engine is made anew once the network's weights, settings, hooks or methods have changed.
     Raises ValueError for what the network cannot do.
     """
     size = input_shape(model, size)[1:]
-    if not use_fused("the sampling loop", None, None):
+    plain = table is None or table.is_plain
+    if not (plain and use_fused("the sampling loop", None, None)):
         return EagerEngine(model, size, exit_at)
     with _lock:
         cached = _cache.get(model)

@@ -15,6 +15,7 @@ from advkd.engine.interface import (
     OnStep,
     check_labels,
     check_out,
+    check_plain,
     check_saved,
     input_shape,
     patched,
@@ -146,6 +147,7 @@ class CpuEngine(Engine):
         it raises ends the sampling, as Ctrl-C does.
         """
         N, B = len(table), len(indices)
+        check_plain(table)
         check_saved(N, saved, target)
         check_out(out, B, len(saved), self.shape)
         labels = self._labels(y, B)

@@ -27,6 +27,7 @@ from advkd.engine.interface import (
     Engine,
     OnStep,
     check_labels,
+    check_plain,
     check_saved,
     input_shape,
     patched,
@@ -387,6 +388,7 @@ class CudaEngine(Engine):
     ) -> Tensor:
         """`Engine.sample`. The callbacks are called for every step, but some steps later; where the
         batch is sampled in parts, `on_step` counts the steps of the last."""
+        check_plain(table)
         check_saved(len(table), saved, target)
         check_labels(y, len(indices), self.classes)
         shape = (len(indices), len(saved), *self.shape)
@@ -478,7 +480,11 @@ def _unsuited(model: UNet | Student) -> str | None:
         return "the network is on several devices"
     if dtype not in _NAMES:
         return f"the CUDA loop takes float32, float16 and bfloat16, not {dtype}"
-    if isinstance(model, UNet) and model.config.in_channels != model.config.out_channels:
+    if (
+        isinstance(model, UNet)
+        and not model.learns_variance
+        and model.config.in_channels != model.config.out_channels
+    ):
         return "the network's output has another shape than its input"
     if isinstance(model, UNet) and model.config.in_channels > _MAX_CHANNELS:
         return f"images have more than {_MAX_CHANNELS} channels"

@@ -51,13 +51,15 @@ class DevicePass:
             norm, constants = None, None
             if "x_scale" in op.numbers:
                 scale, shift = makers[op.numbers["x_scale"]], makers[op.numbers["x_shift"]]
-                if scale.op.kind == "norm":
+                if scale.op.kind == "film":
+                    norm = makers[scale.op.numbers["scale"]]
+                elif scale.op.kind == "norm":
                     norm = scale
                 else:
                     constants = scale.weights["values"], shift.weights["values"]
             deferred = op.kind == "convolution" and _is_read_by_norms(op, plan)
             step = Step(op, self._weights(op, sources), norm, constants, deferred, tuple(ending))
-            if op.kind in ("norm", "constant"):
+            if op.kind in ("norm", "film", "constant"):
                 makers |= {part.buffer: step for part in op.writes}
             yield step
 
@@ -105,11 +107,12 @@ def _is_read_by_norms(op: Op, plan: Builder) -> bool:
     if "residual" in op.numbers or op.factor != 1.0:
         return False
     norms = {o.numbers["scale"] for o in plan.ops if o.kind == "norm"}
+    norms |= {o.numbers["y_scale"] for o in plan.ops if o.kind == "film"}
     for reader in plan.ops:
         times = sum(part.buffer == y.buffer for part in reader.reads)
         if times == 0 or reader.kind == "norm":
             continue
-        through = reader.kind == "convolution" and reader.numbers.get("x_scale") in norms
+        through = "x_scale" in reader.numbers and reader.numbers["x_scale"] in norms
         if not (through and times == 1 and reader.numbers["x"] == y.buffer):
             return False
     return True
@@ -124,11 +127,12 @@ class _Run:
         self.plan, self.conditioning, self.labels = plan, conditioning, labels
         self.buffers: dict[int, Tensor] = {INPUT: x}
         self.added: dict[int, Tensor] = {}  # (C,) or (B, C), of buffers without their bias
+        self.films: dict[int, tuple[Tensor, Tensor]] = {}  # (B, C) each, by the scale's buffer
 
     def carry_out(self, step: Step) -> None:
         """Carry out an operation; norms and constants are a part of what reads them."""
-        if step.op.kind == "convolution":
-            self._convolution(step)
+        if step.op.kind in ("convolution", "average_pool"):
+            getattr(self, f"_{step.op.kind}")(step)
         elif step.op.kind not in ("norm", "constant"):
             getattr(self, f"_{step.op.kind}")(step.op, step.weights)
 
@@ -163,14 +167,14 @@ class _Run:
             joined(found, bias, residual, op.factor, self._place(y))
 
     def _normalized(self, step: Step) -> Tensor:
-        """A convolution's input after its norm and SiLU."""
+        """What an operation reads, after its norm and SiLU."""
         part, silu = step.op.reads[0], bool(step.op.numbers["silu"])
         x = self._view(part)
         if step.norm is not None:
             weights, norm = step.norm.weights, step.norm.op
             return group_norm(
                 x, weights["weight"], weights["bias"], norm.numbers["groups"], norm.factor, silu,
-                self.added.get(part.buffer),
+                self.added.get(part.buffer), self.films.get(step.op.numbers["x_scale"]),
             )  # fmt: skip
         if step.constants is not None:
             x = x * step.constants[0] + step.constants[1]
@@ -187,6 +191,23 @@ class _Run:
             first = numbers["bias_buffer_channel"]
             return self.buffers[numbers["bias_buffer"]][:, 0, 0, first : first + channels]
         return step.weights.get("bias")
+
+    def _film(self, op: Op, weights: dict[str, Tensor]) -> None:
+        """Keep both halves for what the norm is applied to."""
+        channels, images = op.numbers["channels"], len(self.buffers[INPUT])
+        if "film_conditioning" in op.numbers:
+            assert self.conditioning is not None
+            first = op.numbers["film_conditioning"]
+            whole = self.conditioning[first : first + 2 * channels].expand(images, -1)
+        else:
+            first = op.numbers["film_channel"]
+            whole = self.buffers[op.numbers["film"]][:, 0, 0, first : first + 2 * channels]
+        self.films[op.numbers["y_scale"]] = (whole[:, :channels], whole[:, channels:])
+
+    def _average_pool(self, step: Step) -> None:
+        images = self._normalized(step).permute(0, 3, 1, 2)
+        found = F.avg_pool2d(images, 2).permute(0, 2, 3, 1)
+        self.buffers[step.op.writes[0].buffer] = found.contiguous()
 
     def _residual(self, op: Op) -> Tensor | None:
         if "residual" not in op.numbers:
@@ -217,7 +238,7 @@ class _Run:
     def _space_to_depth(self, op: Op, weights: dict[str, Tensor]) -> None:
         x, (y,), block = self._view(op.reads[0]), op.writes, op.numbers["block"]
         squares = x.unflatten(2, (-1, block)).unflatten(1, (-1, block)).transpose(2, 3)
-        self.buffers[y.buffer] = squares.reshape(len(x), y.height, y.width, y.channels)
+        self._place(y).copy_(squares.reshape(len(x), y.height, y.width, y.channels))
 
     def _upsample(self, op: Op, weights: dict[str, Tensor]) -> None:
         x, y = self._view(op.reads[0]), self._place(op.writes[0])
@@ -244,20 +265,23 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: dict[str
 
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
-    added: Tensor | None,
+    added: Tensor | None, film: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """GroupNorm-SiLU of x + added, (B, H, W, C); added is (C,), (B, C) or None."""
+    """GroupNorm-SiLU of x + added, (B, H, W, C); added is (C,), (B, C) or None. `film` are scale
+    and shift, (B, C) each."""
+    scale, shift = (None, None) if film is None else film
     images = x.permute(0, 3, 1, 2)
     if x.is_cuda and triton_missing() is None:
         # Here and not above, because importing Triton takes long and only CUDA needs it.
         from advkd.kernels.group_norm_silu import forward
 
-        y = forward(images, (weight, bias, None, None), groups, eps, silu, added)[0]
+        y = forward(images, (weight, bias, scale, shift), groups, eps, silu, added)[0]
     else:
         wide = images.float()
         wide = wide if added is None else wide + added[..., None, None].float()
         activation = "silu" if silu else "none"
-        y = ops.group_norm_silu(wide, weight, bias, groups, eps, activation).to(x.dtype)
+        y = ops.group_norm_silu(wide, weight, bias, groups, eps, activation, scale, shift)
+        y = y.to(x.dtype)
     return y.permute(0, 2, 3, 1).contiguous()
 
 

@@ -28,6 +28,32 @@ from advkd.models.unet import UNet
 from advkd.parallel import Workers
 
 
+def general_step(
+    table: StepTable, i: int, x_t: Tensor, model_out: Tensor, variance: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Step i of any table: (x_prev, x0_hat), both (B, C, H, W) as x_t, the network's prediction,
+    the variance behind it and the noise z; see `StepTable`."""
+    a_x, a_m, c_0, c_x, c_m, sigma = table.coefficients[i].tolist()
+    x0_hat = a_x * x_t + a_m * model_out
+    if table.clip > 0:
+        x0_hat = x0_hat.clamp(-table.clip, table.clip)
+    if table.threshold is not None:
+        ratio, most = table.threshold
+        magnitudes = x0_hat.abs().flatten(1)
+        # One by one, because torch.quantile takes 16 million numbers at most.
+        bounds = [torch.quantile(image, ratio) for image in magnitudes]
+        s = torch.stack(bounds).clamp(1.0, most)[:, None, None, None]
+        x0_hat = x0_hat.clamp(-s, s) / s
+    x_prev = c_0 * x0_hat + c_x * x_t + c_m * model_out
+    if sigma == 0:
+        return x_prev, x0_hat
+    if table.log_variances is None:
+        return x_prev + sigma * z, x0_hat
+    low, high = table.log_variances[i].tolist()
+    log_variance = low + (variance + 1) / 2 * (high - low)
+    return x_prev + (0.5 * log_variance).exp() * z, x0_hat
+
+
 class EagerEngine(Engine):
     """A network as it is: what patches or hooks it, and whatever dtype it has, takes effect.
 
@@ -83,11 +109,17 @@ class EagerEngine(Engine):
             if t is not None:
                 raise ValueError("a student takes no time t")
             image: Tensor = self.model(x, y, self.exit_at)
-        else:
-            if t is None:
-                raise ValueError("a teacher needs a time t")
-            image = self.model(x, t, y)
-        return image.float()
+            return image.float()
+        if t is None:
+            raise ValueError("a teacher needs a time t")
+        return self._prediction(x, t, y)[0]
+
+    def _prediction(self, x: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A teacher's prediction in float32, and the variance behind it, of no channels if none."""
+        weight, C = next(self.model.parameters()), self.shape[0]
+        y = None if y is None else y.to(weight.device)
+        whole = self.model(x.to(weight.dtype), t, y).float()
+        return whole[:, :C], whole[:, C:]
 
     @torch.inference_mode()
     def sample(
@@ -113,15 +145,20 @@ class EagerEngine(Engine):
         x_t = noise.x_T(indices, self.shape)
         targets = []
         for i, t in enumerate(table.timesteps.tolist()):
-            x_t, x0_hat = ops.sampling_step(
-                x_t,
-                self.run(x_t, y, t=t),
-                table.coefficients[i],
-                clip=table.clip,
-                seed=noise.seed,
-                image_index=indices,
-                step=noise.step_word(i),
-            )
+            model_out, variance = self._prediction(x_t, t, y)
+            if table.is_plain:
+                x_t, x0_hat = ops.sampling_step(
+                    x_t,
+                    model_out,
+                    table.coefficients[i],
+                    clip=table.clip,
+                    seed=noise.seed,
+                    image_index=indices,
+                    step=noise.step_word(i),
+                )
+            else:
+                z = ops.philox_normal(noise.seed, indices, noise.step_word(i), self.shape)
+                x_t, x0_hat = general_step(table, i, x_t, model_out, variance, z)
             if i + 1 in saved:
                 targets.append(x0_hat if target == "denoised" and i + 1 < N else x_t)
             if poll is not None:

@@ -105,6 +105,15 @@ class Engine(abc.ABC):
         return map(function, items)
 
 
+def check_plain(table: StepTable) -> None:
+    """ValueError for a sampler that takes more than six numbers a step."""
+    if not table.is_plain:
+        raise ValueError(
+            "thresholding and learned variances are sampled by the eager engine alone: pass the "
+            "teacher itself, not an engine of it"
+        )
+
+
 def check_saved(steps: int, saved: Sequence[int], target: str) -> None:
     """ValueError unless `saved` are ascending numbers of steps and the target exists."""
     if target not in TARGETS:
@@ -136,10 +145,11 @@ def input_shape(model: UNet | Student, size: tuple[int, int] | None = None) -> t
         channels = model.channels
     else:
         own, channels = model.config.sample_size, model.config.in_channels
-        if model.config.out_channels != channels:
+        if model.config.out_channels != channels and not model.learns_variance:
             raise ValueError(
-                f"this teacher takes {channels} channels and gives {model.config.out_channels}: "
-                "it predicts a variance beside the mean, which no sampler here can use"
+                f"this teacher takes {channels} channels and gives {model.config.out_channels}, "
+                f"which no sampler can use: {2 * channels} would be a prediction and its variance, "
+                "if scheduler_config.json had variance_type='learned_range'"
             )
     if size is None:
         if own is None:

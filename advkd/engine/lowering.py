@@ -194,9 +194,11 @@ class Lowering:
 
     # Blocks.
 
-    def norm(self, module: GroupNormSiLU, x: Part) -> tuple[tuple[Part, Part], bool]:
+    def norm(
+        self, module: nn.Module, x: Part, film: int | Part | None = None
+    ) -> tuple[tuple[Part, Part], bool]:
         """Append a norm and return its scale and shift, for whoever reads x to apply, and whether
-        SiLU follows."""
+        SiLU follows. `film` is an offset into the conditioning, or a vector of each image."""
         norm = self.known(module, GroupNormSiLU)
         scale, shift = self.plan.new(x.channels), self.plan.new(x.channels)
         self.plan.add(
@@ -205,33 +207,66 @@ class Lowering:
             tensors={"weight": norm.weight, "bias": norm.bias}, weights=2 * x.channels,
             flops=3 * x.pixels * x.channels,
         )  # fmt: skip
-        return (scale, shift), norm.activation == "silu"
+        affine = (scale, shift) if film is None else self._film(norm, scale, shift, film)
+        return affine, norm.activation == "silu"
+
+    def _film(
+        self, norm: nn.Module, scale: Part, shift: Part, film: int | Part
+    ) -> tuple[Part, Part]:
+        """Append FiLM of a norm's scale and shift, and return both."""
+        y_scale, y_shift = self.plan.new(scale.channels), self.plan.new(scale.channels)
+        reads = {"scale": scale, "shift": shift}
+        numbers: dict[str, Any] = {}
+        if isinstance(film, Part):
+            reads["film"] = film
+        else:
+            numbers["film_conditioning"] = film
+        writes = {"y_scale": y_scale, "y_shift": y_shift}
+        self.plan.add("film", self.names[norm], reads, writes, channels=scale.channels, **numbers)
+        return y_scale, y_shift
 
     def resnet(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
-        """Append a residual block, with time and class in the first convolution's bias."""
+        """Append a residual block, with time and class in the first convolution's bias or, as FiLM,
+        in the second norm."""
         block = self.known(module, ResnetBlock)
-        bias: int | Part | None = None
-        if block in self.projections:
-            first = self.projections[block]
-            self.known(block.time_emb_proj, nn.Linear)
-            bias = first  # an offset into the conditioning
-            if self.image_projections is not None:
-                bias = self.image_projections.cut(first, block.conv1.out_channels)
+        projected = self._projected(block)
+        bias, film = (None, projected) if block.film else (projected, None)
         norm, silu = self.norm(block.norm1, x)
-        h = self.conv2d(block.conv1, x, norm=norm, silu=silu, bias=bias)
-        norm, silu = self.norm(block.norm2, h)
+        if block.resample == "down":
+            name = self.names[block]
+            residual = self.pooled(x, name)
+            first = self.conv2d(block.conv1, self.pooled(x, name, norm, silu), bias=bias)
+        else:
+            up = block.resample == "up"
+            residual = self.upsampled(x, self.names[block]) if up else x
+            first = self.conv2d(block.conv1, x, norm=norm, silu=silu, bias=bias, upsample=up)
+        norm, silu = self.norm(block.norm2, first, film)
         if block.conv_shortcut is not None:
-            x = self.conv2d(block.conv_shortcut, x)
+            residual = self.conv2d(block.conv_shortcut, residual)
         return self.conv2d(
-            block.conv2, h, norm=norm, silu=silu, residual=x, scale=1 / block.scale, into=into
-        )
+            block.conv2, first, norm=norm, silu=silu, residual=residual, scale=1 / block.scale,
+            into=into,
+        )  # fmt: skip
+
+    def _projected(self, block: ResnetBlock) -> int | Part | None:
+        """Where a block's projection of time and class is, if it has one: an offset into the
+        conditioning, or a vector of each image."""
+        if block not in self.projections:
+            return None
+        first = self.projections[block]
+        projection = self.known(block.time_emb_proj, nn.Linear)
+        if self.image_projections is None:
+            return first
+        return self.image_projections.cut(first, projection.out_features)
 
     def attention(self, module: nn.Module, x: Part, into: Part | None = None) -> Part:
         """Append self-attention over the pixels, with its norm and its residual."""
         block = self.known(module, Attention)
         name = self.names[block]
         C, head_dim = x.channels, x.channels // block.heads
-        norm, silu = self.norm(block.group_norm, x)
+        norm, silu = None, False
+        if block.group_norm is not None:
+            norm, silu = self.norm(block.group_norm, x)
         qkv = self.linear(
             f"{name}.to_qkv", (block.to_q, block.to_k, block.to_v), x, norm=norm, silu=silu
         )
@@ -259,34 +294,56 @@ class Lowering:
         )  # fmt: skip
         return y
 
-    def embedding(self, module: nn.Embedding, hidden: int, conditioning: int | None) -> None:
-        """Append the projections of each image's class, as one product.
+    def pooled(
+        self, x: Part, name: str, norm: tuple[Part, Part] | None = None, silu: bool = False
+    ) -> Part:
+        """Append averages of squares of 2 x 2 pixels, of x after its norm and SiLU."""
+        y = self.plan.new(x.channels, x.height // 2, x.width // 2)
+        reads = {"x": x}
+        if norm is not None:
+            reads |= {"x_scale": norm[0], "x_shift": norm[1]}
+        self.plan.add(
+            "average_pool", name, reads, {"y": y},
+            channels=x.channels, height=x.height, width=x.width, silu=silu,
+        )  # fmt: skip
+        return y
 
-        To the class embedding `hidden` floats of the conditioning are added, from an offset on.
+    def copied(self, x: Part, name: str, into: Part) -> Part:
+        """Append a copy: squares of one pixel, made one pixel each."""
+        self.plan.add(
+            "space_to_depth", name, {"x": x}, {"y": into},
+            channels=x.channels, block=1, height=x.height, width=x.width,
+        )  # fmt: skip
+        return into
+
+    def embedding(self, name: str, table: Source, hidden: int, conditioning: int | None) -> None:
+        """Append the projections of each image's class, as one product; `table` (classes, hidden)
+        are the class embeddings.
+
+        To an image's, `hidden` floats of the conditioning are added, from an offset on.
         """
-        embedding = self.known(module, nn.Embedding)
-        name = self.names[embedding]
-        self.plan.classes = embedding.num_embeddings
+        self.plan.classes = len(value_of(table))
         temb = self.plan.new(hidden)
         self.plan.add(
             "embed", name, {}, {"y": temb}, channels=hidden,
-            tensors={"table": embedding.weight}, weights=embedding.weight.numel(),
+            tensors={"table": table}, weights=value_of(table).numel(),
             **({} if conditioning is None else {"conditioning": conditioning}),
         )  # fmt: skip
         self.image_projections = self.project(temb)
 
     def project(self, temb: Part, into: Part | None = None) -> Part:
-        """Append all blocks' projections of SiLU(temb), plus the biases of their convolutions."""
+        """Append all blocks' projections of SiLU(temb), plus the biases of the convolutions that
+        have them for their own."""
         layers: list[nn.Linear] = []
-        convolutions: list[nn.Conv2d] = []
+        added: list[Tensor | None] = []
         for block in self.projections:
             assert block.time_emb_proj is not None
             layers.append(block.time_emb_proj)
-            convolutions.append(block.conv1)
+            added.append(None if block.film else block.conv1.bias)
 
         def biases() -> Tensor:
-            own, added = _biases_side_by_side(layers), _biases_side_by_side(convolutions)
-            return own + added
+            pairs = zip((layer.bias for layer in layers), added, strict=True)
+            return torch.cat([own if other is None else own + other for own, other in pairs])
 
         return self.linear("time_emb_proj", layers, temb, bias=biases, silu=True, into=into)
 
@@ -310,8 +367,8 @@ def _side_by_side(layers: Sequence[nn.Linear]) -> Tensor:
     return torch.cat([layer.weight for layer in layers])[:, :, None, None]
 
 
-def _biases_side_by_side(layers: Sequence[nn.Linear | nn.Conv2d]) -> Tensor:
-    return torch.cat([layer.bias for layer in layers if layer.bias is not None])
+def _biases_side_by_side(layers: Sequence[nn.Linear]) -> Tensor:
+    return torch.cat([layer.bias for layer in layers])
 
 
 class Slots:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from advkd.engine.lowering import Lowering, Slots
@@ -11,6 +15,7 @@ from advkd.engine.plan import (
     Builder,
     Part,
     Plan,
+    Source,
 )
 from advkd.models.layers import (
     Downsample,
@@ -45,7 +50,7 @@ def lower_unet(
     low.known(unet, UNet)
     plan, config = low.plan, unet.config
     x = plan.new(config.in_channels, *size)
-    out = plan.new(config.out_channels, *size)
+    out = plan.new(config.in_channels if unet.learns_variance else config.out_channels, *size)
     assert (x.buffer, out.buffer) == (INPUT, OUTPUT)
     _lower_time(low, unet)
     ups = [low.known(up, UpBlock) for up in unet.up_blocks]
@@ -57,13 +62,26 @@ def lower_unet(
     h = low.conv2d(unet.conv_in, x, norm=norm, into=slots.skip(width, *size))
     for down in unet.down_blocks:
         h = _lower_down(low, down, h, slots)
-    h = _lower_mid(low, unet.mid_block, h, slots)
+    if unet.mid_block is not None:
+        h = _lower_mid(low, unet.mid_block, h, slots)
+    else:
+        h = low.copied(h, "down_blocks", _placed(slots.top(h.channels)))
     for up in ups:
         h = _lower_up(low, up, h, slots)
     last, silu = low.norm(unet.conv_norm_out, h)
-    low.conv2d(unet.conv_out, h, norm=last, silu=silu, into=out)
+    own: dict[str, Any] = {}
+    if unet.learns_variance:  # which is no part of the six numbers of a step
+        conv = unet.conv_out
+        assert conv.bias is not None
+        own = {"weight": conv.weight[: out.channels], "bias": conv.bias[: out.channels]}
+    low.conv2d(unet.conv_out, h, norm=last, silu=silu, into=out, **own)
     low.check_complete()
     return low
+
+
+def _placed(part: Part | None) -> Part:
+    assert part is not None
+    return part
 
 
 def _lower_time(low: Lowering, unet: UNet) -> None:
@@ -76,7 +94,21 @@ def _lower_time(low: Lowering, unet: UNet) -> None:
         low.plan.conditioning = low.projected
         return
     low.plan.conditioning = embedding.linear_2.out_features
-    low.embedding(unet.class_embedding, low.plan.conditioning, 0)
+    _lower_classes(low, unet)
+
+
+def _lower_classes(low: Lowering, unet: UNet) -> None:
+    """Lower the class embedding: its table, or the one that its sinusoids make."""
+    module = unet.class_embedding
+    if isinstance(module, TimestepEmbedding):
+        low.known(module, TimestepEmbedding)
+        for layer in (module.linear_1, module.linear_2):
+            low.known(layer, nn.Linear)
+        labels = torch.arange(unet.num_classes or 0, device=module.linear_1.weight.device)
+        table: Source = partial(unet.embed_class, labels)
+    else:
+        table = low.known(module, nn.Embedding).weight
+    low.embedding("class_embedding", table, low.plan.conditioning, 0)
 
 
 def _lower_layer(
@@ -95,11 +127,17 @@ def _lower_down(low: Lowering, module: nn.Module, h: Part, slots: Slots) -> Part
         into = slots.skip(resnet.norm2.num_channels, h.height, h.width)
         h = _lower_layer(low, block, i, h, into)
     if block.downsamplers is not None:
-        down = low.known(block.downsamplers[0], Downsample)
-        pad = (0, 1) if down.padding == 0 else (down.padding, down.padding)
-        sides = ((side + sum(pad) - 3) // 2 + 1 for side in (h.height, h.width))
-        h = low.conv2d(down.conv, h, pad=pad, into=slots.skip(h.channels, *sides))
+        h = _lower_downsampler(low, block.downsamplers[0], h, slots)
     return h
+
+
+def _lower_downsampler(low: Lowering, module: nn.Module, h: Part, slots: Slots) -> Part:
+    if isinstance(module, ResnetBlock):
+        return low.resnet(module, h, slots.skip(h.channels, h.height // 2, h.width // 2))
+    down = low.known(module, Downsample)
+    pad = (0, 1) if down.padding == 0 else (down.padding, down.padding)
+    sides = ((side + sum(pad) - 3) // 2 + 1 for side in (h.height, h.width))
+    return low.conv2d(down.conv, h, pad=pad, into=slots.skip(h.channels, *sides))
 
 
 def _lower_mid(low: Lowering, module: nn.Module, h: Part, slots: Slots) -> Part:
@@ -120,10 +158,12 @@ def _lower_up(low: Lowering, block: UpBlock, h: Part, slots: Slots) -> Part:
         concatenated = i < last or block.upsamplers is None
         into = slots.top(C) if concatenated else None
         h = _lower_layer(low, block, i, x, into)
-    if block.upsamplers is not None:
-        up = low.known(block.upsamplers[0], Upsample)
-        h = low.conv2d(up.conv, h, upsample=True, into=slots.top(h.channels))
-    return h
+    if block.upsamplers is None:
+        return h
+    module, into = block.upsamplers[0], slots.top(h.channels)
+    if isinstance(module, ResnetBlock):
+        return low.resnet(module, h, into)
+    return low.conv2d(low.known(module, Upsample).conv, h, upsample=True, into=into)
 
 
 def time_plan(low: Lowering, unet: UNet) -> Plan:
@@ -164,7 +204,8 @@ def lower_student(
     side = student.config.stages[depth - 1]
     out = plan.new(student.channels, side, side)
     if student.class_embedding is not None:
-        low.embedding(student.class_embedding, student.class_embedding.embedding_dim, None)
+        table = low.known(student.class_embedding, nn.Embedding).weight
+        low.embedding("class_embedding", table, table.shape[1], None)
     submodules = [low.known(module, Submodule) for module in student.submodules[:depth]]
     resnets = [low.known(s.blocks[0], ResnetBlock) for s in submodules if s.doubles]
     totals = [resnet.norm1.num_channels for resnet in resnets]

@@ -73,8 +73,9 @@ def generate(
         batch = usual_batch(model, size)
     _check_numbers(num, first, batch, threads)
     noise = Noise(seed, purpose)
-    engine = _engine_of(model, min(num, batch), exit_at, size)
-    table = None if engine.schedule is None else table_of(engine.schedule, sampler, steps, eta)
+    schedule = None if isinstance(model, Student) else model.schedule
+    table = None if schedule is None else table_of(schedule, sampler, steps, eta)
+    engine = _engine_of(model, min(num, batch), exit_at, size, table)
     numbers = torch.arange(first, first + num, dtype=torch.int64, device="cpu")
     if y is None:
         y = noise.labels(numbers, engine.classes)
@@ -125,7 +126,11 @@ def _check_numbers(num: int, first: int, batch: int, threads: int) -> None:
 
 
 def _engine_of(
-    model: UNet | Student | Engine, images: int, exit_at: int | None, size: int | None
+    model: UNet | Student | Engine,
+    images: int,
+    exit_at: int | None,
+    size: int | None,
+    table: StepTable | None,
 ) -> Engine:
     if isinstance(model, Engine):
         if exit_at is not None or size is not None:
@@ -133,7 +138,8 @@ def _engine_of(
         return model
     if exit_at is not None and isinstance(model, UNet):
         raise ValueError(f"exit_at={exit_at}: only a student can leave early, not a teacher")
-    return engine_for(model, images, size=None if size is None else (size, size), exit_at=exit_at)
+    sides = None if size is None else (size, size)
+    return engine_for(model, images, size=sides, exit_at=exit_at, table=table)
 
 
 class _Counter:

@@ -34,9 +34,12 @@ class GroupNormSiLU(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """With `scale` and `shift` (B, C): FiLM in front of SiLU, GN(x) (1 + scale) + shift."""
         return ops.group_norm_silu(
-            x, self.weight, self.bias, self.num_groups, self.eps, self.activation
+            x, self.weight, self.bias, self.num_groups, self.eps, self.activation, scale, shift
         )
 
 
@@ -76,8 +79,10 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two GroupNorm-SiLU-convolutions with a residual: (B, C, H, W) -> (B, C_out, H, W).
 
-    A projection of the time embedding `temb` (B, temb_channels) is added between the two; with
-    temb_channels=None there is none. The output is divided by `scale`.
+    A projection of the time embedding `temb` (B, temb_channels) is added between the two or, with
+    `film`, scales and shifts the second norm (Perez et al. 2018); with temb_channels=None there is
+    none. `resample` doubles ("up") or halves ("down") height and width after the first SiLU and of
+    the residual. The output is divided by `scale`.
     """
 
     def __init__(
@@ -89,11 +94,14 @@ class ResnetBlock(nn.Module):
         eps: float = 1e-5,
         dropout: float = 0.0,
         scale: float = 1.0,
+        film: bool = False,
+        resample: str | None = None,
     ):
         super().__init__()
+        projected = 2 * out_channels if film else out_channels
         self.norm1 = GroupNormSiLU(groups, in_channels, eps)
         self.conv1 = Conv3x3(in_channels, out_channels)
-        self.time_emb_proj = nn.Linear(temb_channels, out_channels) if temb_channels else None
+        self.time_emb_proj = nn.Linear(temb_channels, projected) if temb_channels else None
         self.norm2 = GroupNormSiLU(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
@@ -101,30 +109,45 @@ class ResnetBlock(nn.Module):
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
         self.scale = scale
+        self.film = film
+        self.resample = resample
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(self.norm1(x))
+        h = self.norm1(x)
+        if self.resample is not None:
+            x, h = resampled(x, self.resample), resampled(h, self.resample)
+        h = self.conv1(h)
+        film: tuple[Tensor, ...] = ()
         if self.time_emb_proj is not None and temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h)))
+            projected = self.time_emb_proj(F.silu(temb))
+            if self.film:
+                film = projected.chunk(2, dim=1)
+            else:
+                h = h + projected[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h, *film)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         h = x + h
         return h if self.scale == 1.0 else h / self.scale
 
 
+def resampled(x: Tensor, way: str) -> Tensor:
+    """x (B, C, H, W), doubled to its nearest neighbors ("up") or averaged by squares ("down")."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if way == "up" else F.avg_pool2d(x, 2)
+
+
 class Attention(nn.Module):
     """Self-attention over the H*W positions, with a residual; its output is divided by `scale`.
 
-    Heads have `head_dim` channels; None is one head over all. Raises ValueError unless `head_dim`
-    divides `channels`.
+    Heads have `head_dim` channels; None is one head over all. `groups` are those of the norm in
+    front; None is no norm. Raises ValueError unless `head_dim` divides `channels`.
     """
 
     def __init__(
         self,
         channels: int,
         head_dim: int | None,
-        groups: int,
+        groups: int | None,
         eps: float = 1e-5,
         scale: float = 1.0,
     ):
@@ -133,7 +156,9 @@ class Attention(nn.Module):
         if channels % head_dim:
             raise ValueError(f"attention_head_dim={head_dim} does not divide channels={channels}")
         self.heads = channels // head_dim
-        self.group_norm = GroupNormSiLU(groups, channels, eps, activation="none")
+        self.group_norm = (
+            None if groups is None else GroupNormSiLU(groups, channels, eps, activation="none")
+        )
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -143,7 +168,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        normed = x if self.group_norm is None else self.group_norm(x)
+        tokens = normed.permute(0, 2, 3, 1).reshape(B, H * W, C)
         q, k, v = (
             proj(tokens).reshape(B, H * W, self.heads, C // self.heads).transpose(1, 2)
             for proj in (self.to_q, self.to_k, self.to_v)

@@ -179,7 +179,7 @@ def pictures_of(run: Run, steps: int) -> Pictures:
     sizes = student.config.stages
     table = table_of(teacher.schedule, "ddim", max(steps, len(sizes)), 0.0)
     saved = saved_steps(len(table), len(sizes))
-    engine = engine_for(teacher, PICTURED, size=(student.size, student.size))
+    engine = engine_for(teacher, PICTURED, size=(student.size, student.size), table=table)
     target = run.config.trajectory.target
     states = engine.sample(table, noise, numbers, y, saved=saved, target=target).cpu().unbind(1)
     x_T = noise.x_T(numbers.to(run.device), (student.channels, student.size, student.size))

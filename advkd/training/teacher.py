@@ -37,7 +37,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]  # clean images, noise, tim
 _NOT_LEARNED = {
     *("sample_size", "dropout"),
     *("clip_sample", "clip_sample_range", "variance_type", "timestep_spacing", "steps_offset"),
-    "set_alpha_to_one",
+    *("set_alpha_to_one", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 }
 
 
@@ -201,7 +201,9 @@ def _initial_unet(config: Config) -> UNet:
             )
         unet.load_state_dict(given.state_dict(), strict=of_classes is None)
         if of_classes is not None:
-            torch.nn.init.zeros_(of_classes.weight)
+            last = getattr(of_classes, "linear_2", of_classes)
+            for parameter in last.parameters():
+                torch.nn.init.zeros_(parameter)
     return unet
 
 

@@ -10,6 +10,7 @@ namespace advkd::ADVKD_ISA {
 void philox_uint32(const PhiloxUint32Args& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void sampling_step(const SamplingStepArgs& args);
+void average_pool(const AveragePoolArgs& args);
 void group_norm_affine(const GroupNormAffineArgs& args);
 void pack_convolution(const ConvolutionShape& shape, const ConvolutionWeights& weights,
                       float* packed);

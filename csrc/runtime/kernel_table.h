@@ -112,6 +112,18 @@ struct GroupNormAffineArgs {
   int threads;
 };
 
+// y (B, H / 2, W / 2, C): averages of squares of act(x * scale + shift), x (B, H, W, C), H and W even.
+// Pixels are x_stride and y_stride floats apart.
+struct AveragePoolArgs {
+  const float* x;
+  std::int64_t x_stride, batch, height, width, channels;
+  const float *scale, *shift;  // (B, C), or null for 1 and 0
+  bool silu;
+  float* y;
+  std::int64_t y_stride;
+  int threads;
+};
+
 // The rows of one operand of attention: row n of head h of sample b begins at
 // at + b * batch + h * head + n * row, and its head_dim elements are consecutive.
 template <class T>
@@ -170,6 +182,7 @@ struct KernelTable {
 // What trainings and the samplers of teachers take beside it.
 struct TrainingKernelTable {
   void (*sampling_step)(const SamplingStepArgs&);
+  void (*average_pool)(const AveragePoolArgs&);
   GroupNormSiluKernels<float> group_norm_silu_float32;
   GroupNormSiluKernels<double> group_norm_silu_float64;
   GroupNormSiluKernels<Float16> group_norm_silu_float16;

@@ -166,6 +166,11 @@ ConvolutionShape convolution_shape(Fields& fields);
 // must not.
 std::unique_ptr<PlanStep> step_of(const PlanOp& op, std::size_t index, const PlanData& plan);
 
+// The same for operations of teachers alone, which builds for students leave out; null for others.
+#ifdef ADVKD_TEACHERS
+std::unique_ptr<PlanStep> teacher_step_of(const std::string& kind, Fields& fields);
+#endif
+
 // Refuses buffers that are impossible or do not lie in the arena.
 void check_sizes(const PlanData& plan);
 

@@ -354,6 +354,12 @@ std::unique_ptr<PlanStep> step_of(const PlanOp& op, std::size_t index, const Pla
       {"embed", made<EmbedStep>},
   };
   Fields fields(op, index, plan);
+#ifdef ADVKD_TEACHERS
+  if (auto step = teacher_step_of(op.kind, fields)) {
+    fields.finish();
+    return step;
+  }
+#endif
   const auto maker = makers.find(op.kind);
   if (maker == makers.end()) fields.fail("there is no such kind");
   auto step = maker->second(fields);

@@ -5,6 +5,7 @@ What torch.cuda would capture is called again at each replay instead.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import threading
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from advkd import ops
 from advkd.config import UNetConfig
-from advkd.diffusion import StepTable, ddim_table
+from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.engine import cache
 from advkd.engine import cuda as cuda_engine
 from advkd.engine.cuda import CudaEngine
@@ -38,7 +39,12 @@ SIZE = (8, 8)
 NOISE = Noise(11, Purpose.SAMPLING)
 
 
-def teacher(dtype: torch.dtype = torch.float32, classes: int | None = None) -> UNet:
+def teacher(
+    dtype: torch.dtype = torch.float32,
+    classes: int | None = None,
+    schedule: Schedule | None = None,
+    **changes: Any,
+) -> UNet:
     torch.manual_seed(3)
     config = UNetConfig(
         sample_size=SIZE[0],
@@ -52,7 +58,7 @@ def teacher(dtype: torch.dtype = torch.float32, classes: int | None = None) -> U
         attention_head_dim=8,
         num_class_embeds=classes,
     )
-    return UNet(config).to(dtype).eval()
+    return UNet(dataclasses.replace(config, **changes), schedule).to(dtype).eval()
 
 
 @pytest.fixture
@@ -138,6 +144,21 @@ def test_labels_parts_of_batches_and_changed_weights(emulated: Any) -> None:
     assert not torch.equal(changed, whole)
     assert (changed[:, 0] - eager(unet, table, NOISE, indices, y)).abs().max() < 1e-4
     assert engine.sample(table, NOISE, indices[:0], y[:0], saved=[3]).shape == (0, 1, 3, *SIZE)
+
+
+def test_film_and_a_variance_that_ddim_leaves_alone(emulated: Any) -> None:
+    schedule = Schedule(variance_type="learned_range")
+    unet = teacher(
+        schedule=schedule, out_channels=6, resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet", down_block_types=("AttnDownBlock2D",) * 2,
+    )  # fmt: skip
+    engine = CudaEngine.make(unet, SIZE, 4)
+    indices = torch.tensor([4, 9, 2])
+    got = engine.sample(table_of(unet, 5), NOISE, indices, saved=[5])
+    want = EagerEngine(unet, SIZE).sample(table_of(unet, 5), NOISE, indices, saved=[5])
+    assert got.shape == (3, 1, 3, *SIZE) and (got - want).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="eager engine alone"):
+        engine.sample(ddpm_table(schedule, 5), NOISE, indices, saved=[5])
 
 
 @pytest.mark.parametrize("images", [1, 3, 4, 6])

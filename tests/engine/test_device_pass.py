@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -23,6 +24,18 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "scaled": {"mid_block_scale_factor": 1.5, "downsample_padding": 0},
     "one head": {"attention_head_dim": None},
     "no attention in the middle": {"add_attention": False},
+    "FiLM": {"resnet_time_scale_shift": "scale_shift"},
+    "FiLM, classes": {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5},
+    "resampled by resnets": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "resampled by resnets, FiLM, classes as times": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "downsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": 5,
+        "class_embed_type": "timestep",
+    },
+    "no middle block": {"mid_block_type": None},
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "with an encoder": {"family": "unet"},
@@ -36,8 +49,9 @@ def teacher(**changes: Any) -> UNet:
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), layers_per_block=2,
-        norm_num_groups=2, **{"attention_head_dim": 8} | changes,
+        norm_num_groups=2, attention_head_dim=8,
     )  # fmt: skip
+    config = dataclasses.replace(config, **changes)
     return UNet(config).eval()
 
 

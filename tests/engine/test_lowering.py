@@ -98,6 +98,34 @@ TEACHERS = {
         ),
         (8, 8),
     ),
+    "FiLM": (dataclasses.replace(SMALL, resnet_time_scale_shift="scale_shift"), (8, 8)),
+    "resampled by resnets, FiLM, a rectangle": (
+        dataclasses.replace(
+            SMALL,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(12, 20, 24),
+            norm_num_groups=2,
+            down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            downsample_type="resnet",
+            upsample_type="resnet",
+            resnet_time_scale_shift="scale_shift",
+            attention_head_dim=(4, 5, 24),
+        ),
+        (12, 20),
+    ),
+    "resampled by resnets": (
+        dataclasses.replace(
+            SMALL,
+            block_out_channels=(16, 40),
+            down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"),
+            up_block_types=("ResnetUpsampleBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+        ),
+        (16, 8),
+    ),
+    "no middle block": (dataclasses.replace(SMALL, mid_block_type=None), (8, 8)),
     "sizes of other numbers": (dataclasses.replace(SMALL, sample_size=None), (22, 18)),
 }
 STUDENTS = {
@@ -168,12 +196,14 @@ def test_teacher_equals_its_module(name: str, batch: int) -> None:
     assert distance(found, exactly(unet, x, 7)) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "name", ["as google/ddpm-cifar10-32", "resampled by resnets, FiLM, a rectangle"]
+)
 @pytest.mark.parametrize("isa_name", ["portable", "avx2", "avx512"])
-def test_teacher_on_every_instruction_set(isa_name: str) -> None:
+def test_teacher_on_every_instruction_set(isa_name: str, name: str) -> None:
     assert ops.extension is not None
     if isa_name not in ops.extension.isas():
         pytest.skip(f"this machine does not run {isa_name}")
-    name = "as google/ddpm-cifar10-32"
     unet, size = teacher(name), TEACHERS[name][1]
     x, before = noise(unet, size), ops.extension.isa()
     ops.extension.set_isa(isa_name)
@@ -189,6 +219,20 @@ def test_a_teacher_is_conditioned_on_the_time(t: int) -> None:
     unet = teacher()
     x = noise(unet, (8, 8))
     assert distance(lower(unet, (8, 8), batch=4).run(x, t=t), exactly(unet, x, t)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["small", "FiLM", "resampled by resnets, FiLM, a rectangle"])
+@pytest.mark.parametrize("kind", [None, "timestep"])
+def test_class_conditional_teachers_of_each_kind(name: str, kind: str | None) -> None:
+    torch.manual_seed(0)
+    config, size = TEACHERS[name]
+    config = dataclasses.replace(config, num_class_embeds=5, class_embed_type=kind)
+    unet = scrambled(UNet(config))
+    x, y = noise(unet, size), torch.tensor([4, 0, 3])
+    found = lower(unet, size, batch=2).run(x, y, t=9, nan_fill=True)
+    assert distance(found, exactly(unet, x, 9, y)) <= TOLERANCE
+    again = lower(unet, size, batch=2).run(x, y, t=9, threads=2)
+    assert torch.equal(found, again)
 
 
 def test_class_conditional_teacher() -> None:
@@ -581,6 +625,30 @@ def in_head(data: st.DataObject, corrupt: plan.Plan) -> plan.Plan:
 )
 def test_what_is_wrong_is_said(words: str, spoil: Callable[[plan.Plan], object]) -> None:
     corrupt = changed(lower(teacher(), (8, 8), batch=2).plan)
+    spoil(corrupt)
+    with pytest.raises(ValueError, match=f"corrupt plan: .*{words}"):
+        corrupt.compiled()
+
+
+@pytest.mark.parametrize(
+    ("words", "spoil"),
+    [
+        ("it has no film", lambda p: drop(p, "film", "film_conditioning")),
+        ("film_conditioning=.* is not", lambda p: number(p, "film", "film_conditioning", -1)),
+        ("scale is not dense", lambda p: number(p, "film", "channels", 1)),
+        ("fewer channels than", lambda p: number(p, "film", "channels", 1 << 19)),
+        ("sides are not even", lambda p: number(p, "average_pool", "height", 3)),
+        ("other pixels", lambda p: number(p, "average_pool", "width", 4)),
+        ("silu=2 is not between", lambda p: number(p, "average_pool", "silu", 2)),
+        ("not known", lambda p: number(p, "average_pool", "y_scale", 1)),
+    ],
+)
+def test_what_is_wrong_with_operations_of_teachers(
+    words: str, spoil: Callable[[plan.Plan], object]
+) -> None:
+    name = "resampled by resnets, FiLM, a rectangle"
+    corrupt = changed(lower(teacher(name), TEACHERS[name][1], batch=2).plan)
+    corrupt.compiled()
     spoil(corrupt)
     with pytest.raises(ValueError, match=f"corrupt plan: .*{words}"):
         corrupt.compiled()

@@ -18,6 +18,7 @@ from advkd.diffusion import (
     ddim_table,
     ddpm_table,
 )
+from advkd.engine.cache import compile as advkd_compile
 from advkd.engine.cache import engine_for
 from advkd.engine.interface import input_shape
 from advkd.engine.noise import MAX_STEPS, Noise, Purpose
@@ -461,3 +462,86 @@ def test_generate_takes_every_64_bit_seed() -> None:
     for seed in (-1, 1 << 64):
         with pytest.raises(ValueError, match="seed"):
             generate(small_student(), 1, seed)
+
+
+# Samplers that take more than six numbers a step.
+
+
+def with_variance(schedule: Schedule) -> UNet:
+    """A teacher that gives a variance behind its prediction, neither of them the other's twin."""
+    torch.manual_seed(4)
+    config = dataclasses.replace(SMALL, in_channels=2, out_channels=4)
+    return UNet(config, schedule).eval().requires_grad_(False)
+
+
+LEARNED = dataclasses.replace(SCHEDULE, variance_type="learned_range")
+
+
+def test_a_learned_variance_is_no_part_of_ddim() -> None:
+    """All engines give the prediction, as the same network without the variance gives it."""
+    unet, indices = with_variance(LEARNED), numbers(3, 0, 7)
+    alone = UNet(dataclasses.replace(unet.config, out_channels=2), SCHEDULE).eval()
+    tensors = unet.state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        tensors[name] = tensors[name][:2]
+    alone.load_state_dict(tensors)
+    table = ddim_table(unet.schedule, 5, 0.5)
+    for backend in ("fused", "reference") if ops.extension is not None else ("reference",):
+        with ops.use_backend(backend):
+            found, wanted = (sample(model, table, 1, indices)[-1] for model in (unet, alone))
+            assert (found - wanted).abs().max() <= 16 * EPS * wanted.abs().max()
+            x = x_T_of(1, indices, (2, 8, 8))
+            assert engine_for(unet, 3).run(x, t=7).shape == (3, 2, 8, 8)
+
+
+def test_ddpm_takes_the_learned_variance() -> None:
+    """Step by step as the paper has it, in float64."""
+    unet, indices = with_variance(LEARNED), numbers(5, 2)
+    table = ddpm_table(unet.schedule)
+    engine = engine_for(unet, 2, table=table)
+    assert engine.name == "eager"
+    noise = Noise(1, Purpose.TRAINING)
+    (found,) = engine.sample(table, noise, indices, saved=[20]).unbind(1)
+    x = noise.x_T(indices, (2, 8, 8)).double()
+    wide = UNet(unet.config, unet.schedule).double().eval()
+    wide.load_state_dict(unet.state_dict())
+    for i, t in enumerate(table.timesteps.tolist()):
+        m, v = wide(x, t).chunk(2, dim=1)
+        a_x, a_m, c_0, c_x, c_m, sigma = table.coefficients[i]
+        low, high = table.log_variances[i]
+        z = ops.philox_normal(1, indices, noise.step_word(i), (2, 8, 8)).double()
+        spread = (low + (v + 1) / 2 * (high - low)).div(2).exp() if sigma else 0.0
+        x = c_0 * (a_x * x + a_m * m) + c_x * x + c_m * m + spread * z
+    assert (found - x).abs().max() <= 1e-5 * x.abs().max()
+    images = generate(unet, 2, seed=1, sampler="ddpm")
+    assert torch.isfinite(images).all()
+    assert not torch.equal(images, generate(unet, 2, seed=2, sampler="ddpm"))
+
+
+def test_an_image_of_a_learned_variance_does_not_depend_on_its_batch() -> None:
+    unet = with_variance(LEARNED)
+    together = generate(unet, 3, seed=9, sampler="ddpm")
+    alone = torch.cat([generate(unet, 1, seed=9, sampler="ddpm", first=i) for i in range(3)])
+    assert (together - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_thresholding_is_sampled_by_torch_alone(sampler: str) -> None:
+    usual = small_unet(schedule=dataclasses.replace(SCHEDULE, clip_sample=True))
+    fixed, free = (
+        small_unet(schedule=dataclasses.replace(SCHEDULE, thresholding=True, sample_max_value=top))
+        for top in (1.0, 3.0)
+    )
+    images = [
+        generate(unet, 2, seed=0, steps=5, sampler=sampler, purpose=Purpose.SAMPLING)
+        for unet in (usual, fixed, free)
+    ]
+    assert torch.equal(images[0], images[1])  # a threshold of 1 is a clip to 1
+    assert not torch.equal(images[1], images[2])
+    table = table_of(free.schedule, sampler, 5, 0.0)
+    assert engine_for(free, 2, table=table).name == "eager"
+    if ops.extension is not None:
+        with pytest.raises(ValueError, match="eager engine alone"):
+            engine_for(free, 2).sample(table, Noise(0, Purpose.SAMPLING), numbers(0), saved=[5])
+        with pytest.raises(ValueError, match="pass the teacher itself"):
+            generate(advkd_compile(free), 1, seed=0, steps=5, sampler=sampler)

@@ -270,17 +270,22 @@ def test_infinity_and_nan_stay_in_their_group_as_in_torch() -> None:
 
 WITHIN = """
 # (B, C, H, W), groups, channels of the tensor around x, the first of x, dtype; whether each image
-# has numbers of its own that are added.
-def found(shape, groups, total, first, dtype, by_image, device="cpu"):
+# has numbers of its own that are added; whether there is FiLM, by the halves of a vector.
+def found(shape, groups, total, first, dtype, by_image, film=False, device="cpu"):
     torch.manual_seed(1)
     B, C, H, W = shape
     whole = torch.randn(B, H, W, total).to(device, getattr(torch, dtype)).permute(0, 3, 1, 2)
     x = whole[:, first : first + C]
     added = (3 * torch.randn(B, 2 * C).to(device))[:, :C] if by_image else torch.randn(C).to(device)
     weight, bias = torch.randn(2, C).to(device)
-    y, mean, rstd = module.forward(x, (weight, bias, None, None), groups, EPS, True, added)
+    scale = shift = None
+    if film:
+        vectors = torch.randn(B if by_image else 1, 2 * C).to(device).expand(B, -1)
+        scale, shift = vectors[:, :C], vectors[:, C:]
+    y, mean, rstd = module.forward(x, (weight, bias, scale, shift), groups, EPS, True, added)
+    scale, shift = (None if t is None else t.double() for t in (scale, shift))
     wide = (x.double() + added.double().view(-1, C, 1, 1)).requires_grad_(False)
-    truth = formula(wide, weight.double(), bias.double(), None, None, groups, True)
+    truth = formula(wide, weight.double(), bias.double(), scale, shift, groups, True)
     flat = wide.reshape(B, groups, -1)
     mean_error = float((mean - flat.mean(2)).abs().max())
     variance = flat.var(2, correction=0)
@@ -299,6 +304,10 @@ WITHIN_CASES = [
     ((2, 6, 3, 5), 3, 7, 1, "float32", True),  # begins at no 16 bytes
     ((1, 8, 33, 40), 2, 16, 8, "float32", True),  # in two passes
     ((1, 16, 8, 8), 4, 48, 32, "bfloat16", False),
+    ((2, 8, 5, 3), 4, 8, 0, "float32", False, True),
+    ((2, 8, 4, 4), 2, 24, 8, "float32", True, True),
+    ((2, 8, 33, 40), 2, 16, 8, "float32", True, True),  # in two passes
+    ((2, 16, 8, 8), 4, 48, 32, "bfloat16", True, True),
 ]
 
 

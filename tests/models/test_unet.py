@@ -68,6 +68,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.3},
     "classes": {"num_class_embeds": 5},
     "grayscale in, two channels out": {"in_channels": 1, "out_channels": 2},
+    "FiLM": {"resnet_time_scale_shift": "scale_shift"},
+    "FiLM, a norm in front of the middle's attention": {
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+    },
+    "other groups in the middle": {"attn_norm_num_groups": 2},
+    "no middle block": {"mid_block_type": None},
+    "resampled by resnets": {
+        **ATTENTION,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
+    "resnets that resample, FiLM, classes": {
+        "block_out_channels": (8, 16, 24),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": 5,
+    },
+    "classes as times": {"class_embed_type": "timestep", "num_class_embeds": 5},
+    "another width of the time": {"time_embedding_dim": 24},
     "one block": {
         "block_out_channels": (8,),
         "down_block_types": ("AttnDownBlock2D",),
@@ -176,7 +199,16 @@ def test_diffusers_loads_what_we_saved(name: str, tmp_path: Path) -> None:
     assert_agree(ours(x, t, y), theirs.eval()(x, t, class_labels=y).sample)
 
 
-@pytest.mark.parametrize("change", [{}, {"num_class_embeds": 5}, {"layers_per_block": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_class_embeds": 5},
+        {"layers_per_block": 1},
+        VARIANTS["FiLM"],
+        VARIANTS["resnets that resample, FiLM, classes"],
+    ],
+)
 def test_the_gradients_are_diffusers(change: dict[str, Any]) -> None:
     settings = SMALL | change
     ours, theirs = UNet(config_from_diffusers(settings)).double(), UNet2DModel(**settings).double()
@@ -222,14 +254,19 @@ def test_config_round_trip() -> None:
     ("settings", "words"),
     [
         ({"act_fn": "gelu"}, ["act_fn", "gelu"]),
-        ({"resnet_time_scale_shift": "scale_shift"}, ["resnet_time_scale_shift"]),
-        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier"]),
-        (ATTENTION | {"downsample_type": "resnet"}, ["downsample_type"]),
-        ({"upsample_type": "resnet"}, ["upsample_type"]),
-        ({"class_embed_type": "timestep"}, ["class_embed_type"]),
-        ({"attn_norm_num_groups": 2}, ["attn_norm_num_groups"]),
-        ({"time_embedding_dim": 64}, ["time_embedding_dim", "64"]),
-        ({"mid_block_type": None}, ["mid_block_type"]),
+        ({"resnet_time_scale_shift": "spatial"}, ["resnet_time_scale_shift", "spatial"]),
+        ({"time_embedding_type": "fourier"}, ["time_embedding_type", "Fourier features"]),
+        ({"time_embedding_type": "learned"}, ["time_embedding_type", "learned", "table of times"]),
+        ({"downsample_type": "fir"}, ["downsample_type", "fir"]),
+        ({"upsample_type": 3}, ["upsample_type"]),
+        ({"class_embed_type": "timestep"}, ["class_embed_type", "num_class_embeds"]),
+        ({"class_embed_type": "identity"}, ["class_embed_type", "vectors"]),
+        ({"attn_norm_num_groups": 3}, ["attn_norm_num_groups=3", "16"]),
+        ({"time_embedding_dim": 0}, ["time_embedding_dim"]),
+        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, ["mid_block_type"]),
+        ({"attention_head_dim": [8]}, ["attention_head_dim", "1 entries"]),
+        ({"attention_head_dim": [8, 5]}, ["attention_head_dim", "16"]),
+        ({"attention_head_dim": ["8", "8"]}, ["attention_head_dim"]),
         ({"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel"]),
         ({"act_fn": ["silu"]}, ["act_fn"]),
         ({"_class_name": {"a": 1}}, ["_class_name"]),
@@ -265,7 +302,7 @@ def test_unsupported_unet_settings_are_named(settings: dict, words: list[str]) -
     ("change", "words"),
     [
         ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, ["SkipDownBlock2D"]),
-        ({"up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D")}, ["ResnetUpsampleBlock2D"]),
+        ({"up_block_types": ("SkipUpBlock2D", "UpBlock2D")}, ["SkipUpBlock2D"]),
         ({"down_block_types": ("DownBlock2D",)}, ["down_block_types", "1", "2"]),
         ({"up_block_types": 3 * ("UpBlock2D",)}, ["up_block_types", "3", "2"]),
         ({"norm_num_groups": 3}, ["num_groups=3", "8"]),
@@ -277,6 +314,27 @@ def test_impossible_architectures_are_errors(change: dict, words: list[str]) -> 
         UNet(config_from_diffusers(SMALL | change))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_heads_of_each_level() -> None:
+    """A list that says the same as a number, and one that diffusers has no words for."""
+    settings = SMALL | ATTENTION
+    one, listed = (
+        UNet(config_from_diffusers(settings | {"attention_head_dim": heads})).eval()
+        for heads in (4, [4, 4])
+    )
+    other = UNet(config_from_diffusers(settings | {"attention_head_dim": [4, 8]})).eval()
+    randomize(one)
+    for unet in (listed, other):
+        unet.load_state_dict(one.state_dict())
+    x, t, y = inputs(settings)
+    assert torch.equal(one(x, t, y), listed(x, t, y))
+    assert not torch.equal(one(x, t, y), other(x, t, y))
+    heads = {name: m.heads for name, m in other.named_modules() if isinstance(m, Attention)}
+    assert heads["down_blocks.0.attentions.0"] == heads["up_blocks.1.attentions.0"] == 8 // 4
+    assert heads["down_blocks.1.attentions.0"] == heads["mid_block.attentions.0"] == 16 // 8
+    assert config_to_diffusers(listed.config)["attention_head_dim"] == 4
+    assert config_to_diffusers(other.config)["attention_head_dim"] == (4, 8)
 
 
 def test_labels_must_fit_the_network() -> None:

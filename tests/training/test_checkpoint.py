@@ -654,7 +654,8 @@ def test_no_pickle_anywhere_in_the_package() -> None:
     sources = list(Path(advkd.__file__).parent.rglob("*.py"))
     assert len(sources) > 10
     found = {path.name: pickling(path.read_text()) for path in sources}
-    assert {name: calls for name, calls in found.items() if calls} == {}
+    # Of `advkd convert` alone, in a process of its own: tests/test_convert.py.
+    assert {name: calls for name, calls in found.items() if calls} == {"pickles.py": ["torch.load"]}
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def operations_of(training: Training, step: int) -> list[str]:
         ([], False),
         (["unet.num_class_embeds=4"], True),
         (["unet.dropout=0.1", "schedule.prediction_type=v_prediction"], False),
+        (
+            [
+                *("unet.resnet_time_scale_shift=scale_shift", "unet.downsample_type=resnet"),
+                *("unet.num_class_embeds=4", "unet.class_embed_type=timestep"),
+            ],
+            True,
+        ),
     ],
 )
 def test_a_teachers_step(overrides: list[str], labels: bool) -> None:
