@@ -28,6 +28,7 @@ from advkd.config import (
     one_of,
     within,
 )
+from advkd.device import without_memory
 from advkd.diffusion import Schedule
 from advkd.files import (
     CheckpointError,
@@ -98,7 +99,7 @@ def load_network(
     broken, not the ones written (`sha256`) or of another network, and for NaN or infinity.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             network = make()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{config} describes no network: {_brief(error)}") from None
@@ -108,7 +109,6 @@ def load_network(
     infos = {names[name]: info for name, info in header.items()}
     check_fit(network.state_dict(), infos, file, f"the network that {config} describes")
     tensors = read_tensors(file, sha256)
-    network = network.to_empty(device="cpu")
     load_strictly(network, {names[name]: tensor for name, tensor in tensors.items()}, file)
     for name, tensor in network.state_dict().items():
         if not torch.isfinite(tensor).all():
