@@ -192,6 +192,13 @@ def present_archs(environ: Mapping[str, str]) -> list[str]:
     return [f"{major}{minor}" for major, minor in sorted({(int(a), int(b)) for a, b in found})]
 
 
+def target_machine() -> str:
+    """The processor family to build for: this machine's, or, where another system is built for, the
+    one that _PYTHON_HOST_PLATFORM names, as "linux-aarch64"."""
+    named = os.environ.get("_PYTHON_HOST_PLATFORM", "")
+    return named.rpartition("-")[2] or platform.machine()
+
+
 def isa_flags(machine: str) -> dict[str, list[str]]:
     """Compiler flags of each instruction set built for a processor family."""
     if machine in ("aarch64", "arm64"):
@@ -204,7 +211,9 @@ def isa_flags(machine: str) -> dict[str, list[str]]:
 def dot_product_flags(machine: str) -> dict[str, list[str]]:
     """The same of each instruction set with dot products of bytes."""
     if machine in ("aarch64", "arm64"):
-        return {"neondot": ["-mcpu=generic+dotprod", *isa_flags(machine)["neon"]]}
+        # Every processor of Apple has them, and its compilers expect so.
+        extra = [] if sys.platform == "darwin" else ["-mcpu=generic+dotprod"]
+        return {"neondot": [*extra, *isa_flags(machine)["neon"]]}
     return X86_DOT_PRODUCT_FLAGS if machine in ("x86_64", "AMD64") else {}
 
 
@@ -372,7 +381,7 @@ class NinjaBuildExt(build_ext):
         cuda = find_cuda(os.environ)
         if isinstance(cuda, str):
             print(f"advkd: the extension is built without CUDA, because {cuda}", file=sys.stderr)
-        text = ninja_text(compiler, target, version, platform.machine(), cuda)
+        text = ninja_text(compiler, target, version, target_machine(), cuda)
         (build_dir / "build.ninja").write_text(text)
         write_if_changed(build_dir / BINDINGS, bindings_text())
         run_ninja(build_dir)
