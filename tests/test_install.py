@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -80,6 +81,13 @@ def test_each_kernel_is_compiled_for_each_instruction_set(
             assert ("-ffp-contract=fast" in flags) != exact
     assert not any(name.startswith("cpu/") for name in units)
     assert ("-DADVKD_HAVE_AVX2" in units["runtime/dispatch.o"]) == ("avx2" in isas)
+
+
+def test_another_machine_to_build_for(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("_PYTHON_HOST_PLATFORM", raising=False)
+    assert build.target_machine() == platform.machine()
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    assert build.target_machine() == "aarch64"
 
 
 def test_sets_that_a_compiler_does_not_know_are_left_out(build: ModuleType, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ pybind11 and `pip install ziglang==0.15.1`. Wheels of other Pythons are `cibuild
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import shlex
@@ -136,8 +135,8 @@ def problems(wheel: Path, machine: str) -> list[str]:
             found.append(f"it needs {version}")
     wanted = {"PyInit__C", "advkd_version", "advkd_generate"}
     found += [f"it does not export {name}" for name in sorted(wanted - {*library.exported})]
-    text = io.BytesIO(contents[0]).getvalue()
-    found += [f"it has no kernels for {isa}" for isa in ISAS[machine] if isa.encode() not in text]
+    absent = [isa for isa in ISAS[machine] if f"\0{isa}\0".encode() not in contents[0]]
+    found += [f"it has no kernels for {isa}" for isa in absent]
     return found
 
 
