@@ -33,8 +33,8 @@ GLIBC = (2, 17)
 SYSTEM = re.compile(r"lib(c|m|pthread|dl|rt)\.so\.\d|ld-linux-(x86-64|aarch64)\.so\.\d")
 MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine of ELF
 ISAS = {
-    "x86_64": ("portable", "avx2", "avx512", "avxvnni", "avx512vnni"),
-    "aarch64": ("neon", "neondot"),
+    "x86_64": ("portable", "avx2", "avx512"),
+    "aarch64": ("neon",),
 }
 
 
