@@ -9,9 +9,7 @@
 that advkd/deploy/web/advkd.wasm computes the same; --write replaces that file. It runs in node.
 `aarch64` runs advkd-generate in qemu-aarch64, and counts the instructions of the loops in which
 convolutions spend their time. What is missing to run is said, and leaves only the build.
-`macos` (ARM) and `windows` (x86-64) only compile, since nothing here runs their programs: for macOS
-the libraries and advkd-generate, for Windows the static library, since zig's own runtime lacks
-what __builtin_cpu_supports links to there.
+`macos` (ARM) and `windows` (x86-64) only compile, since nothing here runs their programs.
 
 Takes CMake, `pip install ziglang==0.15.1`, and as above nodejs, qemu-user and
 binutils-aarch64-linux-gnu. ADVKD_ZIG is another command of zig, as "python3;-m;ziglang".
@@ -88,12 +86,8 @@ def zig() -> str:
 
 def built(folder: Path, target: str) -> Path:
     """The folder in which CMake has built for a target of zig."""
-    return library.build(folder, *toolchain(target))
-
-
-def toolchain(target: str) -> tuple[str, ...]:
-    """CMake's options for a target of zig."""
-    return (
+    return library.build(
+        folder,
         f"-DCMAKE_TOOLCHAIN_FILE={library.CSRC / 'cmake' / 'zig.cmake'}",
         f"-DADVKD_TARGET={target}",
         f"-DADVKD_ZIG={zig()}",
@@ -390,9 +384,9 @@ def check_aarch64(folder: Path) -> None:
     )
 
 
-def check_compiled(folder: Path, target: str, made: Sequence[str], goal: str = "all") -> None:
+def check_compiled(folder: Path, target: str, made: Sequence[str]) -> None:
     """Compile for a system whose programs do not run here."""
-    at = library.build(folder, *toolchain(target), targets=(goal,))
+    at = built(folder, target)
     for name in made:
         path = at / name
         require(path.is_file(), f"{path} has not been made")
@@ -415,8 +409,8 @@ def main() -> int:
             made = ("libadvkd.dylib", "libadvkd.a", "advkd-generate")
             check_compiled(Path(temporary), "aarch64-macos", made)
         else:
-            made = ("libadvkd.a",)
-            check_compiled(Path(temporary), "x86_64-windows-gnu", made, "advkd_static")
+            made = ("libadvkd.dll", "libadvkd.a", "advkd-generate.exe")
+            check_compiled(Path(temporary), "x86_64-windows-gnu", made)
     return 0
 
 
