@@ -5,8 +5,9 @@ sanitizers (tests/sanitize.sh). Without any C++ compiler the package installs wi
 runs on the plain torch ops; a compiler that is there but fails fails the installation.
 
 The CUDA part is built where nvcc of CUDA 12.0 or later is found, in CUDA_HOME or on PATH;
-ADVKD_CUDA=0 leaves it out, ADVKD_CUDA=1 insists. ADVKD_CUDA_ARCHS, as "80 90", says for which
-architectures.
+ADVKD_CUDA=0 leaves it out, ADVKD_CUDA=1 insists. It is compiled for the GPUs of this machine; where
+there are none, to PTX of one architecture, which the driver of a later machine compiles at the
+first use. ADVKD_CUDA_ARCHS, as "80 90" or "all", says otherwise.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ UNCONTRACTED_SOURCES = (
     *("cpu/philox.cpp", "cpu/sampling_step.cpp"),
     *("cuda/philox.cu", "cuda/sampling_step.cu"),
 )
+BINDINGS = "bindings.cpp"  # in the folder of the build
 # Of builds without threads and of browsers (csrc/CMakeLists.txt, tests/wasm).
 ELSEWHERE = ("single_thread.cpp", "wasm.cpp")
 X86_ISA_FLAGS = {
@@ -57,7 +59,8 @@ CXX_FLAGS = [
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 ]
 
-# As far as nvcc knows them; the newest also as PTX, for what comes after.
+# What ADVKD_CUDA_ARCHS=all stands for, as far as nvcc knows them. PTX of the first runs on all of
+# them, and PTX of the newest on what comes after.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 OLDEST_CUDA = (12, 0)
 CUDA_FLAGS = [
@@ -99,6 +102,7 @@ class Cuda(NamedTuple):
     home: Path
     libraries: Path
     archs: tuple[str, ...]
+    has_machine_code: bool = True  # of each architecture; PTX is only of the last
 
     def numbers(self) -> list[str]:
         """The architectures as numbers, without the letter of those that fit one device alone."""
@@ -106,7 +110,8 @@ class Cuda(NamedTuple):
 
     def gencode(self) -> list[str]:
         """nvcc's options for machine code of all architectures, and PTX of the newest."""
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        machine = self.archs if self.has_machine_code else ()
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in machine]
         newest = self.archs[-1]
         return [*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
@@ -158,18 +163,40 @@ def toolkit(environ: Mapping[str, str]) -> Cuda | str:
         return f"{home} holds no include/cuda_runtime.h"
     for name in ("lib64", f"targets/{platform.machine()}-linux/lib", "lib"):
         if (home / name / "libcudart_static.a").exists():
-            return Cuda(nvcc, home, home / name, cuda_archs(nvcc, environ))
+            return Cuda(nvcc, home, home / name, *cuda_archs(nvcc, environ))
     return f"{home} holds no libcudart_static.a"
 
 
-def cuda_archs(nvcc: str, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The architectures of $ADVKD_CUDA_ARCHS, all of which nvcc must know, else the default's."""
+def cuda_archs(nvcc: str, environ: Mapping[str, str]) -> tuple[tuple[str, ...], bool]:
+    """The architectures to compile for, and whether to machine code or only to PTX: those of
+    $ADVKD_CUDA_ARCHS, all of which nvcc must know, else those of the GPUs that are here."""
     known = set(re.findall(r"sm_(\w+)", output_of(nvcc, "--list-gpu-code")))
+    usual = [arch for arch in CUDA_ARCHS if arch in known]
     asked = re.findall(r"\w+", environ.get("ADVKD_CUDA_ARCHS", ""))
+    if asked == ["all"]:
+        return tuple(usual), True
     unknown = [arch for arch in asked if arch not in known]
     if unknown:
         raise SystemExit(f"advkd: nvcc knows no architecture {', '.join(unknown)}")
-    return tuple(asked or [arch for arch in CUDA_ARCHS if arch in known])
+    chosen = asked or [arch for arch in present_archs(environ) if arch in known]
+    return (tuple(chosen), True) if chosen else (tuple(usual[:1]), False)
+
+
+def present_archs(environ: Mapping[str, str]) -> list[str]:
+    """The architectures of this machine's GPUs, as "90", each once and in order."""
+    tool = shutil.which("nvidia-smi", path=environ.get("PATH", ""))
+    if tool is None:
+        return []
+    said = output_of(tool, "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)
+    return [f"{major}{minor}" for major, minor in sorted({(int(a), int(b)) for a, b in found})]
+
+
+def target_machine() -> str:
+    """The processor family to build for: this machine's, or, where another system is built for, the
+    one that _PYTHON_HOST_PLATFORM names, as "linux-aarch64"."""
+    named = os.environ.get("_PYTHON_HOST_PLATFORM", "")
+    return named.rpartition("-")[2] or platform.machine()
 
 
 def isa_flags(machine: str) -> dict[str, list[str]]:
@@ -184,7 +211,9 @@ def isa_flags(machine: str) -> dict[str, list[str]]:
 def dot_product_flags(machine: str) -> dict[str, list[str]]:
     """The same of each instruction set with dot products of bytes."""
     if machine in ("aarch64", "arm64"):
-        return {"neondot": ["-mcpu=generic+dotprod", *isa_flags(machine)["neon"]]}
+        # Every processor of Apple has them, and its compilers expect so.
+        extra = [] if sys.platform == "darwin" else ["-mcpu=generic+dotprod"]
+        return {"neondot": [*extra, *isa_flags(machine)["neon"]]}
     return X86_DOT_PRODUCT_FLAGS if machine in ("x86_64", "AMD64") else {}
 
 
@@ -204,7 +233,7 @@ def compile_units(
     """(source, object name, extra flags) of every C++ translation unit of the extension.
 
     All of csrc/cpu is compiled once per instruction set that it is for, but for those left out;
-    everything else once.
+    everything else once, and csrc/python's own as one unit (`bindings_text`).
     """
     isas = isa_flags(machine)
     dot_products = {n: f for n, f in dot_product_flags(machine).items() if n not in left_out}
@@ -215,12 +244,14 @@ def compile_units(
         have += [f"-I{cuda.home / 'include'}"]
     else:
         have += [f'-DADVKD_CUDA_LEFT_OUT="{cuda}"']
+    yield Path(BINDINGS), "bindings.o", have  # takes longest, so it begins
+    bound = bindings()
     for source in sorted(CSRC.rglob("*.cpp")):
-        if source.name in ELSEWHERE:
+        room = source.parent.name
+        if source.name in ELSEWHERE or source in bound:
             continue
         if source.name == "cuda_bindings.cpp" and not isinstance(cuda, Cuda):
             continue
-        room = source.parent.name
         if room == "cpu":
             exact = f"cpu/{source.name}" in UNCONTRACTED_SOURCES
             contract = [] if exact else ["-ffp-contract=fast"]
@@ -230,6 +261,18 @@ def compile_units(
                 yield source, name, [f"-DADVKD_ISA={isa}", *flags, *contract]
         else:
             yield source, f"{room}/{source.stem}.o", have
+
+
+def bindings() -> list[Path]:
+    """The sources of csrc/python, but for those that need CUDA."""
+    sources = sorted((CSRC / "python").glob("*.cpp"))
+    return [source for source in sources if source.name != "cuda_bindings.cpp"]
+
+
+def bindings_text() -> str:
+    """The source that includes all bindings: the compiler reads pybind11's headers, which take it
+    longer than what is bound, only once."""
+    return "".join(f'#include "python/{source.name}"\n' for source in bindings())
 
 
 def cuda_units(cuda: Cuda | str) -> Iterator[tuple[Path, str, list[str]]]:
@@ -339,9 +382,16 @@ class NinjaBuildExt(build_ext):
         cuda = find_cuda(os.environ)
         if isinstance(cuda, str):
             print(f"advkd: the extension is built without CUDA, because {cuda}", file=sys.stderr)
-        text = ninja_text(compiler, target, version, platform.machine(), cuda)
+        text = ninja_text(compiler, target, version, target_machine(), cuda)
         (build_dir / "build.ninja").write_text(text)
+        write_if_changed(build_dir / BINDINGS, bindings_text())
         run_ninja(build_dir)
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a source that ninja compiles anew when its time changes."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def run_ninja(build_dir: Path) -> None:

@@ -7,13 +7,15 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
+from advkd.errors import CheckpointError, Interrupted, TrainingError
 
-from advkd import device
-from advkd.console import Interrupted
-from advkd.files import CheckpointError
-from advkd.training.loop import TrainingError
+# Where no network is placed, a command does not wait for torch.
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")  # those of advkd.device
 
 
 def guarded(command: Callable[[], None], again: str = "the same command") -> int:
@@ -77,7 +79,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Declare --dtype."""
     parser.add_argument(
-        "--dtype", choices=tuple(device.DTYPES), default="float32",
+        "--dtype", choices=DTYPES, default="float32",
         help="in which a network computes on a GPU (default float32, multiplied as TF32)",
     )  # fmt: skip
 
@@ -85,6 +87,8 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def place_of(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype that --device and --dtype name; ValueError for a half type on the
     CPU."""
+    from advkd import device
+
     place = device.resolve(args.device)
     if place.type == "cpu" and args.dtype != "float32":
         raise ValueError(f"--dtype {args.dtype} is for a GPU; on the CPU networks take float32")
@@ -96,4 +100,6 @@ def use_threads(threads: int) -> None:
     if threads < 0:
         raise ValueError(f"--threads {threads} is negative")
     if threads:
+        import torch
+
         torch.set_num_threads(threads)

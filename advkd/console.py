@@ -16,10 +16,6 @@ from advkd import processes
 LOG_SECONDS = 30.0  # between lines of a log file; what is shorter writes none
 
 
-class Interrupted(RuntimeError):
-    """A training that was asked to stop and has saved its state."""
-
-
 class StopSignals:
     """Within `with`: SIGINT and SIGTERM set `requested` instead of ending the process."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from advkd.cli import guarded
+from advkd.device import without_memory
 from advkd.files import CheckpointError, load_strictly, read_tensors
 from advkd.models import guided_diffusion
 from advkd.models.unet import UNet, config_to_diffusers
@@ -88,11 +89,11 @@ def _guided(args: argparse.Namespace, room: Path) -> UNet:
     flags = guided_diffusion.parse_flags(args.flags)
     config = guided_diffusion.config_from_flags(flags)
     schedule = guided_diffusion.schedule_from_flags(flags)
-    with torch.device("meta"):
+    with without_memory():
         unet = UNet(config, schedule)
     tensors = _tensors(args, room)
     ours = guided_diffusion.renamed(tensors, config, flags["use_new_attention_order"])
-    unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
+    unet = unet.eval().requires_grad_(False)
     load_strictly(unet, ours, args.old)
     check_finite(unet, args.old)
     return unet

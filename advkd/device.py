@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from advkd import processes
 
@@ -51,6 +52,24 @@ def resolve(name: str) -> torch.device:
 
 def _why_no_cuda() -> str:
     return "sees no CUDA device" if torch.version.cuda else "was built without CUDA"
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Within `with`, networks are made on device meta: shapes and dtypes without numbers."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """Passes over torch.nn.init: on meta, some of it imports torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return (kwargs or {})["tensor"]
+        return func(*args, **kwargs or {})
 
 
 def placed(network: Network, device: torch.device, dtype: torch.dtype | None = None) -> Network:

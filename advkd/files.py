@@ -18,11 +18,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from advkd.errors import CheckpointError
+
+# Only tensors need torch, so what reads and writes other files does not wait for its import.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 MAX_TEXT = 16 << 20  # bytes of a text file; parsed, JSON takes up to 25 times as many
 MAX_HEADER = 16 << 20  # bytes of a safetensors file's header
@@ -42,23 +45,26 @@ _MISTAKEN = (
 )
 # The dtypes of a safetensors file that torch holds element for element.
 _DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 _STARTED = time.time()
+CACHE_VARIABLE = "ADVKD_CACHE"
 
 
-class CheckpointError(RuntimeError):
-    """A file that cannot be used; the message names it and says why."""
+def cache_folder() -> Path:
+    """Where to keep what can be made again: $ADVKD_CACHE, else `advkd` in the user's caches."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(user, "advkd"))
 
 
 # Writing.
@@ -172,6 +178,8 @@ def seal(content: Mapping[str, Any]) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file atomically and return its SHA-256."""
+    import safetensors.torch
+
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = safetensors.torch.save(whole)
     write_bytes(path, content)
@@ -285,6 +293,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _parsed_header(header: Any, size: int) -> dict[str, TensorInfo]:
     """The tensors of a header whose data have `size` bytes; ValueError says what is wrong."""
+    import torch
+
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     found, ranges = {}, []
@@ -293,14 +303,15 @@ def _parsed_header(header: Any, size: int) -> dict[str, TensorInfo]:
             continue
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"its header's entry {name!r:.100} is not a tensor's")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"the dtype of {name!r:.100}, {dtype!r:.40}, is not supported")
+        stored, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(stored, str) or stored not in _DTYPES:
+            raise ValueError(f"the dtype of {name!r:.100}, {stored!r:.40}, is not supported")
+        dtype: torch.dtype = getattr(torch, _DTYPES[stored])
         if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
             raise ValueError(f"the shape or the offsets of {name!r:.100} are not whole numbers")
-        if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+        if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"the size of {name!r:.100} is not what its shape asks for")
-        found[name] = TensorInfo(_DTYPES[dtype], tuple(shape))
+        found[name] = TensorInfo(dtype, tuple(shape))
         ranges.append(tuple(offsets))
     end = 0
     for first, last in sorted(ranges):
@@ -323,6 +334,8 @@ def _are_counts(values: Any) -> bool:
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read a safetensors file; CheckpointError if it is absent, broken or not what was written."""
+    import safetensors.torch
+
     read_header(path)
     with _opened(path) as file:
         content = file.read()
@@ -338,14 +351,19 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Copy tensors into a module by name, in the module's dtypes.
+    """Copy tensors into a module by name, in the module's dtypes; one on device meta is then where
+    they are.
 
     CheckpointError says which are missing, superfluous, of another shape or another kind of number;
     then the module is left as it was.
     """
     own = module.state_dict()
     check_fit(own, tensors, where)
-    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
+    if any(tensor.is_meta for tensor in own.values()):
+        copies = {name: tensors[name].to(own[name].dtype, copy=True) for name in own}
+        module.load_state_dict(copies, assign=True)
+    else:
+        module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
 
 
 def check_fit(
@@ -378,6 +396,8 @@ def listed(problems: Sequence[str]) -> str:
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes: the identity of a set of weights."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -29,6 +29,7 @@ from advkd.config import (
     one_of,
     within,
 )
+from advkd.device import without_memory
 from advkd.diffusion import LEARNED_RANGE, Schedule
 from advkd.files import (
     CheckpointError,
@@ -100,7 +101,7 @@ def load_network(
     NaN or infinity.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             network = make()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{config} describes no network: {_brief(error)}") from None
@@ -111,7 +112,6 @@ def load_network(
     names = _names(stored, rename, files[0])
     infos = {names[name]: info for header in headers.values() for name, info in header.items()}
     check_fit(network.state_dict(), infos, files[0], f"the network that {config} describes")
-    network = network.to_empty(device="cpu")
     tensors: dict[str, torch.Tensor] = {}
     for one in files:
         tensors |= {names[name]: tensor for name, tensor in read_tensors(one, sha256).items()}

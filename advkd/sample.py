@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from advkd.cli import add_device, add_dtype, add_threads, guarded, place_of, use_threads
+from advkd.cli import add_device, add_dtype, add_threads, guarded
 from advkd.config import SAMPLERS, nearest
-from advkd.console import StopSignals, progress_bar
 from advkd.data.sentences import brief
-from advkd.device import placed
-from advkd.engine.interface import input_shape
-from advkd.engine.noise import Noise, Purpose
-from advkd.engine.sampling import generate
+from advkd.deploy.prepared import Prepared, find, key_of
 from advkd.files import write_bytes
-from advkd.models.student import Student
-from advkd.models.unet import UNet
-from advkd.pretrained import load_student, load_teacher
 from advkd.report.pictures import image_grid, save_png
 
 SHIPPED = "zoo:fashion-mnist-student"
 TEACHER_STEPS = 50
+MOST_PIXELS = 1 << 20  # of images that are sampled without a progress bar
 TILE = 64  # pixels: small images are enlarged by a whole factor up to this side
 EPILOG = """\
 An image depends on --seed and its number alone: --first 10 --num 1 gives the eleventh of --num 64
@@ -72,17 +67,20 @@ def parser() -> argparse.ArgumentParser:
 def sample(args: argparse.Namespace) -> None:
     """Sample the images, write them and say so in one line."""
     _check(args)
-    place = place_of(args)
-    use_threads(args.threads)
-    model = placed(_load(args), *place)
-    channels = input_shape(model, None if args.size is None else (args.size, args.size))[0]
+    if not args.teacher:
+        args.student = args.student or SHIPPED
+    if args.steps is None:
+        args.steps = TEACHER_STEPS
+    source = _opened(args)
     png = args.out or (None if args.npz else Path("samples.png"))
-    if png is not None and channels not in (1, 3):
-        raise ValueError(f"a PNG has 1 or 3 channels, these images {channels}: use --npz alone")
-    label = _label(args.label, model)
-    y = _labels(args, model, label)
+    if png is not None and source.channels not in (1, 3):
+        raise ValueError(
+            f"a PNG has 1 or 3 channels, these images {source.channels}: use --npz alone"
+        )
+    label = _label(args.label, source)
+    y = _labels(args, source, label)
     began = time.monotonic()
-    images = _images(args, model, y)
+    images = source.images(args, y)
     seconds = time.monotonic() - began
     if png is not None:
         columns = math.ceil(math.sqrt(len(images)))
@@ -92,9 +90,11 @@ def sample(args: argparse.Namespace) -> None:
     shape = "x".join(str(side) for side in images.shape[1:])
     files = ", ".join(str(path) for path in (png, args.npz) if path is not None)
     print(
-        f"{len(images)} images ({shape}) of {_words(args, model, label)}, seed {args.seed}, "
-        f"in {seconds:.2f} s: {files}"
+        f"{len(images)} images ({shape}) of {_words(args, source, label)}, seed {args.seed}, "
+        f"in {seconds:.2f} s: {files}",
+        flush=True,
     )
+    source.prepare()
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -123,27 +123,78 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--sampler ddpm takes all steps of the schedule: no --steps and no --eta")
 
 
-def _load(args: argparse.Namespace) -> Student | UNet:
-    if args.teacher:
-        return load_teacher(args.teacher, args.scheduler)
-    return load_student(args.student or SHIPPED)
+class Source(Protocol):
+    """What images are sampled from."""
+
+    channels: int
+    num_classes: int | None
+    class_names: tuple[str, ...] | None
+
+    def labels(self, num: int, seed: int, first: int) -> np.ndarray:
+        """Labels (num,) int64 of images number `first` and later, where there are classes."""
+
+    def images(self, args: argparse.Namespace, y: np.ndarray | None) -> np.ndarray:
+        """The images that the options ask for, (N, C, H, W) float32 in [-1, 1]."""
+
+    def prepare(self) -> None:
+        """Make the next start faster, where that can be."""
 
 
-def _label(given: str | None, model: Student | UNet) -> int | None:
+def _opened(args: argparse.Namespace) -> Source:
+    """The network that is asked for: a student without torch where that can be, else by torch."""
+    prepared = _prepared(args)
+    if prepared is not None:
+        return prepared
+    from advkd.sample_network import SampledNetwork
+
+    return SampledNetwork(args)
+
+
+def _prepared(args: argparse.Namespace) -> Prepared | None:
+    """The student, where torch would run it by the engine of the CPU and it is prepared for that.
+
+    None as well where there is something to say about the options, and for so many images that
+    torch's import matters less than a progress bar.
+    """
+    if args.teacher or args.threads < 0 or args.dtype != "float32":
+        return None
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not has_gpu_driver())
+    if not on_cpu or os.environ.get("ADVKD_OPS", "") not in ("", "fused"):
+        return None
+    key = key_of(args.student)
+    student = None if key is None else find(key)
+    if student is None or args.num * student.heads[-1] ** 2 > MOST_PIXELS:
+        return None
+    # Of a student of noisy states the file has the last head only, whatever its number.
+    return None if args.exit_at is not None and len(student.heads) == 1 else student
+
+
+def has_gpu_driver() -> bool:
+    """Whether torch might find a GPU here: CUDA's driver, or ROCm's, is there."""
+    if Path("/dev/kfd").exists():
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _label(given: str | None, source: Source) -> int | None:
     """The class that --class means: by its name, by its number, or by its name in another case."""
     if given is None:
         return None
-    if model.num_classes is None:
+    if source.num_classes is None:
         raise ValueError("--class needs a class-conditional network, and this one is not")
-    names = model.class_names or ()
+    names = source.class_names or ()
     if given in names:
         return names.index(given)
     try:
         number = int(given)
     except ValueError:
-        return _label_by_name(given, names, model.num_classes)
-    if not 0 <= number < model.num_classes:
-        raise ValueError(f"--class {number} is not between 0 and {model.num_classes - 1}")
+        return _label_by_name(given, names, source.num_classes)
+    if not 0 <= number < source.num_classes:
+        raise ValueError(f"--class {number} is not between 0 and {source.num_classes - 1}")
     return number
 
 
@@ -165,63 +216,34 @@ def _label_by_name(given: str, names: Sequence[str], num_classes: int) -> int:
     return found[0]
 
 
-def _labels(args: argparse.Namespace, model: Student | UNet, label: int | None) -> Tensor | None:
+def _labels(args: argparse.Namespace, source: Source, label: int | None) -> np.ndarray | None:
     """Labels y (N,) int64 of the images, or None for an unconditional network."""
-    if model.num_classes is None:
+    if source.num_classes is None:
         return None
     if label is not None:
-        return torch.full((args.num,), label)
-    numbers = torch.arange(args.first, args.first + args.num)
-    return Noise(args.seed, Purpose.SAMPLING).labels(numbers, model.num_classes)
+        return np.full(args.num, label, np.int64)
+    return source.labels(args.num, args.seed, args.first)
 
 
-def _images(args: argparse.Namespace, model: Student | UNet, y: Tensor | None) -> Tensor:
-    """The images, (N, C, H, W) float32 in [-1, 1]; Ctrl-C ends it at the next network pass."""
-    with StopSignals() as stop, progress_bar("sample", 0, unit="pass") as bar:
-
-        def report(done: int, total: int) -> None:
-            if stop.requested:
-                raise KeyboardInterrupt
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return generate(
-            model,
-            args.num,
-            args.seed,
-            TEACHER_STEPS if args.steps is None else args.steps,
-            eta=args.eta or 0.0,
-            sampler=args.sampler or "ddim",
-            y=y,
-            exit_at=args.exit_at,
-            size=args.size,
-            first=args.first,
-            callback=report,
-        )
-
-
-def _npz(images: Tensor, y: Tensor | None) -> bytes:
+def _npz(images: np.ndarray, y: np.ndarray | None) -> bytes:
     """An .npz file's bytes."""
-    arrays: dict[str, np.ndarray] = {"images": images.numpy()}
-    if y is not None:
-        arrays["labels"] = y.numpy()
+    arrays = {"images": images} | ({} if y is None else {"labels": y})
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-def _words(args: argparse.Namespace, model: Student | UNet, label: int | None) -> str:
+def _words(args: argparse.Namespace, source: Source, label: int | None) -> str:
     """What was sampled, and how."""
     of = "" if label is None else f", class {label}"
-    if label is not None and model.class_names is not None:
-        of += f" ({brief(model.class_names[label], 60)})"
+    if label is not None and source.class_names is not None:
+        of += f" ({brief(source.class_names[label], 60)})"
     if not args.teacher:
         early = "" if args.exit_at is None else f" up to submodule {args.exit_at}"
-        return f"{args.student or SHIPPED} in one network pass{early}{of}"
+        return f"{args.student} in one network pass{early}{of}"
     if args.sampler == "ddpm":
         return f"{args.teacher} by DDPM{of}"
-    steps = TEACHER_STEPS if args.steps is None else args.steps
-    return f"{args.teacher} by DDIM in {steps} steps, eta {args.eta or 0:g}{of}"
+    return f"{args.teacher} by DDIM in {args.steps} steps, eta {args.eta or 0:g}{of}"
 
 
 def main(argv: list[str] | None = None) -> int:

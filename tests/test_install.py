@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_a_failing_compiler_fails_the_installation(build: ModuleType, tmp_path: 
     compiler = executable(tmp_path / "c++", "#!/bin/sh\necho 'the disk is on fire' >&2\nexit 1\n")
     text = build.ninja_text([str(compiler)], tmp_path / "_C.so", "0", "x86_64", "no CUDA")
     (tmp_path / "build.ninja").write_text(text)
+    (tmp_path / build.BINDINGS).write_text(build.bindings_text())
     with pytest.raises(SystemExit, match=r"(?s)compiler failed.*ADVKD_EXT=0.*the disk is on fire"):
         build.run_ninja(tmp_path)
 
@@ -81,6 +83,13 @@ def test_each_kernel_is_compiled_for_each_instruction_set(
     assert ("-DADVKD_HAVE_AVX2" in units["runtime/dispatch.o"]) == ("avx2" in isas)
 
 
+def test_another_machine_to_build_for(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("_PYTHON_HOST_PLATFORM", raising=False)
+    assert build.target_machine() == platform.machine()
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    assert build.target_machine() == "aarch64"
+
+
 def test_sets_that_a_compiler_does_not_know_are_left_out(build: ModuleType, tmp_path: Path) -> None:
     script = """#!/bin/sh\ncase "$*" in *-mavxvnni*) exit 1;; esac\n"""
     compiler = executable(tmp_path / "c++", script)
@@ -97,6 +106,8 @@ def test_every_source_is_compiled_to_an_object_of_its_own(build: ModuleType) -> 
     names = [name for _, name, _ in build.compile_units("x86_64", "no CUDA")]
     assert len(set(names)) == len(names)
     sources = {source for source, *_ in build.compile_units("x86_64", "no CUDA")}
+    included = re.findall(r'#include "(.*)"', build.bindings_text())
+    sources |= {ROOT / "csrc" / name for name in included}
     left_out = {*(ROOT / "csrc").rglob("*.cpp")} - sources
     assert {source.name for source in left_out} == {"cuda_bindings.cpp", *build.ELSEWHERE}
 
@@ -149,15 +160,42 @@ def test_a_toolkit_is_found(build: ModuleType, tmp_path: Path) -> None:
     environ = cuda_home(tmp_path)
     cuda = build.find_cuda(environ)
     assert (cuda.home, cuda.libraries) == (tmp_path, tmp_path / "lib64")
-    assert cuda.archs == ("80", "90", "100")  # of the default ones, those that nvcc knows
-    assert cuda.gencode()[-1] == "-gencode=arch=compute_100,code=compute_100"
-    assert build.find_cuda(environ | {"ADVKD_CUDA_ARCHS": "75, 90"}).archs == ("75", "90")
     with pytest.raises(SystemExit, match="nvcc knows no architecture 61"):
         build.find_cuda(environ | {"ADVKD_CUDA_ARCHS": "61 90"})
     text = build.ninja_text(["g++"], tmp_path / "_C.so", "0", "x86_64", cuda)
     assert "build cuda/sampling_step.o: compile_cuda" in text
     assert "-lcudart_static" in text
     assert "ADVKD_CUDA_LEFT_OUT" not in text
+    assert "build python/cuda_bindings.o: compile " in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "codes"),
+    [
+        ("", None, ["compute_80"]),  # no nvidia-smi: PTX of one architecture
+        ("", "No devices were found\n", ["compute_80"]),
+        ("", "9.0\n9.0\n8.0\n", ["sm_80", "sm_90", "compute_90"]),
+        ("", "7.5\n12.1\n", ["sm_75", "compute_75"]),  # the second one nvcc does not know
+        ("", "12.1\n", ["compute_80"]),
+        ("75, 90", "8.0\n", ["sm_75", "sm_90", "compute_90"]),
+        ("all", "8.0\n", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+    ],
+)
+def test_what_cuda_code_is_compiled_for(
+    build: ModuleType, tmp_path: Path, asked: str, gpus: str | None, codes: list[str]
+) -> None:
+    environ = cuda_home(tmp_path) | {"ADVKD_CUDA_ARCHS": asked}
+    if gpus is not None:
+        executable(tmp_path / "nvidia-smi", f"#!/bin/sh\nprintf '{gpus}'\n")
+        environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
+    cuda = build.find_cuda(environ)
+    found = [option.partition(",code=")[2] for option in cuda.gencode()]
+    assert found == codes
+    assert all(
+        re.fullmatch(r"-gencode=arch=compute_(\d+),code=(sm|compute)_\1", option)
+        for option in cuda.gencode()
+    )
+    assert cuda.numbers()[-1] == codes[-1].removeprefix("compute_")
 
 
 @pytest.mark.parametrize(

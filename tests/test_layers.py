@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. Places of one layer may not import each other; a package's own files may.
 LAYERS: dict[int, tuple[str, ...]] = {
     10: ("train", "sample", "evaluate", "export", "convert", "info", "__main__"),
-    9: ("api", "run", "cli"),
-    8: ("report",),
+    9: ("api", "run", "sample_network"),
+    8: ("report", "cli"),
     7: ("evaluation", "deploy"),
     6: ("training",),
     5: ("data",),
@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("pretrained",),
     2: ("models", "pickles"),
     1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
-    0: ("kernels", "runtime", "_C", "processes"),
+    0: ("kernels", "runtime", "_C", "processes", "errors"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 EXEMPT = ("__init__",)  # re-exports the API lazily

@@ -38,7 +38,9 @@ from advkd.data.geometry import BLOCK
 from advkd.data.pixels import Mapped
 from advkd.data.sentences import DataError, plural
 from advkd.files import (
+    CACHE_VARIABLE,
     CheckpointError,
+    cache_folder,
     created,
     is_running,
     read_json,
@@ -46,7 +48,6 @@ from advkd.files import (
     write_json,
 )
 
-LOCATION = "ADVKD_CACHE"
 FORMAT = 1  # of the folders, and of how images are decoded
 SHARD = 64 << 20  # bytes of a shard, where there are no more than
 MAX_SHARDS = 256  # of them, since each takes a file descriptor
@@ -54,12 +55,6 @@ PATIENCE = 60.0  # seconds without a sign of life after which another process's 
 _POLL = 0.2  # seconds between looks at what other processes write
 
 Read = Callable[[int, int], np.ndarray]  # images start .. stop; start is a multiple of BLOCK
-
-
-def cache_folder() -> Path:
-    """Where decoded images go: ADVKD_CACHE, else `advkd` in the user's folder of caches."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(LOCATION) or Path(user, "advkd"))
 
 
 def key_of(*parts: Any) -> str:
@@ -200,8 +195,8 @@ class _Cache:
         needed = self.images(missing) * self.layout.image_bytes
         return DataError(
             f"{self.layout.title}: the decoded images take another {needed:,} bytes in "
-            f"{self.folder.parent}, where {self.free():,} are free: set {LOCATION} to a folder on "
-            "a larger disk"
+            f"{self.folder.parent}, where {self.free():,} are free: set {CACHE_VARIABLE} to a "
+            "folder on a larger disk"
         )
 
     def free(self) -> int:

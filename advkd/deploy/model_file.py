@@ -191,19 +191,19 @@ def _operations(plan: Builder, tensors: dict[str, Tensor], ranges: Ranges) -> li
 def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The bytes of a safetensors file, always the same; the library's own order is random."""
     header: dict[str, Any] = {"__metadata__": metadata}
-    data = b""
+    data: list[bytes] = []
+    end = 0
     for name, tensor in tensors.items():
-        content = tensor.numpy().tobytes()
-        offsets = [len(data), len(data) + len(content)]
+        data.append(tensor.numpy().tobytes())
+        offsets = [end, end := end + len(data[-1])]
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": offsets,
         }
-        data += content
     text = _json(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
 def _json(value: Any) -> str:

@@ -86,14 +86,19 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         return False
     if _backend.extension is None or not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    batch = _TRACED_BATCH if torch.compiler.is_compiling() else x.shape[0]
-    return _speedup(batch, *x.shape[1:], weight.shape[0]) > 1.0
+    B, C, H, W = x.shape
+    batch = _TRACED_BATCH if torch.compiler.is_compiling() else B
+    return _speedup(batch, C, H, W, weight.shape[0]) > 1.0
 
 
-@torch.compiler.assume_constant_result
 def _speedup(batch: int, channels: int, height: int, width: int, out: int) -> float:
     speedup: float = fused_extension().conv3x3_speedup((batch, height, width, channels, out))
     return speedup
+
+
+# What torch.compiler.assume_constant_result leaves; it also imports torch's compiler, which takes
+# longer than all else that a command imports.
+vars(_speedup)["_dynamo_marked_constant"] = True
 
 
 def _dense_pixels(x: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from advkd.files import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRID_COLUMNS = 6
 GRID_ROWS = 8
@@ -49,7 +51,7 @@ class Pictures:
             raise ValueError(f"{len(self.times)} times do not pair with {len(self.heads)} heads")
 
 
-def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
+def image_grid(images: Tensor | np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
     """Lay images out row by row, touching; each pixel becomes scale × scale pixels.
 
     images: float (n, C, H, W) in [-1, 1] (values outside are clipped), C = 1 or 3, n >= 1.
@@ -61,11 +63,12 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
         raise ValueError(f"a grid needs images (n, 1 or 3, H, W), not {tuple(images.shape)}")
     if columns < 1 or scale < 1:
         raise ValueError(f"columns={columns} and scale={scale} must be at least 1")
-    values = images.detach().to("cpu", torch.float32)
-    if not torch.isfinite(values).all():
+    plain = images if isinstance(images, np.ndarray) else images.detach().cpu().float().numpy()
+    values = plain.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
         raise ValueError("the images hold values that are not finite")
     n, channels, height, width = values.shape
-    pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    pixels = np.rint((values.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
     rows = -(-n // columns)
     canvas = np.zeros((rows * columns, channels, height, width), np.uint8)
     canvas[:n] = pixels
@@ -93,6 +96,8 @@ def _tile_grid(images: Tensor, columns: int) -> np.ndarray:
     """A grid whose tiles are near TILE pixels: small images grow by a whole factor."""
     size = max(images.shape[-2:])
     if size > LARGEST_TILE:
+        import torch
+
         height, width = (max(1, round(side * LARGEST_TILE / size)) for side in images.shape[-2:])
         images = torch.nn.functional.interpolate(
             images.detach().float(), (height, width), mode="area"

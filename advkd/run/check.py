@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from advkd import device, processes
 from advkd.config import Config, ConfigError, as_tree, build
 from advkd.data import for_shape
@@ -54,7 +52,7 @@ def teacher_on_meta(run: Run) -> UNet:
         return run.stored_teacher().to("meta")
     if config.teacher.source:
         return run.given_teacher().to("meta")
-    with torch.device("meta"):
+    with device.without_memory():
         return UNet(config.unet, Schedule(**vars(config.schedule)))
 
 
@@ -109,7 +107,7 @@ def _check_networks(config: Config, teacher: UNet) -> None:
     """Student and discriminator can be built, and trained as configured."""
     check_settings(config.distill, len(config.student.stages))
     size, channels = config.data.size, config.data.channels
-    with torch.device("meta"):
+    with device.without_memory():
         Student(config.student, size, channels, config.trajectory.target, teacher.num_classes)
         Discriminator(
             config.discriminator,

@@ -14,7 +14,7 @@ import torch
 
 from advkd import processes
 from advkd.config import ConfigError, to_toml
-from advkd.console import Interrupted, StopSignals, progress_bar
+from advkd.console import StopSignals, progress_bar
 from advkd.data import describe, probe
 from advkd.data.trajectories import Trajectories, index_of, sample_trajectories
 from advkd.deploy.model_file import model_bytes
@@ -22,7 +22,8 @@ from advkd.engine.cache import engine_for
 from advkd.engine.lowering import LoweringError
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import saved_steps, table_of
-from advkd.files import CheckpointError, write_json
+from advkd.errors import CheckpointError, Interrupted
+from advkd.files import write_json
 from advkd.models.layers import area_resized
 from advkd.pretrained import save_teacher
 from advkd.report.inputs import read_metrics, read_summary

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from advkd import processes
 from advkd.config import RunConfig
-from advkd.console import Interrupted, StopSignals, progress_bar
+from advkd.console import StopSignals, progress_bar
 from advkd.device import deterministic, tensor_float32
+from advkd.errors import Interrupted, TrainingError
 from advkd.files import load_strictly, write_bytes
 from advkd.parallel import Workers
 from advkd.training import settings as device_settings
@@ -30,10 +31,6 @@ from advkd.training.checkpoint import (
 )
 from advkd.training.ema import Ema
 from advkd.training.inputs import Ahead
-
-
-class TrainingError(RuntimeError):
-    """A training that cannot go on; the message names the step and what to do."""
 
 
 class MetricsLog:

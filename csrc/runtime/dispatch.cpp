@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#ifdef ADVKD_HAVE_AVXVNNI
+#ifdef __x86_64__
 #include <cpuid.h>
 #endif
 #if defined(ADVKD_HAVE_NEONDOT) && defined(__linux__)
@@ -16,6 +16,30 @@
 namespace advkd {
 namespace {
 
+#ifdef __x86_64__
+// What the processor runs and the system saves. __builtin_cpu_supports links to a runtime that not
+// every compiler brings for every system.
+struct Processor {
+  bool avx2 = false, avx512 = false, avxvnni = false, avx512vnni = false;
+
+  Processor() {
+    unsigned eax, ebx, ecx, edx, saved, high;
+    const auto bit = [](unsigned word, int number) { return (word >> number & 1) != 0; };
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || !bit(ecx, 27)) return;  // OSXSAVE
+    const bool fma = bit(ecx, 12);
+    asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & 0x6) != 0x6 || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return;
+    avx2 = fma && bit(ebx, 5);
+    // F, DQ, BW, VL
+    avx512 = (saved & 0xe0) == 0xe0 && fma && bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) &&
+             bit(ebx, 31);
+    avx512vnni = avx512 && bit(ecx, 11);
+    const bool has_more = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0;
+    avxvnni = avx2 && has_more && bit(eax, 4);
+  }
+};
+#endif
+
 // Best first.
 struct Tables {
   const KernelTable* at[4] = {};
@@ -23,14 +47,10 @@ struct Tables {
 
   Tables() {
 #ifdef ADVKD_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("fma")) {
-      at[count++] = &avx512::table;
-    }
+    if (Processor().avx512) at[count++] = &avx512::table;
 #endif
 #ifdef ADVKD_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) at[count++] = &avx2::table;
+    if (Processor().avx2) at[count++] = &avx2::table;
 #endif
 #ifdef ADVKD_HAVE_NEON
     at[count++] = &neon::table;
@@ -52,14 +72,6 @@ const KernelTable* table_named(const char* name) {
   }
   return nullptr;
 }
-
-#ifdef ADVKD_HAVE_AVXVNNI
-// By cpuid: older compilers do not know its name.
-bool runs_avxvnni() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
-}
-#endif
 
 #ifdef ADVKD_HAVE_NEONDOT
 bool runs_neondot() {
@@ -103,12 +115,12 @@ std::vector<std::string> runnable_isas() {
 
 Int8Convolution int8_convolution() {
 #ifdef ADVKD_HAVE_AVX512VNNI
-  if (&kernels() == &avx512::table && __builtin_cpu_supports("avx512vnni")) {
+  if (&kernels() == &avx512::table && Processor().avx512vnni) {
     return avx512vnni::convolution_int8;
   }
 #endif
 #ifdef ADVKD_HAVE_AVXVNNI
-  if (&kernels() == &avx2::table && runs_avxvnni()) return avxvnni::convolution_int8;
+  if (&kernels() == &avx2::table && Processor().avxvnni) return avxvnni::convolution_int8;
 #endif
 #ifdef ADVKD_HAVE_NEONDOT
   if (runs_neondot()) return neondot::convolution_int8;

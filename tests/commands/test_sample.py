@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import advkd.sample
+import advkd.sample_network
 from advkd.config import StudentConfig, UNetConfig
 from advkd.console import StopSignals
 from advkd.diffusion import Schedule
@@ -43,14 +44,38 @@ TEACHER = UNetConfig(
 )
 
 
-@pytest.fixture
-def student(tmp_path: Path) -> str:
-    return _student(tmp_path / "student")
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Students are prepared in a folder of the test's own, whether or not there is a GPU."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ADVKD_CACHE", str(folder))
+    monkeypatch.setattr(advkd.sample, "has_gpu_driver", lambda: False)
+    return folder
 
 
-@pytest.fixture
-def conditional(tmp_path: Path) -> str:
-    return _student(tmp_path / "conditional", num_classes=3)
+@pytest.fixture(params=["by torch", "prepared"])
+def student(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    return _prepared(_student(tmp_path / "student"), request.param, capsys)
+
+
+@pytest.fixture(params=["by torch", "prepared"])
+def conditional(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    folder = _student(tmp_path / "conditional", num_classes=3)
+    return _prepared(folder, request.param, capsys)
+
+
+def _prepared(folder: str, how: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The student, sampled once where it is to be prepared."""
+    if how == "prepared":
+        archive = Path(folder).with_name("first.npz")
+        assert main(["--student", folder, "--num", "1", "--npz", str(archive)]) == 0
+        archive.unlink()
+        capsys.readouterr()
+    return folder
 
 
 @pytest.fixture
@@ -140,9 +165,12 @@ def test_labels(conditional: str, tmp_path: Path) -> None:
 NAMES = ("ankle boot", "1", "Bag", "BAG", "Stra\u00dfe", "line\nbreak")
 
 
-@pytest.fixture
-def named(tmp_path: Path) -> str:
-    return _student(tmp_path / "named", num_classes=6, names=NAMES)
+@pytest.fixture(params=["by torch", "prepared"])
+def named(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    folder = _student(tmp_path / "named", num_classes=6, names=NAMES)
+    return _prepared(folder, request.param, capsys)
 
 
 @pytest.mark.parametrize(
@@ -397,8 +425,8 @@ def test_ctrl_c_ends_at_the_next_pass(
 
         return generate(*given, callback=report, **settings)
 
-    monkeypatch.setattr(advkd.sample, "StopSignals", Watched)
-    monkeypatch.setattr(advkd.sample, "generate", interrupted)
+    monkeypatch.setattr(advkd.sample_network, "StopSignals", Watched)
+    monkeypatch.setattr(advkd.sample_network, "generate", interrupted)
     npz = tmp_path / "images.npz"
     assert main(["--teacher", teacher, "--num", "1", "--steps", "5", "--npz", str(npz)]) == 130
     assert passes == [1, 2] and not npz.exists()

@@ -108,7 +108,7 @@ def main() -> None:
         path, decoded = Path(folder, "images.zip"), Path(folder, "cache")
         write_zip(path, args.num)
         command = [sys.executable, "-m", "tests.data.many_images", "--read", str(path)]
-        environment = os.environ | {cache.LOCATION: str(decoded)}
+        environment = os.environ | {cache.CACHE_VARIABLE: str(decoded)}
         killed = subprocess.Popen(command, env=environment)
         while killed.poll() is None and not list(decoded.glob("images-*/shard-00001.json")):
             time.sleep(0.01)

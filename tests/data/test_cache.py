@@ -34,7 +34,7 @@ GIB = 1 << 20  # KiB
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache's folder; no set is small enough for memory, and shards are of 256 images."""
-    monkeypatch.setenv(cache.LOCATION, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(source, "IN_MEMORY", 0)
     monkeypatch.setattr(cache, "SHARD", 1)
     monkeypatch.setattr(cache, "_POLL", 0.01)
@@ -214,7 +214,7 @@ def test_a_disk_that_is_too_small_is_refused_first(
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: SimpleNamespace(free=needed))
     assert len(load_images(path)) == COUNT
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(cache.LOCATION, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"file/images-\w+ cannot be used: Not a dir"):
         load_images(path)
 

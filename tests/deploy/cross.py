@@ -2,11 +2,14 @@
 
     python tests/deploy/cross.py wasm [--write]
     python tests/deploy/cross.py aarch64
+    python tests/deploy/cross.py macos
+    python tests/deploy/cross.py windows
 
 `wasm` builds the module that pages embed, holds its size and its images to their bounds, and checks
 that advkd/deploy/web/advkd.wasm computes the same; --write replaces that file. It runs in node.
 `aarch64` runs advkd-generate in qemu-aarch64, and counts the instructions of the loops in which
 convolutions spend their time. What is missing to run is said, and leaves only the build.
+`macos` (ARM) and `windows` (x86-64) only compile, since nothing here runs their programs.
 
 Takes CMake, `pip install ziglang==0.15.1`, and as above nodejs, qemu-user and
 binutils-aarch64-linux-gnu. ADVKD_ZIG is another command of zig, as "python3;-m;ziglang".
@@ -381,9 +384,18 @@ def check_aarch64(folder: Path) -> None:
     )
 
 
+def check_compiled(folder: Path, target: str, made: Sequence[str]) -> None:
+    """Compile for a system whose programs do not run here."""
+    at = built(folder, target)
+    for name in made:
+        path = at / name
+        require(path.is_file(), f"{path} has not been made")
+        print(f"{target}: {name}, {path.stat().st_size:,} bytes: compiled, not run")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=("wasm", "aarch64"))
+    parser.add_argument("target", choices=("wasm", "aarch64", "macos", "windows"))
     parser.add_argument("--write", action="store_true", help="replace the module that is committed")
     arguments = parser.parse_args()
     if library.cmake() is None:
@@ -391,8 +403,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.target == "wasm":
             check_wasm(Path(temporary), arguments.write)
-        else:
+        elif arguments.target == "aarch64":
             check_aarch64(Path(temporary))
+        elif arguments.target == "macos":
+            made = ("libadvkd.dylib", "libadvkd.a", "advkd-generate")
+            check_compiled(Path(temporary), "aarch64-macos", made)
+        else:
+            made = ("libadvkd.dll", "libadvkd.a", "advkd-generate.exe")
+            check_compiled(Path(temporary), "x86_64-windows-gnu", made)
     return 0
 
 

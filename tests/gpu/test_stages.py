@@ -25,6 +25,7 @@ def no_pass_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("a network was to be run on the CPU")
 
     monkeypatch.setattr(CpuEngine, "make", refuse)
+
     def check(module: torch.nn.Module, given: Any) -> None:
         if isinstance(module, UNet | Student) and next(module.parameters()).is_cpu:
             refuse()

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from advkd.config import Config, override
-from advkd.console import Interrupted
 from advkd.data.trajectories import Trajectories
 from advkd.device import deterministic, tensor_float32
+from advkd.errors import Interrupted, TrainingError
 from advkd.files import read_tensors
 from advkd.parallel import Workers
 from advkd.training.checkpoint import latest_checkpoint
 from advkd.training.distill import Distillation
-from advkd.training.loop import Training, TrainingError, Value, run_training
+from advkd.training.loop import Training, Value, run_training
 from advkd.training.teacher import TeacherTraining, train_teacher
 
 from ..training.tiny import changed, photos, sampled, squares, teacher_config

@@ -68,7 +68,7 @@ def module() -> ModuleType:
 
 def program(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     """program.cpp, the runtime and the portable kernels under the thread sanitizer, in FOLDER."""
-    flags = [f"-I{csrc}", *THREAD_SANITIZER_FLAGS]
+    flags = [f"-I{csrc}", f"-I{HERE}", *THREAD_SANITIZER_FLAGS]
     units = [(HERE / "program.cpp", flags)]
     for source, _, extra in setup.compile_units("portable", "CUDA is not needed here"):
         if source.parent.name in ("runtime", "cpu"):

@@ -28,15 +28,16 @@ from advkd.config import (
     load_preset,
     to_toml,
 )
-from advkd.console import Interrupted, StopSignals
+from advkd.console import StopSignals
 from advkd.data import DataError, ImageSet, dataset
 from advkd.data.split import MIN_IMAGES, hold_out, real_images
 from advkd.data.trajectories import Trajectories, sample_trajectories
 from advkd.diffusion import Schedule
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
+from advkd.errors import CheckpointError, Interrupted
 from advkd.evaluation.features import FeatureNet, save_features
-from advkd.files import CheckpointError, read_json, write_json
+from advkd.files import read_json, write_json
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import save_student, save_teacher

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from advkd.config import Config, ConfigError, StudentConfig
-from advkd.console import Interrupted, StopSignals
+from advkd.console import StopSignals
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
+from advkd.errors import Interrupted, TrainingError
 from advkd.files import read_tensors
 from advkd.parallel import Workers
 from advkd.pretrained import load_student
@@ -28,7 +29,6 @@ from advkd.training import losses as losses_module
 from advkd.training.batches import Batch, Drawn, Labeled
 from advkd.training.checkpoint import latest_checkpoint
 from advkd.training.distill import Distillation, StepPlan, distill_student
-from advkd.training.loop import TrainingError
 from advkd.training.losses import huber
 
 from .tiny import CONFIG, CPU, changed, metrics, photos, sampled

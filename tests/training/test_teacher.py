@@ -19,15 +19,13 @@ from advkd.config import (
     override,
     to_toml,
 )
-from advkd.console import Interrupted
 from advkd.data.images import ImageSet
 from advkd.diffusion import PREDICTION_TYPES
-from advkd.files import CheckpointError
+from advkd.errors import CheckpointError, Interrupted, TrainingError
 from advkd.models.unet import UNet
 from advkd.parallel import Workers
 from advkd.pretrained import load_teacher, save_teacher
 from advkd.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from advkd.training.loop import TrainingError
 from advkd.training.teacher import (
     TeacherTraining,
     noised,
