@@ -170,7 +170,7 @@ def seal(content: Mapping[str, Any]) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file atomically and return its SHA-256."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(whole)
+    content = safetensors.torch.save(whole, {"format": "pt"})  # which some readers insist on
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 

@@ -26,6 +26,7 @@ from advkd.config import (
 from advkd.data import dataset_names, find, probe
 from advkd.data.hub import PREFIX
 from advkd.engine.interface import input_shape
+from advkd.hub import is_repository
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
 from advkd.report.tables import final_table
@@ -172,11 +173,12 @@ def _assignments(args: argparse.Namespace) -> list[str]:
 
 def _resolved(path: str) -> str:
     """A path that means the same from any folder; "", "zoo:NAME" and a data set's name stay, also
-    one of the hub."""
+    one of the hub, and so does a network's repository there."""
     if path.startswith(PREFIX):
         place = Path(path.removeprefix(PREFIX)).expanduser()
         return f"{PREFIX}{place.resolve()}" if place.is_dir() else path
-    is_name = path.startswith("zoo:") or (path in dataset_names() and not Path(path).exists())
+    is_name = path.startswith("zoo:") or is_repository(path)
+    is_name = is_name or (path in dataset_names() and not Path(path).exists())
     return path if not path or is_name else str(Path(path).resolve())
 
 

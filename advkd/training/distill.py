@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from advkd import device, processes
+from advkd.card import Facts
 from advkd.config import Config, ConfigError, DistillConfig
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
@@ -30,7 +31,7 @@ from advkd.device import autocast
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.parallel import Workers
-from advkd.pretrained import save_student
+from advkd.publish import publish_student
 from advkd.training import losses
 from advkd.training.augment import Augmentation
 from advkd.training.batches import Batch, Batches, Drawn, Labeled
@@ -395,6 +396,6 @@ def distill_student(
     seconds = run_training(training, run, config.distill, config.run)
     if processes.is_first():
         training.ema.model.class_names = class_names
-        save_student(training.ema.model, run / "student")
+        publish_student(training.ema.model, run / "student", Facts(f"{config.name} student"))
         drop_checkpoints(run / "checkpoints", STAGE)
     return seconds
