@@ -1,7 +1,7 @@
 """advkd distills a diffusion model into a generator that makes an image in one network pass.
 
-`load_teacher`, `load_student`, `generate` and `compile` are the Python interface, beside the classes
-`UNet` and `Student` and `push_folder`: `advkd.api`.
+`load_teacher`, `load_student`, `generate`, `compile` and `push_folder` are the Python interface,
+beside the networks' classes `UNet` and `Student`: `advkd.api`.
 """
 
 from __future__ import annotations

@@ -138,7 +138,9 @@ With diffusers (advkd must be installed beside it):
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained(
+    "FOLDER", custom_pipeline="FOLDER", trust_remote_code=True
+)
 images = pipeline(batch_size=16).images
 ```"""
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import advkd
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+import advkd
 
 
 class StudentPipeline(DiffusionPipeline):

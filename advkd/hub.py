@@ -11,7 +11,8 @@ from typing import Any
 
 from advkd.files import CheckpointError
 
-_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME@REVISION
+# OWNER/NAME or OWNER/NAME@REVISION
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 # What advkd reads of a network: never a pickle, and of a larger pipeline its UNet and scheduler.
 _WANTED = [
     *("config.json", "model_index.json", "scheduler_config.json", "scheduler/*.json"),
@@ -33,18 +34,16 @@ def download(source: str) -> Path:
     """
     match = _NAME.fullmatch(source)
     if match is None:
-        raise CheckpointError(f"{source!r} is not OWNER/NAME, as repositories of the hub are called")
+        raise CheckpointError(f"{source!r} is not OWNER/NAME, as a repository of the hub is called")
     try:
         library = _library()
     except CheckpointError as error:
         raise CheckpointError(f"there is no folder {source}, and {error}") from None
     try:
-        folder = library.snapshot_download(
-            match[1], revision=match[2], allow_patterns=_WANTED
-        )
+        folder = library.snapshot_download(match[1], revision=match[2], allow_patterns=_WANTED)
     except Exception as error:  # of the library, and of those that it calls
         raise CheckpointError(
-            f"there is no folder {source}, and no such repository of the hub: {_reason(error)}"
+            f"there is no folder {source}, and the hub gives no such repository: {_reason(error)}"
         ) from error
     return Path(folder)
 
@@ -77,7 +76,8 @@ def upload(
             ignore_patterns=[*_OWN, *kept],
         )
     except Exception as error:
-        raise CheckpointError(f"{folder} was not uploaded to {repository}: {_reason(error)}") from error
+        reason = _reason(error)
+        raise CheckpointError(f"{folder} was not uploaded to {repository}: {reason}") from error
     return str(commit.commit_url)
 
 
@@ -93,6 +93,6 @@ def _library() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the library says that is more than a heading."""
+    """The first two lines of what the library says; the first is often a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0] if lines else type(error).__name__:.300}"
+    return f"{' '.join(lines[:2]) or type(error).__name__:.300}"

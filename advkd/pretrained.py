@@ -163,12 +163,12 @@ def load_teacher(source: str | Path, scheduler: str | Path | None = None) -> UNe
     """Load a DDPM UNet as diffusers or advkd saved it, in float32 on the CPU, ready to sample.
 
     `source` is a pipeline folder, a flat folder as the google/ddpm-* uploads are, a bare `unet/`
-    folder (then `scheduler` names the folder or file of its scheduler_config.json), `zoo:NAME`, or a
-    repository of the Hugging Face hub, OWNER/NAME.
-    Only safetensors are read: `diffusion_pytorch_model.safetensors` or the one variant that stands
-    in its place, such as `diffusion_pytorch_model.fp16.safetensors`. Raises CheckpointError for a
-    file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
-    setting that is not supported; both name the file.
+    folder (then `scheduler` names the folder or file of its scheduler_config.json), `zoo:NAME`, or
+    OWNER/NAME, a repository of the Hugging Face hub. Only safetensors are read:
+    `diffusion_pytorch_model.safetensors` or the one variant that stands in its place, such as
+    `diffusion_pytorch_model.fp16.safetensors`. Raises CheckpointError for a file that is absent,
+    broken or does not fit, ConfigError for an architecture or a scheduler setting that is not
+    supported; both name the file.
     """
     folder = resolve(source)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder

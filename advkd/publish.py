@@ -3,9 +3,6 @@ that diffusers runs."""
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from advkd.card import CARD, Facts, write_card
 from advkd.files import CheckpointError, write_bytes, write_json
 from advkd.hub import upload
+from advkd.models.folders import Folders
 from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import load_student, load_teacher, resolve, save_student, save_teacher
@@ -23,7 +21,7 @@ _PIPELINE_SOURCE = Path(__file__).parent / "diffusers_pipeline.py"
 
 
 def publish_student(
-    student: Student, folder: Path, facts: Facts | None = None, dtype: torch.dtype = torch.float32
+    student: Student, folder: Path, dtype: torch.dtype = torch.float32, facts: Facts | None = None
 ) -> None:
     """Write a student's folder: weights and config, the pipeline for diffusers, and a model card.
 
@@ -38,7 +36,7 @@ def publish_student(
 
 
 def publish_teacher(
-    unet: UNet, folder: Path, facts: Facts | None = None, dtype: torch.dtype = torch.float32
+    unet: UNet, folder: Path, dtype: torch.dtype = torch.float32, facts: Facts | None = None
 ) -> None:
     """Write a teacher's folder, a pipeline of diffusers, and a model card as `publish_student`."""
     save_teacher(unet, folder, dtype)
@@ -64,42 +62,5 @@ def push_folder(folder: str | Path, repository: str, **settings: Any) -> str:
     return upload(place, repository, **settings)
 
 
-@contextlib.contextmanager
-def _named_after(repository: str) -> Iterator[Path]:
-    """An empty folder that goes afterwards; its name, which a card takes, is the repository's."""
-    with tempfile.TemporaryDirectory(prefix="advkd-") as parent:
-        yield Path(parent) / (repository.rpartition("/")[2] or "network")
-
-
-class _StudentFolders:
-    """Folders of students, as `InFolder` asks for them."""
-
-    def load(self, source: str | Path) -> Student:
-        return load_student(source)
-
-    def save(self, network: Student, folder: Path, dtype: torch.dtype) -> None:
-        publish_student(network, folder, dtype=dtype)
-
-    def push(self, network: Student, repository: str, dtype: torch.dtype, **settings: Any) -> str:
-        with _named_after(repository) as folder:
-            publish_student(network, folder, dtype=dtype)
-            return upload(folder, repository, **settings)
-
-
-class _TeacherFolders:
-    """Folders of teachers, as `InFolder` asks for them."""
-
-    def load(self, source: str | Path, scheduler: str | Path | None = None) -> UNet:
-        return load_teacher(source, scheduler)
-
-    def save(self, network: UNet, folder: Path, dtype: torch.dtype) -> None:
-        publish_teacher(network, folder, dtype=dtype)
-
-    def push(self, network: UNet, repository: str, dtype: torch.dtype, **settings: Any) -> str:
-        with _named_after(repository) as folder:
-            publish_teacher(network, folder, dtype=dtype)
-            return upload(folder, repository, **settings)
-
-
-Student.folders = _StudentFolders()
-UNet.folders = _TeacherFolders()
+Student.folders = Folders(load_student, publish_student, upload)
+UNet.folders = Folders(load_teacher, publish_teacher, upload)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -11,12 +14,17 @@ from torch import nn
 Network = TypeVar("Network", bound="InFolder")
 
 
-class Folders(Protocol):
-    """How networks of a kind are stored; `advkd.publish` knows, which lies above the networks."""
+@dataclass(frozen=True)
+class Folders:
+    """How networks of a kind are stored; `advkd.publish`, which lies above the networks, says so.
 
-    def load(self, source: str | Path, **settings: Any) -> Any: ...
-    def save(self, network: Any, folder: Path, dtype: torch.dtype) -> None: ...
-    def push(self, network: Any, repository: str, dtype: torch.dtype, **settings: Any) -> str: ...
+    load(source, ...) reads one, save(network, folder, dtype) writes it, and upload(folder,
+    repository, ...) takes a folder to the hub.
+    """
+
+    load: Callable[..., Any]
+    save: Callable[[Any, Path, torch.dtype], None]
+    upload: Callable[..., str]
 
 
 class InFolder(nn.Module):
@@ -71,7 +79,11 @@ class InFolder(nn.Module):
         CheckpointError where huggingface_hub is not installed, or for what the hub refuses. To
         upload a run's student with the model card of its figures: `advkd.push_folder`.
         """
-        return self.folders.push(
-            self, repository, dtype, private=private, token=token, revision=revision,
-            message=message, create_pr=create_pr,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="advkd-") as parent:
+            # The folder's name is what its model card is headed.
+            folder = Path(parent) / (repository.rpartition("/")[2] or "network")
+            self.folders.save(self, folder, dtype)
+            return self.folders.upload(
+                folder, repository, private=private, token=token, revision=revision,
+                message=message, create_pr=create_pr,
+            )  # fmt: skip

@@ -396,6 +396,7 @@ def distill_student(
     seconds = run_training(training, run, config.distill, config.run)
     if processes.is_first():
         training.ema.model.class_names = class_names
-        publish_student(training.ema.model, run / "student", Facts(f"{config.name} student"))
+        facts = Facts(f"{config.name} student")
+        publish_student(training.ema.model, run / "student", facts=facts)
         drop_checkpoints(run / "checkpoints", STAGE)
     return seconds
