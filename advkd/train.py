@@ -14,6 +14,7 @@ import torch
 from advkd import device, processes
 from advkd.cli import add_device, add_threads, guarded, use_threads
 from advkd.config import (
+    TRACKERS,
     Config,
     ConfigError,
     as_tree,
@@ -76,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trajectories", type=int, metavar="N", help="how many to sample")
     p.add_argument("--features", metavar="FOLDER", help="a feature network to evaluate by")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key")
+    p.add_argument(
+        "--log", choices=TRACKERS, help="also show losses and images in a tracker (default: none)"
+    )
     p.add_argument("--seed", type=int, help="seed of the run (default 0)")
     add_device(p)
     add_threads(p)
@@ -164,6 +168,7 @@ def _assignments(args: argparse.Namespace) -> list[str]:
         "data.flip": None if mirrored else "false",
         "trajectory.num": args.trajectories,
         "run.seed": args.seed,
+        "run.log": args.log,
         "run.threads": args.threads or None,
         "run.device": None if args.device == "auto" else _quoted(args.device),
     }

@@ -40,7 +40,7 @@ from advkd.training.diversity import missing_distance, typical_of_data
 from advkd.training.ema import Ema
 from advkd.training.graphs import Steps
 from advkd.training.inputs import Ahead, on_device
-from advkd.training.loop import Training, Value, run_training
+from advkd.training.loop import Follower, Training, Value, run_training
 from advkd.training.losses import find_loss, generator_gradient
 from advkd.training.schedule import active_heads, adversary_heads, head_weights, learning_rate
 from advkd.training.settings import rated_on, set_rate
@@ -384,16 +384,17 @@ def distill_student(
     run: Path,
     images: ImageSet | None = None,
     class_names: tuple[str, ...] | None = None,
+    follower: Follower | None = None,
 ) -> float:
     """Train a student from scratch, or on from its last checkpoint; save `run/student`.
 
     `images` are the training images, where there are any, for a fresh adversary; `class_names` are
-    those of the teacher. Returns the seconds of training, interrupted parts included. Raises
-    TrainingError on a value that is not finite and Interrupted after a signal, both with the state
-    on disk.
+    those of the teacher, and `follower` may watch. Returns the seconds of training, interrupted
+    parts included. Raises TrainingError on a value that is not finite and Interrupted after a
+    signal, both with the state on disk.
     """
     training = Distillation(config, trajectories, images)
-    seconds = run_training(training, run, config.distill, config.run)
+    seconds = run_training(training, run, config.distill, config.run, follower)
     if processes.is_first():
         training.ema.model.class_names = class_names
         facts = Facts(f"{config.name} student")
