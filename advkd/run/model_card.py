@@ -26,7 +26,9 @@ def describe_student(run: Run, summary: Mapping[str, Any]) -> None:
         license=(run.dataset.license if run.dataset else "") or UNKNOWN,
         dataset=_dataset(run),
         table=[(row.label, {side: row.cells[side] for side in sides}) for row in rows],
-        metrics=[Metric(f.key, f.label, value) for f, value in student.items() if value is not None],
+        metrics=[
+            Metric(f.key, f.label, value) for f, value in student.items() if value is not None
+        ],
         words=protocol_paragraphs(summary),
         picture=GRID,
     )
