@@ -51,24 +51,25 @@ def write_card(folder: Path, network: Student | UNet, facts: Facts) -> None:
 
 def card(network: Student | UNet, facts: Facts) -> str:
     """The text of a model card."""
-    use = _STUDENT_USE if isinstance(network, Student) else _TEACHER_USE
-    parts = [_front_matter(facts), f"# {_plain(facts.name)}", _described(network, facts)]
+    is_student = isinstance(network, Student)
+    front = _front_matter(facts, "advkd" if is_student else "diffusers")
+    parts = [front, f"# {_plain(facts.name)}", _described(network, facts)]
     if facts.picture:
         parts.append(f"![Samples]({facts.picture})")
-    parts.append(use)
+    parts.append(_STUDENT_USE if is_student else _TEACHER_USE)
     if facts.table:
         parts += ["## Figures", _table(facts.table), *facts.words]
     parts += ["## License", _license_words(facts.license)]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(facts: Facts) -> str:
-    """YAML whose values are JSON, which is YAML too."""
+def _front_matter(facts: Facts, library: str) -> str:
+    """YAML whose values are JSON, which is YAML too; `library` loads the network."""
     known = re.fullmatch(r"[\w.+-]+", facts.license)
     entries: dict[str, Any] = {"license": facts.license.lower() if known else "other"}
     if not known:
         entries["license_name"] = facts.license
-    entries |= {"library_name": "advkd", "pipeline_tag": TASK}
+    entries |= {"library_name": library, "pipeline_tag": TASK}
     entries["tags"] = ["advkd", "image-generation", "distillation"]
     if facts.metrics:
         entries["model-index"] = [

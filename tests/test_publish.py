@@ -17,6 +17,7 @@ from advkd.engine.noise import Purpose
 from advkd.models.student import Student
 from advkd.publish import publish_student
 
+ZOO = Path(advkd.__file__).parent / "zoo"
 FACTS = Facts(
     "mine: <b>", "CC0-1.0", 'Faces "of" us', [("FD", {"teacher": "2.0 ± 0.1", "student": "3.0"})],
     [Metric("fd", "FD", 3.0)], ["How it was measured."], "grid.png",
@@ -133,3 +134,10 @@ def test_diffusers_generates_with_a_student(
     assert pipe.to("cpu") is pipe and pipe.device == torch.device("cpu")
     pipe.save_pretrained(tmp_path / "again")
     assert Student.from_pretrained(tmp_path / "again").size == 8
+
+
+@pytest.mark.parametrize("file", sorted(ZOO.glob("*/README.md")), ids=lambda file: file.parent.name)
+def test_what_ships_has_a_card(file: Path) -> None:
+    data = pytest.importorskip("huggingface_hub").ModelCard(file.read_text()).data
+    assert data.license == ("cc0-1.0" if "avatars" in file.parent.name else "mit")
+    assert data.library_name == ("advkd" if "student" in file.parent.name else "diffusers")

@@ -26,7 +26,8 @@ def commands() -> list[list[str]]:
 
 
 def test_blocks_are_found() -> None:
-    found = blocks("```sh\na\nb\n```\n\n```text\nc\n```\n```sh background\nd\n```\n```python\ne\n```\n")
+    page = [("sh", "a\nb\n"), ("text", "c\n"), ("sh background", "d\n"), ("python", "e\n")]
+    found = blocks("\n".join(f"```{kind}\n{text}```\n" for kind, text in page))
     assert found == [("sh", "a\nb\n"), ("sh background", "d\n"), ("python", "e\n")]
     assert {kind for kind, _ in CODE} == {"sh", "sh background", "python"}
 

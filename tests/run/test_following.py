@@ -82,6 +82,18 @@ def test_a_student_is_the_same_bits_with_previews(tmp_path: Path) -> None:
     assert (tmp_path / "seen" / PREVIEW).is_file()
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("at_once")
+def test_captured_steps_are_the_same_bits_with_previews(tmp_path: Path) -> None:
+    hashes = []
+    for every in (0, 1):
+        config = teacher_config("run.device=cuda", f"run.preview_every={every}")
+        with followed(config, tmp_path / str(every)) as follower:
+            hashes.append(teacher_hash(config, tmp_path / str(every), follower))
+    assert hashes[0] == hashes[1]
+    assert (tmp_path / "1" / PREVIEW).is_file()
+
+
 @pytest.mark.usefixtures("at_once")
 def test_a_preview_takes_the_place_of_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
