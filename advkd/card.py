@@ -52,11 +52,14 @@ def write_card(folder: Path, network: Student | UNet, facts: Facts) -> None:
 def card(network: Student | UNet, facts: Facts) -> str:
     """The text of a model card."""
     is_student = isinstance(network, Student)
-    front = _front_matter(facts, "advkd" if is_student else "diffusers")
+    of_diffusers = not is_student and network.num_classes is None
+    front = _front_matter(facts, "diffusers" if of_diffusers else "advkd")
     parts = [front, f"# {_plain(facts.name)}", _described(network, facts)]
     if facts.picture:
         parts.append(f"![Samples]({facts.picture})")
     parts.append(_STUDENT_USE if is_student else _TEACHER_USE)
+    if of_diffusers:
+        parts.append(_TEACHER_IN_DIFFUSERS)
     if facts.table:
         parts += ["## Figures", _table(facts.table), *facts.words]
     parts += ["## License", _license_words(facts.license)]
@@ -148,19 +151,23 @@ images = pipeline(batch_size=16).images
 _TEACHER_USE = """\
 ## Use
 
-With diffusers, or with advkd, where FOLDER is this folder or its repository, OWNER/NAME:
-
-```python
-from diffusers import DDIMPipeline
-
-images = DDIMPipeline.from_pretrained("FOLDER")(batch_size=4, num_inference_steps=50).images
-```
+With advkd, where FOLDER is this folder or its repository, OWNER/NAME:
 
 ```python
 import advkd
 
 teacher = advkd.load_teacher("FOLDER")
 images = advkd.generate(teacher, num=4, seed=0, steps=50)  # (4, C, H, W) float32 in [-1, 1]
+```"""
+
+# DDIMPipeline passes no labels on, so it is for networks without classes.
+_TEACHER_IN_DIFFUSERS = """\
+With diffusers:
+
+```python
+from diffusers import DDIMPipeline
+
+images = DDIMPipeline.from_pretrained("FOLDER")(batch_size=4, num_inference_steps=50).images
 ```"""
 
 

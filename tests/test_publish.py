@@ -93,7 +93,9 @@ def test_a_teachers_folder(tmp_path: Path) -> None:
     found = again.state_dict()
     assert all(torch.equal(t, found[name]) for name, t in teacher.state_dict().items())
     text = (tmp_path / "t" / "README.md").read_text()
-    assert "DDIMPipeline" in text and "28×28 grayscale images" in text
+    assert "DDIMPipeline" not in text and "28×28 grayscale images" in text
+    unlabelled = advkd.load_teacher("zoo:fashion-mnist-unlabelled")
+    assert "DDIMPipeline" in card(unlabelled, Facts("x"))
     scheduler = tmp_path / "t" / "scheduler"
     unet = advkd.UNet.from_pretrained(tmp_path / "t" / "unet", scheduler=scheduler)
     assert unet.num_classes == 10
@@ -140,4 +142,5 @@ def test_diffusers_generates_with_a_student(
 def test_what_ships_has_a_card(file: Path) -> None:
     data = pytest.importorskip("huggingface_hub").ModelCard(file.read_text()).data
     assert data.license == ("cc0-1.0" if "avatars" in file.parent.name else "mit")
-    assert data.library_name == ("advkd" if "student" in file.parent.name else "diffusers")
+    unlabelled = file.parent.name == "fashion-mnist-unlabelled"
+    assert data.library_name == ("diffusers" if unlabelled else "advkd")
