@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,6 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 MADE = (  # by the commands, as the text says
     *("runs/faces/report/report.html", "runs/faces/student/README.md", "runs/faces/preview.png"),
     *("faces.png", "faces.html", "more.png", "face.png", "hub.png"),
-)
-CHROMIUM = (
-    *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-    *("--virtual-time-budget=10000", "--window-size=900,1000"),
 )
 
 
@@ -99,7 +96,7 @@ def served(command: list[str], folder: Path, surroundings: dict[str, str]) -> It
                 assert b"The network as it is now" in answer.read()
             yield
         finally:
-            os.killpg(process.pid, 2)
+            os.killpg(process.pid, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -139,10 +136,25 @@ def make_pictures(folder: Path, pages: Path, out: Path) -> None:
     _beside([teacher[0], teacher[len(teacher) // 3], teacher[-1]], out / "tutorial-teacher.png")
     _beside([student[0], student[-1]], out / "tutorial-student.png")
     shutil.copy(folder / "runs" / "faces" / "report" / "grid.png", out / "tutorial-grid.png")
-    subprocess.run(
-        [*CHROMIUM, f"--screenshot={out / 'tutorial-page.png'}", (folder / "faces.html").as_uri()],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    _photograph(folder / "faces.html", out / "tutorial-page.png")
+
+
+def _photograph(page: Path, file: Path) -> None:
+    """The page as Chromium shows it, once it has made its images."""
+    from selenium import webdriver  # which running the commands does without
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.add_argument("--window-size=900,1150")
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    with webdriver.Chrome(options, service) as browser:
+        browser.get(page.as_uri())
+        save = browser.find_element("id", "try-save")
+        WebDriverWait(browser, 60).until(lambda browser: save.is_enabled())
+        browser.save_screenshot(str(file))
 
 
 def _beside(pictures: list[Image.Image], file: Path) -> None:
