@@ -341,15 +341,17 @@ class Distillation(Training):
         plan = self.plan(step)
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         set_rate(self.optimizer, lr)
+        rates = {"lr": lr}
         if plan.seen:  # D has a warm-up of its own
             since = step - self.adversary_start
             after = s.steps - self.adversary_start
-            set_rate(self.optimizer_d, learning_rate(since, s.lr_d, s.warmup, after, s.lr_final))
+            rates["lr_d"] = learning_rate(since, s.lr_d, s.warmup, after, s.lr_final)
+            set_rate(self.optimizer_d, rates["lr_d"])
         self.ema.at(step)
         values = self.steps(
             plan.kind, self.inputs(step), lambda drawn: self.carried_out(drawn, plan, step, workers)
         )
-        return {**values, "lr": lr}
+        return {**values, **rates}
 
     def carried_out(
         self, drawn: Drawn, plan: StepPlan, step: int, workers: Workers
