@@ -29,7 +29,7 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     build(Config, as_tree(config), "")
     device.resolve(config.run.device)
     _check_processes(config)
-    if config.run.log != "none":
+    if config.run.log != "none" and processes.is_first():
         tracker_library(config.run.log)
     teacher = teacher_on_meta(run)
     _check_images(run, teacher)
