@@ -30,14 +30,16 @@ class Metric(NamedTuple):
 class Facts:
     """What a card says of a network beyond its architecture.
 
-    name: a heading. license: an SPDX name, or "unknown". dataset: what its images are. table:
-    figures as text, a mapping of columns for each label. metrics: the same as numbers, for the
-    hub. words: paragraphs on how the figures came about. picture: a PNG beside the card.
+    name: a heading. license: an SPDX name, or "unknown". dataset: what its images are. of_hub: the
+    same as the hub calls it, where it is from there. table: figures as text, a mapping of columns
+    for each label. metrics: the same as numbers, for the hub. words: paragraphs on how the figures
+    came about. picture: a PNG beside the card.
     """
 
     name: str
     license: str = UNKNOWN
     dataset: str = ""
+    of_hub: str = ""
     table: Sequence[tuple[str, Mapping[str, str]]] = ()
     metrics: Sequence[Metric] = ()
     words: Sequence[str] = ()
@@ -74,6 +76,8 @@ def _front_matter(facts: Facts, library: str) -> str:
         entries["license_name"] = facts.license
     entries |= {"library_name": library, "pipeline_tag": TASK}
     entries["tags"] = ["advkd", "image-generation", "distillation"]
+    if facts.of_hub:
+        entries["datasets"] = [facts.of_hub]
     if facts.metrics:
         entries["model-index"] = [
             {

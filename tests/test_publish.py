@@ -19,7 +19,8 @@ from advkd.publish import publish_student
 
 ZOO = Path(advkd.__file__).parent / "zoo"
 FACTS = Facts(
-    "mine: <b>", "CC0-1.0", 'Faces "of" us', [("FD", {"teacher": "2.0 ± 0.1", "student": "3.0"})],
+    "mine: <b>", "CC0-1.0", 'Faces "of" us', "us/faces",
+    [("FD", {"teacher": "2.0 ± 0.1", "student": "3.0"})],
     [Metric("fd", "FD", 3.0)], ["How it was measured."], "grid.png",
 )  # fmt: skip
 
@@ -65,6 +66,7 @@ def test_the_hubs_library_reads_a_card(student: Student) -> None:
     text = card(student, FACTS)
     read = hub.ModelCard(text)
     assert read.data.license == "cc0-1.0"
+    assert read.data.datasets == ["us/faces"]
     assert read.data.pipeline_tag == "unconditional-image-generation"
     assert read.data.model_name == "mine: <b>"
     (result,) = read.data.eval_results

@@ -178,6 +178,7 @@ def test_the_model_card(finished: Path) -> None:
     assert data.license == "unknown" and data.model_name == "tiny student"
     values = {result.metric_type: result.metric_value for result in data.eval_results}
     assert values == {figure.key: summary[figure.key]["student"]["mean"] for figure in QUALITY}
+    assert all("± " in result.metric_name for result in data.eval_results)
     assert "| FD |" in text and " ± " in text and summary["protocol"] in text
     grid = (finished / "report" / "grid.png").read_bytes()
     assert (student / "grid.png").read_bytes() == grid and "(grid.png)" in text
