@@ -39,7 +39,7 @@ MADE = (  # by the commands, as the text says
 
 
 class Block(NamedTuple):
-    """A piece of code: its kind (sh, "sh background" or python), and its text."""
+    """A piece of code: its kind (sh or python), and its text."""
 
     kind: str
     text: str
@@ -48,7 +48,7 @@ class Block(NamedTuple):
 def blocks(text: str) -> list[Block]:
     """The code of a Markdown page that is there to be run."""
     found = re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(kind, code) for kind, code in found if kind.split()[0] in ("sh", "python")]
+    return [Block(kind, code) for kind, code in found if kind in ("sh", "python")]
 
 
 def environment(hub: str, folder: Path) -> dict[str, str]:
@@ -67,10 +67,10 @@ def run(folder: Path, pages: Path) -> None:
         surroundings = environment(hub.address, folder)
         for number, block in enumerate(blocks(TUTORIAL.read_text()), 1):
             shell = ["bash", "-euo", "pipefail", "-c", block.text]
-            command = shell if block.kind.startswith("sh") else [sys.executable, "-c", block.text]
+            command = shell if block.kind == "sh" else [sys.executable, "-c", block.text]
             print(f"\n== {number}: {block.text.strip().splitlines()[0]}", flush=True)
             began = time.monotonic()
-            if block.kind == "sh background":
+            if block.text.startswith("advkd watch"):  # which goes on until it is stopped
                 later.enter_context(served(command, folder, surroundings))
             else:
                 with previews(folder / "runs" / "faces" / "preview.png", pages):
@@ -148,7 +148,7 @@ def _photograph(page: Path, file: Path) -> None:
     options.binary_location = shutil.which("chromium") or ""
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(flag)
-    options.add_argument("--window-size=900,1150")
+    options.add_argument("--window-size=900,1000")
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     with webdriver.Chrome(options, service) as browser:
         browser.get(page.as_uri())
