@@ -1,6 +1,7 @@
 """advkd distills a diffusion model into a generator that makes an image in one network pass.
 
-`load_teacher`, `load_student`, `generate` and `compile` are the Python interface: `advkd.api`.
+`load_teacher`, `load_student`, `generate`, `compile` and `push_folder` are the Python interface,
+beside the networks' classes `UNet` and `Student`: `advkd.api`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from advkd.api import compile, generate, load_student, load_teacher
+    from advkd.api import (
+        Student,
+        UNet,
+        compile,
+        generate,
+        load_student,
+        load_teacher,
+        push_folder,
+    )
 
-__all__ = ["compile", "generate", "load_student", "load_teacher"]
+__all__ = [
+    "Student",
+    "UNet",
+    "compile",
+    "generate",
+    "load_student",
+    "load_teacher",
+    "push_folder",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "the main job: teacher, trajectories, student, evaluation, report",
+    "watch": "a run in the browser while it trains",
     "sample": "sample images from a student or a teacher",
     "evaluate": "evaluate networks, or fit features to evaluate by",
     "export": "write a student as ONNX or a torch.export program",

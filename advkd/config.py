@@ -28,6 +28,7 @@ UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 RESAMPLERS = ("conv", "resnet")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 MAX_TEXT = 1 << 20  # bytes of a preset
 MAX_SIDE = 4096  # pixels of an image's side
@@ -66,6 +67,8 @@ class RunConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = one_of("float32", ("float32", "bfloat16"))  # in which student and D compute
     checkpoint_minutes: float = within(1.0, 0, 1e6)  # between two of a training, at least
+    preview_every: int = within(100, 0, MAX_COUNT)  # steps, at least, between previews; 0 = none
+    log: str = one_of("none", TRACKERS)  # a tracker beside metrics.jsonl
     tf32: bool = True  # on CUDA float32 is multiplied as TF32: by convolutions and by products
     compile: str = one_of("graph", ("off", "graph"))  # graph: on CUDA a kind of step is captured
 

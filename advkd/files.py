@@ -181,7 +181,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     import safetensors.torch
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(whole)
+    content = safetensors.torch.save(whole, {"format": "pt"})  # which some readers insist on
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 

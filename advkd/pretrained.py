@@ -42,6 +42,7 @@ from advkd.files import (
     write_json,
     write_tensors,
 )
+from advkd.hub import download, is_repository
 from advkd.models.student import Student
 from advkd.models.unet import UNet, config_from_diffusers, config_to_diffusers
 
@@ -74,10 +75,13 @@ def zoo(name: str) -> Path:
 
 
 def resolve(source: str | Path) -> Path:
-    """A folder by path, or `zoo:NAME`; CheckpointError if it does not exist."""
+    """A folder by path, `zoo:NAME`, or a repository of the Hugging Face hub, OWNER/NAME or
+    OWNER/NAME@REVISION, downloaded; CheckpointError if it does not exist."""
     text = str(source)
     if text.startswith("zoo:"):
         return zoo(text[4:])
+    if is_repository(text):
+        return download(text)
     if not Path(source).is_dir():
         raise CheckpointError(f"there is no folder {text}")
     return Path(source)
@@ -176,12 +180,13 @@ def load_teacher(
     """Load a DDPM UNet as diffusers or advkd saved it, in float32 on the CPU, ready to sample.
 
     `source` is a pipeline folder, a flat folder as the google/ddpm-* uploads are, a bare `unet/`
-    folder (then `scheduler` names the folder or file of its scheduler_config.json), or `zoo:NAME`.
-    Only safetensors are read: `diffusion_pytorch_model.safetensors` or the one variant that stands
-    in its place, such as `diffusion_pytorch_model.fp16.safetensors`, or in several parts with an
-    index. `weights` are safetensors files in place of the folder's own. Raises CheckpointError for
-    a file that is absent, broken or does not fit, ConfigError for an architecture or a scheduler
-    setting that is not supported; both name the file.
+    folder (then `scheduler` names the folder or file of its scheduler_config.json), `zoo:NAME`, or
+    OWNER/NAME, a repository of the Hugging Face hub. Only safetensors are read:
+    `diffusion_pytorch_model.safetensors` or the one variant that stands in its place, such as
+    `diffusion_pytorch_model.fp16.safetensors`, or in several parts with an index. `weights` are
+    safetensors files in place of the folder's own. Raises CheckpointError for a file that is absent,
+    broken or does not fit, ConfigError for an architecture or a scheduler setting that is not
+    supported; both name the file.
     """
     folder = resolve(source)
     unet_folder = _unet_folder(folder)
@@ -359,7 +364,8 @@ def save_student(student: Student, folder: Path, dtype: torch.dtype = torch.floa
 
 
 def load_student(source: str | Path) -> Student:
-    """Load a student that `save_student` wrote, in float32 on the CPU, from a folder or `zoo:NAME`.
+    """Load a student that `save_student` wrote, in float32 on the CPU, from a folder, `zoo:NAME` or
+    a repository of the Hugging Face hub, OWNER/NAME.
 
     Raises CheckpointError for a file that is absent, broken or does not fit.
     """

@@ -14,6 +14,7 @@ import torch
 from advkd import device, processes
 from advkd.cli import add_device, add_threads, guarded, use_threads
 from advkd.config import (
+    TRACKERS,
     Config,
     ConfigError,
     as_tree,
@@ -26,6 +27,7 @@ from advkd.config import (
 from advkd.data import dataset_names, find, probe
 from advkd.data.hub import PREFIX
 from advkd.engine.interface import input_shape
+from advkd.hub import is_repository
 from advkd.pretrained import load_teacher
 from advkd.report.inputs import read_summary
 from advkd.report.tables import final_table
@@ -75,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trajectories", type=int, metavar="N", help="how many to sample")
     p.add_argument("--features", metavar="FOLDER", help="a feature network to evaluate by")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key")
+    p.add_argument(
+        "--log", choices=TRACKERS, help="also show losses and images in a tracker (default: none)"
+    )
     p.add_argument("--seed", type=int, help="seed of the run (default 0)")
     add_device(p)
     add_threads(p)
@@ -163,6 +168,7 @@ def _assignments(args: argparse.Namespace) -> list[str]:
         "data.flip": None if mirrored else "false",
         "trajectory.num": args.trajectories,
         "run.seed": args.seed,
+        "run.log": args.log,
         "run.threads": args.threads or None,
         "run.device": None if args.device == "auto" else _quoted(args.device),
     }
@@ -172,11 +178,12 @@ def _assignments(args: argparse.Namespace) -> list[str]:
 
 def _resolved(path: str) -> str:
     """A path that means the same from any folder; "", "zoo:NAME" and a data set's name stay, also
-    one of the hub."""
+    one of the hub, and so does a network's repository there."""
     if path.startswith(PREFIX):
         place = Path(path.removeprefix(PREFIX)).expanduser()
         return f"{PREFIX}{place.resolve()}" if place.is_dir() else path
-    is_name = path.startswith("zoo:") or (path in dataset_names() and not Path(path).exists())
+    is_name = path.startswith("zoo:") or is_repository(path)
+    is_name = is_name or (path in dataset_names() and not Path(path).exists())
     return path if not path or is_name else str(Path(path).resolve())
 
 

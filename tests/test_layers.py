@@ -11,15 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the top down. Places of one layer may not import each other; a package's own files may.
 LAYERS: dict[int, tuple[str, ...]] = {
-    10: ("train", "sample", "evaluate", "export", "convert", "info", "__main__"),
-    9: ("api", "run", "sample_network"),
+    10: ("train", "watch", "sample", "evaluate", "export", "convert", "info", "__main__"),
+    9: ("api", "run", "sample_network", "diffusers_pipeline"),
     8: ("report", "cli"),
     7: ("evaluation", "deploy"),
     6: ("training",),
     5: ("data",),
-    4: ("engine",),
-    3: ("pretrained",),
-    2: ("models", "pickles"),
+    4: ("engine", "publish"),
+    3: ("pretrained", "card"),
+    2: ("models", "pickles", "hub"),
     1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
     0: ("kernels", "runtime", "_C", "processes", "errors"),
 }

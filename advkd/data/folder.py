@@ -36,6 +36,9 @@ def list_images(folder: Path) -> Listing:
                 found.passed["links to folders that are read already"] += 1
                 continue
             seen.add(identity)
+            if below and _is_run(place):
+                found.passed["folders of runs"] += 1
+                continue
             with os.scandir(place) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     _sort_in(entry, below, found, folders, links)
@@ -43,6 +46,15 @@ def list_images(folder: Path) -> Listing:
             raise DataError(f"{place} cannot be read: {error.strerror}") from error
     found.files.sort(key=by_parts)
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a training lies there, whose previews and reports are no images to learn from."""
+    try:
+        with (folder / "config.toml").open("rb") as file:
+            return file.read(9) == b"format = "
+    except OSError:
+        return False
 
 
 def _sort_in(

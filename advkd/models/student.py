@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advkd.config import TARGETS, StudentConfig
+from advkd.models.folders import InFolder
 from advkd.models.layers import Attention, Conv3x3, GroupNormSiLU, ResnetBlock
 
 FAMILIES = ("unet", "pyramid")
@@ -101,7 +102,7 @@ class Stem(nn.Module):
         return h
 
 
-class Student(nn.Module):
+class Student(InFolder):
     """The one-pass generator: `student(x_T, y=None, exit_at=None)`, (B, C, S, S) -> (B, C, r, r).
 
     `size` (S, pixels) and `channels` (C) are those of its images, `config.stages` the resolutions r

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from advkd.config import UNetConfig, build
 from advkd.diffusion import LEARNED_RANGE, Schedule
+from advkd.models.folders import InFolder
 from advkd.models.layers import (
     Attention,
     Conv3x3,
@@ -270,7 +271,7 @@ def _attentions(config: UNetConfig, kind: str, level: int, n: int) -> nn.ModuleL
     return nn.ModuleList(_attention(config, level, config.norm_num_groups) for _ in range(n))
 
 
-class UNet(nn.Module):
+class UNet(InFolder):
     """The teacher's network: `unet(x_t, t, y=None)`, (B, C, H, W) -> prediction (B, C_out, H, W).
 
     t is a scalar or (B,) timestep in [0, T); y (B,) int64 labels where num_class_embeds is set.

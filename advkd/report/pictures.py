@@ -92,7 +92,7 @@ def save_png(path: Path, grid: np.ndarray) -> None:
     write_bytes(Path(path), png_bytes(grid))
 
 
-def _tile_grid(images: Tensor, columns: int) -> np.ndarray:
+def tile_grid(images: Tensor, columns: int) -> np.ndarray:
     """A grid whose tiles are near TILE pixels: small images grow by a whole factor."""
     size = max(images.shape[-2:])
     if size > LARGEST_TILE:
@@ -113,7 +113,7 @@ def sample_grids(pictures: Pictures) -> dict[str, np.ndarray]:
     if count > GRID_COLUMNS:
         count -= count % GRID_COLUMNS
     return {
-        name: _tile_grid(images[:count], min(GRID_COLUMNS, count))
+        name: tile_grid(images[:count], min(GRID_COLUMNS, count))
         for name, images in present.items()
     }
 

@@ -15,6 +15,7 @@ from advkd.models.student import Student
 from advkd.models.unet import UNet
 from advkd.pretrained import resolve
 from advkd.run.run import Run
+from advkd.run.trackers import tracker_library
 from advkd.training.distill import check_settings
 from advkd.training.teacher import check_data
 
@@ -26,6 +27,8 @@ def check(run: Run, stages: tuple[str, ...]) -> None:
     build(Config, as_tree(config), "")
     device.resolve(config.run.device)
     _check_processes(config)
+    if config.run.log != "none" and processes.is_first():
+        tracker_library(config.run.log)
     teacher = teacher_on_meta(run)
     _check_images(run, teacher)
     if stages == ("teacher",):

@@ -32,7 +32,10 @@ _DEPENDS = {
     "report": (),
 }
 # Keys that change no result.
-_HARMLESS = ("log_every", "checkpoint_every", "checkpoint_minutes", "compile", "recompute")
+_HARMLESS = (
+    *("log_every", "checkpoint_every", "checkpoint_minutes", "preview_every", "log"),
+    *("compile", "recompute"),
+)
 _MARK = ".processes"  # by which the processes of a run tell whether they see the same folder
 _FOLDERS = {
     "teacher": "teacher",

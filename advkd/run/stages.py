@@ -32,6 +32,8 @@ from advkd.report.pictures import Pictures
 from advkd.run.check import check
 from advkd.run.evaluation import costs, figures_of_run
 from advkd.run.folder import STAGES, seconds_in
+from advkd.run.following import Following
+from advkd.run.model_card import describe_student
 from advkd.run.run import Run
 from advkd.training.distill import distill_student
 from advkd.training.teacher import train_teacher
@@ -89,7 +91,8 @@ def make_teacher(run: Run) -> float:
     images = run.images()
     if images is None:
         raise ConfigError("there is neither a teacher to take nor data to train one on")
-    return train_teacher(run.config, images.train, run.path)
+    with following(run, "teacher") as follower:
+        return train_teacher(run.config, images.train, run.path, follower)
 
 
 def make_trajectories(run: Run) -> float:
@@ -128,7 +131,13 @@ def make_student(run: Run) -> float:
     store = Trajectories(run.path / "trajectories", run.config.trajectory.num)
     images, names = run.images(), run.stored_teacher().class_names
     train = None if images is None else images.train
-    return distill_student(run.config, store, run.path, train, names)
+    with following(run, "distill") as follower:
+        return distill_student(run.config, store, run.path, train, names, follower)
+
+
+def following(run: Run, stage: str) -> Following:
+    """What shows a stage's training while it runs."""
+    return Following(run.path, stage, run.config, run.config.data.size)
 
 
 def make_evaluation(run: Run) -> float:
@@ -160,6 +169,7 @@ def make_report(run: Run) -> float:
     pictures = pictures_of(run, summary["teacher_steps"])
     settings, student = to_toml(run.config), model_file_of(run)
     write_report(run.path, summary, metrics, pictures, settings, student)
+    describe_student(run, summary)
     return time.monotonic() - began
 
 

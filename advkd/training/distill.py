@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from advkd import device, processes
+from advkd.card import Facts
 from advkd.config import Config, ConfigError, DistillConfig
 from advkd.data.images import ImageSet
 from advkd.data.trajectories import Trajectories
@@ -30,7 +31,7 @@ from advkd.device import autocast
 from advkd.models.discriminator import Discriminator
 from advkd.models.student import Student
 from advkd.parallel import Workers
-from advkd.pretrained import save_student
+from advkd.publish import publish_student
 from advkd.training import losses
 from advkd.training.augment import Augmentation
 from advkd.training.batches import Batch, Batches, Drawn, Labeled
@@ -39,7 +40,7 @@ from advkd.training.diversity import missing_distance, typical_of_data
 from advkd.training.ema import Ema
 from advkd.training.graphs import Steps
 from advkd.training.inputs import Ahead, on_device
-from advkd.training.loop import Training, Value, run_training
+from advkd.training.loop import Follower, Training, Value, run_training
 from advkd.training.losses import find_loss, generator_gradient
 from advkd.training.schedule import active_heads, adversary_heads, head_weights, learning_rate
 from advkd.training.settings import rated_on, set_rate
@@ -340,15 +341,17 @@ class Distillation(Training):
         plan = self.plan(step)
         lr = learning_rate(step, s.lr, s.warmup, s.steps, s.lr_final)
         set_rate(self.optimizer, lr)
+        rates = {"lr": lr}
         if plan.seen:  # D has a warm-up of its own
             since = step - self.adversary_start
             after = s.steps - self.adversary_start
-            set_rate(self.optimizer_d, learning_rate(since, s.lr_d, s.warmup, after, s.lr_final))
+            rates["lr_d"] = learning_rate(since, s.lr_d, s.warmup, after, s.lr_final)
+            set_rate(self.optimizer_d, rates["lr_d"])
         self.ema.at(step)
         values = self.steps(
             plan.kind, self.inputs(step), lambda drawn: self.carried_out(drawn, plan, step, workers)
         )
-        return {**values, "lr": lr}
+        return {**values, **rates}
 
     def carried_out(
         self, drawn: Drawn, plan: StepPlan, step: int, workers: Workers
@@ -383,18 +386,20 @@ def distill_student(
     run: Path,
     images: ImageSet | None = None,
     class_names: tuple[str, ...] | None = None,
+    follower: Follower | None = None,
 ) -> float:
     """Train a student from scratch, or on from its last checkpoint; save `run/student`.
 
     `images` are the training images, where there are any, for a fresh adversary; `class_names` are
-    those of the teacher. Returns the seconds of training, interrupted parts included. Raises
-    TrainingError on a value that is not finite and Interrupted after a signal, both with the state
-    on disk.
+    those of the teacher, and `follower` may watch. Returns the seconds of training, interrupted
+    parts included. Raises TrainingError on a value that is not finite and Interrupted after a
+    signal, both with the state on disk.
     """
     training = Distillation(config, trajectories, images)
-    seconds = run_training(training, run, config.distill, config.run)
+    seconds = run_training(training, run, config.distill, config.run, follower)
     if processes.is_first():
         training.ema.model.class_names = class_names
-        save_student(training.ema.model, run / "student")
+        facts = Facts(f"{config.name} student")
+        publish_student(training.ema.model, run / "student", facts=facts)
         drop_checkpoints(run / "checkpoints", STAGE)
     return seconds

@@ -51,11 +51,12 @@ class MetricsLog:
         except (ValueError, KeyError, TypeError):
             return False  # a line that a crash cut short
 
-    def write(self, step: int, **values: float) -> None:
-        """Append a line, every value to six digits."""
+    def write(self, step: int, **values: float) -> dict[str, float]:
+        """Append a line, every value to six digits, and return these."""
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
         with self.path.open("a") as log:
             log.write(json.dumps({"stage": self.stage, "step": step, **rounded}) + "\n")
+        return rounded
 
 
 Value = float | Tensor  # of a step: a number, or a 0-d tensor that the host has not read
@@ -176,6 +177,16 @@ class Training(abc.ABC):
             restore_optimizer(optimizer, checkpoint.tensors, prefix, where)
 
 
+class Follower(Protocol):
+    """Whoever follows a training in its first process, and changes nothing of it."""
+
+    def logged(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a line of metrics.jsonl."""
+
+    def stepped(self, step: int, steps: int, network: Any) -> None:
+        """Look at the averaged network after a step."""
+
+
 class Paced(Protocol):
     """The settings of a training that its loop follows."""
 
@@ -209,7 +220,13 @@ def _begun(training: Training, folder: Path) -> tuple[int, float, dict[str, floa
     return step, float(found.values["seconds"]), dict(found.values["logged"])
 
 
-def run_training(training: Training, run: Path, settings: Paced, of_run: RunConfig) -> float:
+def run_training(
+    training: Training,
+    run: Path,
+    settings: Paced,
+    of_run: RunConfig,
+    follower: Follower | None = None,
+) -> float:
     """Carry a training to its last step, from the start or on from its last checkpoint in `run`.
 
     Returns the seconds it took, interrupted parts included; the checkpoints stay. Raises
@@ -251,8 +268,12 @@ def run_training(training: Training, run: Path, settings: Paced, of_run: RunConf
             seconds = before + time.monotonic() - began
             if logs:
                 if log is not None:
-                    log.write(done, seconds=seconds, **values)
+                    written = log.write(done, seconds=seconds, **values)
+                    if follower is not None:
+                        follower.logged(done, written)
                 bar.set_postfix(training.brief(values))
+            if follower is not None and first:
+                follower.stepped(done, steps, training.ema.model)
             if saves:
                 if first:
                     writer.save(training.checkpoint(done, seconds, values))

@@ -22,7 +22,7 @@ from advkd.training.checkpoint import drop_checkpoints
 from advkd.training.ema import Ema
 from advkd.training.graphs import Steps
 from advkd.training.inputs import Ahead, on_device
-from advkd.training.loop import Training, Value, run_training
+from advkd.training.loop import Follower, Training, Value, run_training
 from advkd.training.schedule import learning_rate
 from advkd.training.settings import rated_on, set_rate
 from advkd.training.streams import generator_at, global_seed, mixed_seed
@@ -207,16 +207,19 @@ def _initial_unet(config: Config) -> UNet:
     return unet
 
 
-def train_teacher(config: Config, images: ImageSet, run: Path) -> float:
+def train_teacher(
+    config: Config, images: ImageSet, run: Path, follower: Follower | None = None
+) -> float:
     """Train from scratch, from `teacher.init`, or on from the last checkpoint; save `run/teacher`.
 
-    Returns the seconds of training, interrupted parts included. Raises TrainingError on a value
-    that is not finite and Interrupted after a signal, both with the state on disk.
+    `follower` may watch. Returns the seconds of training, interrupted parts included. Raises
+    TrainingError on a value that is not finite and Interrupted after a signal, both with the state
+    on disk.
     """
     training = TeacherTraining(config, images)
     # Dropout has one generator, whose numbers several threads would take in any order.
     of_run = dataclasses.replace(config.run, threads=1) if config.unet.dropout else config.run
-    seconds = run_training(training, run, config.teacher, of_run)
+    seconds = run_training(training, run, config.teacher, of_run, follower)
     if processes.is_first():
         save_teacher(training.ema.model, run / "teacher")
         drop_checkpoints(run / "checkpoints", STAGE)

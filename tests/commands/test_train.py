@@ -168,6 +168,34 @@ def test_what_a_run_leaves(finished: Path, command: list[str]) -> None:
     assert [entry["step"] for entry in metrics(finished, "teacher")] == list(range(1, 9))
     assert [entry["step"] for entry in metrics(finished, "distill")] == list(range(1, 21))
     assert not list(finished.rglob("*.tmp"))
+    assert (finished / "preview.png").stat().st_size > 1000
+
+
+def test_the_model_card(finished: Path) -> None:
+    student, text = finished / "student", (finished / "student" / "README.md").read_text()
+    summary = json.loads((finished / "report" / "summary.json").read_text())
+    data = pytest.importorskip("huggingface_hub").ModelCard(text).data
+    assert data.license == "unknown" and data.model_name == "tiny student"
+    values = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert values == {figure.key: summary[figure.key]["student"]["mean"] for figure in QUALITY}
+    assert all("± " in result.metric_name for result in data.eval_results)
+    assert "| FD |" in text and " ± " in text and summary["protocol"] in text
+    grid = (finished / "report" / "grid.png").read_bytes()
+    assert (student / "grid.png").read_bytes() == grid and "(grid.png)" in text
+
+
+def test_diffusers_runs_a_runs_networks(finished: Path, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    teacher = diffusers.DDIMPipeline.from_pretrained(str(finished / "teacher"))
+    student = str(finished / "student")
+    with pytest.MonkeyPatch.context() as patch:
+        modules = "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE"
+        patch.setattr(modules, str(tmp_path / "modules"))
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            student, custom_pipeline=student, trust_remote_code=True
+        )
+    images = pipeline(batch_size=2).images + teacher(num_inference_steps=2).images
+    assert [image.size for image in images] == [(8, 8)] * 3
 
 
 def test_the_summary(finished: Path) -> None:

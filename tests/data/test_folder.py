@@ -93,6 +93,15 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
         assert words in passed
 
 
+def test_runs_are_no_images_to_learn_from(tmp_path: Path) -> None:
+    save_all(tmp_path, "1.png", "runs/a/preview.png", "runs/a/report/grid.png", "config/2.png")
+    for folder, text in (("runs/a", "format = 2\nname = "), ("config", "title = ")):
+        (tmp_path / folder / "config.toml").write_text(text)
+    images = load_images(tmp_path)
+    assert len(images) == 2 and "folders of runs (1)" in images.notes[0]
+    assert len(load_images(tmp_path / "runs" / "a")) == 2  # asked for by name
+
+
 def test_many_kinds_are_summed_up(tmp_path: Path) -> None:
     save_all(tmp_path, "1.png")
     for i in range(40):

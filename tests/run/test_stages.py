@@ -44,6 +44,7 @@ from advkd.pretrained import save_student, save_teacher
 from advkd.run.check import check
 from advkd.run.evaluation import features_of
 from advkd.run.folder import STAGES, stored_config
+from advkd.run.model_card import _of_hub
 from advkd.run.run import Run
 from advkd.run.stages import PICTURE_SEED, make_trajectories, model_file_of, pictures_of
 
@@ -478,3 +479,11 @@ def test_a_student_that_has_no_model_file_says_why(
     assert ops.extension is None or isinstance(model_file_of(run), bytes)
     monkeypatch.setattr(advkd.deploy.model_file, "extension", None)
     assert str(model_file_of(run)).startswith("the C++ extension is not installed")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("hf:me/photos", "me/photos"), ("hf:/data/photos", ""), ("/data/photos", ""), ("", "")],
+)
+def test_a_model_card_names_a_data_set_of_the_hub(path: str, name: str) -> None:
+    assert _of_hub(path) == name
