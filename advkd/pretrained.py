@@ -184,9 +184,9 @@ def load_teacher(
     OWNER/NAME, a repository of the Hugging Face hub. Only safetensors are read:
     `diffusion_pytorch_model.safetensors` or the one variant that stands in its place, such as
     `diffusion_pytorch_model.fp16.safetensors`, or in several parts with an index. `weights` are
-    safetensors files in place of the folder's own. Raises CheckpointError for a file that is absent,
-    broken or does not fit, ConfigError for an architecture or a scheduler setting that is not
-    supported; both name the file.
+    safetensors files in place of the folder's own. Raises CheckpointError for a file that is
+    absent, broken or does not fit, ConfigError for an architecture or a scheduler setting that is
+    not supported; both name the file.
     """
     folder = resolve(source)
     unet_folder = _unet_folder(folder)
