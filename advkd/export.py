@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--exit-at", type=int, metavar="k", help="graphs: leave after submodule k")
     p.add_argument("--batch", type=_batch, metavar="N", help="graphs: images a call; default: any")
     p.add_argument("--dtype", choices=DTYPES, help="advkd, html: of the weights; default: auto")
-    p.add_argument("--title", help="html: default: the folder's name")
+    p.add_argument("--title", help="html: default: the name of the folder or its run")
     return p
 
 
@@ -71,17 +71,23 @@ def export(args: argparse.Namespace) -> None:
     """Write the file, check it, and say so in one line."""
     _check(args)
     student = load_student(args.student)
-    name = resolve(args.student).resolve().name
+    folder = resolve(args.student).resolve()
     suffix = f".{args.format}"
-    path = args.out or Path(name + suffix)
+    path = args.out or Path(folder.name + suffix)
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"--out {path} does not name a {suffix} file")
     if args.format in GRAPHS:
         words, difference = _write_graph(args, student, path)
     else:
-        words, difference = _write_model(args, student, path, name)
+        words, difference = _write_model(args, student, path, args.title or _title(folder))
     size = path.stat().st_size / 1e6
     print(f"{path}: {size:.1f} MB, {words}, within {difference:.1g} of the student")
+
+
+def _title(folder: Path) -> str:
+    """The folder's name; or the run's, where it is the student of one."""
+    of_run = folder.name == "student" and (folder.parent / "config.toml").is_file()
+    return folder.parent.name if of_run else folder.name
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -114,7 +120,7 @@ def _write_graph(args: argparse.Namespace, student: Student, path: Path) -> tupl
 
 
 def _write_model(
-    args: argparse.Namespace, student: Student, path: Path, name: str
+    args: argparse.Namespace, student: Student, path: Path, title: str
 ) -> tuple[str, float]:
     """Write a model file or a page; return what it makes, and how far it is off."""
     dtype = args.dtype or "auto"
@@ -123,7 +129,7 @@ def _write_model(
     _refuse_wrong(path, difference, ROUNDED_TOLERANCES.get(dtype, TOLERANCE))
     if args.format == "html":
         shown = {} if Path(args.student).is_absolute() else {"student": args.student}
-        text = page(content, args.title or name, **shown)
+        text = page(content, title, **shown)
         content = text.encode("utf-8", "backslashreplace")
     with replacing(path) as temporary:
         temporary.write_bytes(content)

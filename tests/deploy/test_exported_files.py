@@ -198,6 +198,11 @@ def test_the_command_writes_every_format(
         assert said.startswith(f"{path}: ") and "images of 8x8 pixels in 3 classes" in said
     page = (tmp_path / "out.html").read_text()
     assert "<title>student: advkd</title>" in page and str(tmp_path) not in page
+    (tmp_path / "config.toml").write_text("")
+    assert export.main([*given[:-1], str(tmp_path / "of-a-run.html")]) == 0
+    of_run = (tmp_path / "of-a-run.html").read_text()
+    assert f"<title>{tmp_path.name}: advkd</title>" in of_run
+    capsys.readouterr()
     assert info.main(["--plan", str(tmp_path / "out.advkd")]) == 0
     said = capsys.readouterr().out
     assert "a model file of version 1: images of 8x8 pixels in 1 channel" in said
