@@ -60,7 +60,8 @@ def test_no_module_shadows_a_function(folders: Path) -> None:
 
 
 def test_names() -> None:
-    assert set(advkd.__all__) == {"compile", "generate", "load_student", "load_teacher"}
+    functions = {"compile", "generate", "load_student", "load_teacher", "push_folder"}
+    assert set(advkd.__all__) == {*functions, "Student", "UNet"}
     with pytest.raises(AttributeError, match="no attribute 'load_studnet'"):
         _ = advkd.load_studnet  # type: ignore[attr-defined]
 
