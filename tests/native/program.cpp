@@ -25,7 +25,9 @@
 namespace {
 
 using native::Floats;
+using native::Network;
 using native::numbers;
+using native::sampled;
 
 constexpr int kThreads = 4;  // of a job
 constexpr int kCallers = 3;
