@@ -86,7 +86,7 @@ void try_exceptions() {
 
 // Two images share their operations among the threads; nine are parted among them.
 void try_sampling_loop() {
-  native::Network network;
+  Network network;
   const advkd::PooledPlan plan = network.plan();
   for (const std::int64_t images : {2, 17}) {
     std::atomic<int> passes{0};
