@@ -89,8 +89,8 @@ class _Runs(Tracker):
 class _WeightsAndBiases(_Runs):
     def settings(self, folder: Path, stage: str, config: Config) -> dict[str, Any]:
         """Where it keeps its files, and an identity: a call that goes on continues the same run."""
-        told = f"{folder.resolve()} {stage} {to_toml(config)}"
-        return {"dir": str(folder), "id": hashlib.sha256(told.encode()).hexdigest()[:16]}
+        training = f"{folder.resolve()} {stage} {to_toml(config)}"
+        return {"dir": str(folder), "id": hashlib.sha256(training.encode()).hexdigest()[:16]}
 
 
 _Make = Callable[[Any, Path, str, int, Config], Tracker]

@@ -209,7 +209,7 @@ def side_by_side() -> str:
     for name, kinds in found[isas[0]].items():
         for isa in isas:
             parts = found[isa][name]
-            found[isa][name][ALL] = [sum(numbers) for numbers in zip(*parts.values(), strict=True)]
+            parts[ALL] = [sum(numbers) for numbers in zip(*parts.values(), strict=True)]
         for kind in kinds if len(kinds) > 2 else [ALL]:
             row = [name, kind]
             for isa in isas:

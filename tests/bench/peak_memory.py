@@ -4,8 +4,8 @@ with plain torch; each in a process of its own.
 
 OMP_NUM_THREADS=1 python -m tests.bench.peak_memory
 
-Told is by how much the peak of resident memory grows: from when the networks stand, and from before
-they were made, where both sides hold torch's own weights too.
+The figure is by how much the peak of resident memory grows: from when the networks stand, and from
+before they were made, where both sides hold torch's own weights too.
 """
 
 from __future__ import annotations
