@@ -15,7 +15,7 @@ from advkd.errors import CheckpointError, Interrupted, TrainingError
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")  # those of advkd.device
+DTYPES = ("float32", "bfloat16", "float16")  # of torch
 
 
 def guarded(command: Callable[[], None], again: str = "the same command") -> int:
@@ -87,12 +87,14 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def place_of(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype that --device and --dtype name; ValueError for a half type on the
     CPU."""
+    import torch
+
     from advkd import device
 
     place = device.resolve(args.device)
     if place.type == "cpu" and args.dtype != "float32":
         raise ValueError(f"--dtype {args.dtype} is for a GPU; on the CPU networks take float32")
-    return place, device.DTYPES[args.dtype]
+    return place, getattr(torch, args.dtype)
 
 
 def use_threads(threads: int) -> None:

@@ -15,7 +15,6 @@ from advkd import processes
 
 Network = TypeVar("Network", bound=nn.Module)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
