@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from advkd.config import TARGETS, StudentConfig
 from advkd.models.folders import InFolder
-from advkd.models.layers import Attention, Conv3x3, GroupNormSiLU, ResnetBlock
+from advkd.models.layers import Attention, Conv3x3, GroupNormSiLU, ResnetBlock, normed_conv
 
 FAMILIES = ("unet", "pyramid")
 MAX_BLOCKS = 256  # residual blocks of all submodules
@@ -31,8 +31,7 @@ class Head(nn.Module):
         self.conv = Conv3x3(width, channels)
 
     def forward(self, h: Tensor) -> Tensor:
-        image: Tensor = self.conv(self.norm(h))
-        return image
+        return normed_conv(self.norm, self.conv, h)
 
 
 class Submodule(nn.Module):

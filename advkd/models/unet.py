@@ -23,6 +23,7 @@ from advkd.models.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    normed_conv,
     timestep_embedding,
 )
 
@@ -378,8 +379,7 @@ class UNet(InFolder):
         for up in self.up_blocks:
             own = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
             h = self._passed(up, h, own, temb)
-        out: Tensor = self.conv_out(self.conv_norm_out(h))
-        return out
+        return normed_conv(self.conv_norm_out, self.conv_out, h)
 
     def _passed(self, block: nn.Module, *given: Any) -> Any:
         """What a block makes of its inputs; with `recompute` made a second time for the gradient,

@@ -22,6 +22,7 @@ from advkd.ops._noise import (
     philox_normal,
     philox_uint32,
 )
+from advkd.ops._normed_conv3x3 import normed_conv3x3
 from advkd.ops._registry import Kernel, register, registered
 from advkd.ops._sampling_step import sampling_step
 
@@ -39,6 +40,7 @@ __all__ = [
     "describe",
     "extension",
     "group_norm_silu",
+    "normed_conv3x3",
     "philox_labels",
     "philox_normal",
     "philox_uint32",

@@ -43,7 +43,7 @@ def conv3x3(
     """
     _check(x, weight, bias)
     unavailable = _CONV3X3.unavailable(x)
-    wanted = backend is not None or (unavailable is None and _pays(x, weight))
+    wanted = backend is not None or (unavailable is None and pays(x, weight))
     if not use_fused("conv3x3", backend, unavailable) or not wanted:
         return reference.conv3x3(x, weight, bias, False)
     out: Tensor = _CONV3X3.fused(x, weight, bias, False)
@@ -80,7 +80,7 @@ def _limit(x: Tensor) -> str | None:
     return "there are no channels" if x.shape[1] < 1 else None
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether the fused convolution should be faster than torch's."""
     if not x.is_cpu or x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
@@ -142,7 +142,7 @@ def _conv3x3_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     return out
 
 
-def _wgrad_fake(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def wgrad_results(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The weight is (C_out, C, 3, 3), laid out as (C_out, 3, 3, C)."""
     size = (grad_y.shape[1], 3, 3, x.shape[1])
     grad_weight = torch.empty(size, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
@@ -159,7 +159,7 @@ def _wgrad_cpu(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1] < 1:
         return _wgrad_reference(grad_y, x)
     _check_wgrad(grad_y, x)
-    grad_weight, grad_bias = _wgrad_fake(grad_y, x)
+    grad_weight, grad_bias = wgrad_results(grad_y, x)
     if x.shape[0] == 0:
         return grad_weight.zero_(), grad_bias.zero_()
     grad_y, x = _dense_pixels(grad_y), _dense_pixels(x)
@@ -243,7 +243,7 @@ _WGRAD = register(
     "conv3x3_wgrad(Tensor grad_y, Tensor x, bool fused) -> (Tensor, Tensor)",
     _wgrad_reference,
     cpu=Kernel(_wgrad_cpu, (torch.float32,), _limit),
-    fake=_wgrad_fake,
+    fake=wgrad_results,
     gradient=_Wgrad,
     derived=True,
 )

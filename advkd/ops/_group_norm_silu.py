@@ -68,7 +68,7 @@ def group_norm_silu(
     if (
         silu
         and (weight is not None and bias is not None and scale is None and shift is None)
-        and _fit(x, weight, bias, num_groups, eps)
+        and fit(x, weight, bias, num_groups, eps)
         and use_fused("group_norm_silu", backend, None)
         and runs_eagerly(x, weight, bias)
     ):
@@ -98,7 +98,7 @@ def _on_cpu(x: Tensor, affine: _Affine, norm: _Norm, tracked: bool) -> Tensor:
     return _cpu_forward(_dense(x), affine, norm, False)[0]
 
 
-def _fit(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> bool:
+def fit(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> bool:
     """Whether the commonest arguments are right and the C++ kernel takes them: checked at once,
     since the checks one by one take as long as a small map does."""
     shape = x.shape

@@ -183,6 +183,7 @@ class Forward {
   }
 
   void finish(std::int64_t instance, std::int64_t index) const {
+    if (args_.y == nullptr) return;
     const auto normalize = args_.silu ? (streams_ ? &Forward::normalize<true, true>
                                                   : &Forward::normalize<true, false>)
                                       : (streams_ ? &Forward::normalize<false, true>

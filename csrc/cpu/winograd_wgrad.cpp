@@ -41,7 +41,7 @@ class WinogradWgrad {
         b_step_(plan.b_step),
         tiles_(plan_.images * plan_.rows * plan_.columns),
         input_{args.x, args.x_stride, plan_.in_height, plan_.in_width, args.shape.in_channels,
-               0,      nullptr,       nullptr,         false},
+               0,      args.x_scale,  args.x_shift,    args.x_silu},
         output_{args.grad_y, args.grad_y_stride, plan_.out_height, plan_.out_width,
                 args.shape.out_channels, 0, nullptr, nullptr, false},
         accumulators_(args.workspace),

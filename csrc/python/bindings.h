@@ -12,6 +12,7 @@ void bind_sampling_step(pybind11::module_& module);
 void bind_group_norm_silu(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
+void bind_normed_convolution(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 
 }  // namespace advkd

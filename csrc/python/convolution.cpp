@@ -1,22 +1,19 @@
 // Convolutions: conv3x3 of training, and what lowering asks of the engine's.
-#include "runtime/convolution_int8.h"
+#include "python/convolution.h"
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <vector>
 
 #include "python/bindings.h"
 #include "python/pointer.h"
+#include "runtime/convolution_int8.h"
 
 namespace py = pybind11;
 
 namespace advkd {
 namespace {
-
-// (batch, height, width, channels in, channels out)
-using Sizes = std::array<std::int64_t, 5>;
 
 ConvolutionShape convolution_shape(const Sizes& sizes, int kernel, int stride, int pad_before,
                                    int pad_after, bool upsample) {
@@ -24,12 +21,12 @@ ConvolutionShape convolution_shape(const Sizes& sizes, int kernel, int stride, i
           upsample};
 }
 
+}  // namespace
+
 ConvolutionShape conv3x3_shape(const Sizes& sizes) {
   return convolution_shape(sizes, 3, 1, 1, 1, false);
 }
 
-// The calling thread's memory on a cache line's boundary, reused from call to call: fresh pages
-// would cost as much as a small convolution.
 float* thread_memory(std::int64_t size) {
   constexpr std::size_t kLine = 16;
   thread_local std::vector<float> memory;
@@ -40,34 +37,42 @@ float* thread_memory(std::int64_t size) {
   return memory.data() + (kLine - address / sizeof(float) % kLine) % kLine;
 }
 
-// weight_strides: of (out, in, row, column). transposed: the convolution that dgrad is.
+std::int64_t in_cache_lines(std::int64_t floats) { return (floats + 15) / 16 * 16; }
+
+std::int64_t convolve_memory(const ConvolutionShape& shape, int threads) {
+  const ConvolutionAlgorithm algorithm = choose_algorithm(shape, threads);
+  return in_cache_lines(packed_size(shape)) + workspace_size(shape, algorithm, threads);
+}
+
+void convolve(ConvolutionArgs args, const ConvolutionWeights& weights, float* memory, int threads) {
+  pack_weights(args.shape, weights, memory);
+  args.algorithm = choose_algorithm(args.shape, threads);
+  args.packed = memory;
+  args.workspace = memory + in_cache_lines(packed_size(args.shape));
+  args.threads = threads;
+  convolution(args);
+}
+
+namespace {
+
+// transposed: the convolution that dgrad is.
 void conv3x3(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weights,
-             const std::array<std::int64_t, 4>& weight_strides, bool transposed,
+             const WeightStrides& strides, bool transposed,
              std::uintptr_t bias, std::uintptr_t y, std::int64_t y_stride, const Sizes& sizes,
              int threads) {
   const py::gil_scoped_release released;
-  const ConvolutionShape shape = conv3x3_shape(sizes);
-  const ConvolutionAlgorithm algorithm = choose_algorithm(shape, threads);
-  ConvolutionWeights from = {pointer<const float>(weights), weight_strides[0], weight_strides[1],
-                             weight_strides[2], weight_strides[3]};
-  if (transposed) from = from.transposed(shape.kernel);
-  const std::int64_t packed_floats = (packed_size(shape) + 15) / 16 * 16;
-  float* const packed =
-      thread_memory(packed_floats + workspace_size(shape, algorithm, threads));
-  pack_weights(shape, from, packed);
   ConvolutionArgs args = {};
-  args.shape = shape;
-  args.algorithm = algorithm;
+  args.shape = conv3x3_shape(sizes);
   args.x = pointer<const float>(x);
   args.x_stride = x_stride;
-  args.packed = packed;
   args.bias = pointer<const float>(bias);
   args.scale = 1.0f;
   args.y = pointer<float>(y);
   args.y_stride = y_stride;
-  args.workspace = packed + packed_floats;
-  args.threads = threads;
-  convolution(args);
+  const ConvolutionWeights from = {pointer<const float>(weights), strides[0], strides[1],
+                                   strides[2], strides[3]};
+  convolve(args, transposed ? from.transposed(args.shape.kernel) : from,
+           thread_memory(convolve_memory(args.shape, threads)), threads);
 }
 
 // dweights: (out, 3, 3, in), dense
@@ -75,10 +80,17 @@ void conv3x3_gradient(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t gr
                       std::int64_t grad_y_stride, std::uintptr_t dweights, std::uintptr_t dbias,
                       const Sizes& sizes, int threads) {
   const py::gil_scoped_release released;
-  const ConvolutionShape shape = conv3x3_shape(sizes);
-  convolution_wgrad({shape, pointer<const float>(x), x_stride, pointer<const float>(grad_y),
-                     grad_y_stride, pointer<float>(dweights), pointer<float>(dbias),
-                     thread_memory(wgrad_workspace_size(shape, threads)), threads});
+  ConvolutionWgradArgs args = {};
+  args.shape = conv3x3_shape(sizes);
+  args.x = pointer<const float>(x);
+  args.x_stride = x_stride;
+  args.grad_y = pointer<const float>(grad_y);
+  args.grad_y_stride = grad_y_stride;
+  args.dweights = pointer<float>(dweights);
+  args.dbias = pointer<float>(dbias);
+  args.workspace = thread_memory(wgrad_workspace_size(args.shape, threads));
+  args.threads = threads;
+  convolution_wgrad(args);
 }
 
 double conv3x3_speedup(const Sizes& sizes) { return speedup_in_training(conv3x3_shape(sizes)); }

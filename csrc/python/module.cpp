@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, module) {
   bind_group_norm_silu(module);
   bind_attention(module);
   bind_convolution(module);
+  bind_normed_convolution(module);
   bind_plan(module);
 #ifdef ADVKD_HAVE_CUDA
   bind_cuda(module);

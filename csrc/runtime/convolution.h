@@ -72,11 +72,14 @@ struct ConvolutionArgs {
   int threads;
 };
 
-// wgrad, the gradients of weights and bias, where kernel = 3 and stride = 1, without upsampling.
+// wgrad, the gradients of weights and bias, where kernel = 3 and stride = 1, without upsampling. What
+// was convolved is act(x * x_scale + x_shift), as in ConvolutionArgs.
 struct ConvolutionWgradArgs {
   ConvolutionShape shape;
   const float* x;
   std::int64_t x_stride;  // of pixels
+  const float *x_scale, *x_shift;  // (B, in_channels), both or neither
+  bool x_silu;
   const float* grad_y;
   std::int64_t grad_y_stride;  // of pixels
   float* dweights;  // (out_channels, 3, 3, in_channels), dense

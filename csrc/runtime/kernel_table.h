@@ -79,7 +79,7 @@ template <class S>
 struct GroupNormSiluArgs {
   const S* x;
   AffineParameters<WideOf<S>> affine;
-  S* y;
+  S* y;                 // null: only mean and rstd are wanted
   double *mean, *rstd;  // (B, G); null where they are not wanted
   ImageShape shape;
   std::int64_t groups;
@@ -93,7 +93,7 @@ struct GroupNormSiluBackwardArgs {
   const S *grad_y, *x;
   AffineParameters<WideOf<S>> affine;
   const double *mean, *rstd;
-  S* dx;
+  S* dx;  // may be grad_y
   WideOf<S> *dweight, *dbias;  // (C,); null where the parameter is
   WideOf<S> *dscale, *dshift;  // (B, C)
   ImageShape shape;

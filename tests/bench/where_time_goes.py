@@ -31,7 +31,8 @@ from advkd.pretrained import load_teacher
 from .bench_distillation_step import CONFIG, PARTS, prepared, sampled_store
 from .report import markdown
 
-# An event is of the first kind whose pattern is found in its name or in that of one around it.
+# An event is of the first kind whose pattern is found in its name or in that of one around it. A
+# norm that the convolution behind it applies counts as convolution.
 KINDS = {
     "optimisers, average, clipping": r"Optimizer|_foreach_|clip_grad",
     "attention, backward": r"_AttentionBackward|attention_backward|BmmBackward|SoftmaxBackward",
@@ -39,7 +40,7 @@ KINDS = {
     "GroupNorm-SiLU, backward": r"GroupNorm.*Backward|SiluBackward|group_norm_silu_backward",
     "GroupNorm-SiLU": r"^group_norm_silu$|advkd::group_norm_silu|aten::group_norm|aten::silu",
     "convolution, backward": r"onvolution_?[bB]ackward|Conv3x3.*Backward|conv3x3_wgrad",
-    "convolution": r"aten::conv2d|aten::convolution|^conv3x3$|advkd::conv3x3|_Conv3x3$",
+    "convolution": r"aten::conv2d|aten::convolution|^(normed_)?conv3x3$|advkd::conv3x3|Conv3x3$",
     "linear": r"aten::linear|aten::addmm|AddmmBackward|aten::mm$|MmBackward",
     "sums": r"aten::add_?$|aten::sum$|AccumulateGrad",
     "concatenation, resizing": r"aten::cat|CatBackward|psample|vg_?[pP]ool",
@@ -61,7 +62,8 @@ class CallingThread(Executor):
 @contextmanager
 def named_ops() -> Iterator[None]:
     """Marks calls of the ops, which in eager code are no events of their own."""
-    plain = {name: getattr(ops, name) for name in ("attention", "conv3x3", "group_norm_silu")}
+    names = ("attention", "conv3x3", "group_norm_silu", "normed_conv3x3")
+    plain = {name: getattr(ops, name) for name in names}
 
     def marked(name: str) -> Callable[..., Any]:
         @functools.wraps(plain[name])

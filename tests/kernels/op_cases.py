@@ -53,8 +53,15 @@ def cases(backend: str | None, dtype: torch.dtype = torch.float32) -> dict[str, 
             lambda x, w, b: (ops.conv3x3(x, w, b, **kind),),
             normals((2, 4, 6, 5), (3, 4, 3, 3), (3,), dtype=dtype),
         ),
+        "normed_conv3x3": (
+            lambda x, w, b, *rest: (ops.normed_conv3x3(x, w, b, 2, 1e-5, *rest, **kind),),
+            normals(
+                (2, 4, 6, 5), (4,), (4,), (3, 4, 3, 3), (3,), (2, 3), (2, 3, 6, 5), dtype=dtype
+            ),
+        ),
     }
-    assert set(found) == {op.name for op in registered() if not op.derived}
+    made = {"normed_conv3x3"}  # of other ops, and none of its own
+    assert set(found) - made == {op.name for op in registered() if not op.derived}
     return found
 
 

@@ -315,7 +315,7 @@ def test_an_exported_op_runs_without_the_extension(monkeypatch: pytest.MonkeyPat
 
 def pays(batch: int, channels: int, size: int, out: int) -> bool:
     x = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
-    return _conv3x3._pays(x, torch.empty(out, channels, 3, 3))
+    return _conv3x3.pays(x, torch.empty(out, channels, 3, 3))
 
 
 def test_the_cost_model_takes_the_layers_of_the_presets() -> None:
@@ -332,9 +332,9 @@ def test_the_cost_model_leaves_to_torch_what_has_little_to_save() -> None:
 
 def test_the_cost_model_leaves_other_layouts_and_types_to_torch() -> None:
     x, weight, bias, _ = inputs((16, 48, 14, 14, 48))
-    assert _conv3x3._pays(x, weight)
+    assert _conv3x3.pays(x, weight)
     for other in (x.contiguous(), x.double(), x.bfloat16()):
-        assert not _conv3x3._pays(other, weight)
+        assert not _conv3x3.pays(other, weight)
         w, b = weight.to(other.dtype), bias.to(other.dtype)
         assert torch.equal(ops.conv3x3(other, w, b), F.conv2d(other, w, b, padding=1))
 

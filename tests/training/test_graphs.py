@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from advkd.data.trajectories import Trajectories
+from advkd.ops import _normed_conv3x3
 from advkd.parallel import Workers
 from advkd.training import graphs, settings
 from advkd.training.distill import Distillation
@@ -59,8 +60,9 @@ def state_of(training: Training) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU is waited for like a GPU."""
+    """The CPU is waited for like a GPU, and runs the ops that a GPU would run."""
     monkeypatch.setattr(settings, "is_host", lambda device: False)
+    monkeypatch.setattr(_normed_conv3x3, "fit", lambda *_: False)
 
 
 def capturing(training: Training, monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
