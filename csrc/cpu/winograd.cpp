@@ -23,7 +23,7 @@ class WinogradConvolution {
   }
 
   void prepare(const ConvolutionBlock& block, std::int64_t c, float* a, float* scratch) const {
-    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_.a_step);
+    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_);
     input.transform(block, c * kPanel, scratch, a + segments_[c].offset);
   }
 
@@ -47,69 +47,82 @@ class WinogradConvolution {
 
   void multiply(const ConvolutionBlock& block, std::int64_t panel, std::int64_t panels,
                 const float* a, const float* transformed, float* products) const {
-    const std::int64_t tiles = block.images * block.rows * block.columns;
+    const TileOrder<kOut> order(plan_, block);
     for (int point = 0; point < kPoints; ++point) {
-      const PreparedRows rows = {a + point * plan_.a_step, segments_, plan_.channel_blocks, tiles};
+      const auto tiles = order.of_point(point / kIn, point % kIn);
+      const PreparedRows rows = {a + point * plan_.a_step + tiles.first * kPanel, segments_,
+                                 plan_.channel_blocks, tiles.end - tiles.first};
       const Panels b = {transformed + point * plan_.transformed_step, plan_.transformed_panel,
                         panels};
-      multiply_rows(rows, b, products + point * plan_.product_step);
+      multiply_rows(rows, b, products + point * plan_.product_step + tiles.first * panels * kPanel);
     }
-    write(block, panel * kPanel, panels * kPanel, products);
+    write(block, order, panel * kPanel, panels * kPanel, products);
   }
 
  private:
-  static constexpr int kIn = Winograd<kOut>::kIn, kPoints = kIn * kIn;
+  static constexpr int kIn = kOut + 2, kPoints = kIn * kIn;
 
   // The output of `columns` channels from `channel` on.
-  void write(const ConvolutionBlock& block, std::int64_t channel, std::int64_t columns,
-             const float* from) const {
+  void write(const ConvolutionBlock& block, const TileOrder<kOut>& order, std::int64_t channel,
+             std::int64_t columns, const float* products) const {
     for (std::int64_t n = 0; n < block.images; ++n) {
       const OutputWriters writers(args_, block.image + n, channel, columns);
       for (std::int64_t r = 0; r < block.rows; ++r) {
-        for (std::int64_t t = 0; t < block.columns; ++t, from += columns) {
-          for (int v = 0; v < writers.count(); ++v) {
-            const OutputWriter writer = writers[v];
-            Vector out[kOut][kOut];
-            transform_square<kIn, kOut>(
-                [&](int y, int x) {
-                  return load(from + v * kWidth + (y * kIn + x) * plan_.product_step);
-                },
-                [](const auto& m, auto& sums) { Winograd<kOut>::output(m, sums); },
-                [&](int y, int x, Vector value) { out[y][x] = value; });
-            write_tile(writer, block.image + n, (block.row + r) * kOut,
-                       (block.column + t) * kOut, out);
-          }
+        for (std::int64_t t = 0; t < block.columns; ++t) {
+          const float* const from = products + order.index(n, r, t) * columns;
+          const Place place = {block.image + n, order.row(r), order.column(t)};
+          order.with_sides(r, t, [&](auto height, auto width) {
+            for (int v = 0; v < writers.count(); ++v) {
+              write_tile<height, width>(writers[v], place, from + v * kWidth);
+            }
+          });
         }
       }
     }
   }
 
-  void write_tile(const OutputWriter& writer, std::int64_t image, std::int64_t row,
-                  std::int64_t column, const Vector (&out)[kOut][kOut]) const {
-    const std::int64_t pixel = (image * plan_.out_height + row) * plan_.out_width + column;
-    const std::int64_t height = plan_.out_height - row, width = plan_.out_width - column;
+  // Where a tile's first output lies.
+  struct Place {
+    std::int64_t image, row, column;
+  };
+
+  template <int kHeight, int kTileWidth>
+  void write_tile(const OutputWriter writer, const Place& place, const float* from) const {
+    Vector out[kHeight][kTileWidth];
+    transform_rectangle<kHeight + 2, kHeight, kTileWidth + 2, kTileWidth>(
+        [&](int y, int x) {
+          const int point = point_of<kOut, kHeight>(y) * kIn + point_of<kOut, kTileWidth>(x);
+          return load(from + point * plan_.product_step);
+        },
+        [](const auto& m, auto& sums) { Winograd<kHeight>::output(m, sums); },
+        [](const auto& m, auto& sums) { Winograd<kTileWidth>::output(m, sums); },
+        [&](int y, int x, Vector value) { out[y][x] = value; });
+    const std::int64_t line = place.image * plan_.out_height + place.row;
+    const std::int64_t pixel = line * plan_.out_width + place.column;
+    const std::int64_t height = plan_.out_height - place.row;
+    const std::int64_t width = plan_.out_width - place.column;
     // With 8 lanes it saves a quarter of the writing, with 16 nothing, and narrower ones are those of
     // browsers, where little code counts more.
     if constexpr (kWidth == 8) {
-      if (height >= kOut && width >= kOut && writer.full()) {
+      if (height >= kHeight && width >= kTileWidth && writer.full()) {
         if (writer.has_residual()) return write_rows<true>(writer, pixel, out);
         return write_rows<false>(writer, pixel, out);
       }
     }
 #pragma GCC unroll 4
-    for (int y = 0; y < kOut; ++y) {
+    for (int y = 0; y < kHeight; ++y) {
 #pragma GCC unroll 4
-      for (int x = 0; x < kOut; ++x) {
+      for (int x = 0; x < kTileWidth; ++x) {
         if (y < height && x < width) writer.write(pixel + y * plan_.out_width + x, out[y][x]);
       }
     }
   }
 
-  template <bool kResidual>
+  template <bool kResidual, int kHeight, int kTileWidth>
   void write_rows(const OutputWriter& writer, std::int64_t pixel,
-                  const Vector (&out)[kOut][kOut]) const {
+                  const Vector (&out)[kHeight][kTileWidth]) const {
 #pragma GCC unroll 4
-    for (int y = 0; y < kOut; ++y) {
+    for (int y = 0; y < kHeight; ++y) {
       writer.template write_row<kResidual>(pixel + y * plan_.out_width, out[y]);
     }
   }

@@ -74,26 +74,30 @@ class WinogradWgrad {
   }
 
   void prepare_input(const ConvolutionBlock& block, std::int64_t c, float* scratch) const {
-    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_.a_step);
+    const InputTiles<kOut> input(input_, args_.shape.pad_before, plan_);
     input.transform(block, c * kPanel, scratch, a_ + c * tiles_ * kPanel);
   }
 
   void prepare_gradient(const ConvolutionBlock& block, std::int64_t panel, float* scratch,
                         bool first) const {
     const RowReader reader(output_, panel * kPanel);
-    const std::int64_t width = block.columns * kOut, row_step = width * kPanel;
+    const TileOrder<kOut> order(plan_, block);
+    const std::int64_t width = order.width(), row_step = width * kPanel;
     float* const begin = b_ + panel * tiles_ * kPanel;
-    float* to = begin;
     for (std::int64_t n = 0; n < block.images; ++n) {
       for (std::int64_t r = 0; r < block.rows; ++r) {
-        for (std::int64_t y = 0; y < kOut; ++y) {
-          reader.read(block.image + n, (block.row + r) * kOut + y, block.column * kOut, width,
+        for (std::int64_t y = 0; y < order.row(r + 1) - order.row(r); ++y) {
+          reader.read(block.image + n, order.row(r) + y, order.column(0), width,
                       scratch + y * row_step);
         }
-        for (std::int64_t t = 0; t < block.columns; ++t, to += kPanel) {
-          for (int v = 0; v < kPanelVectors; ++v) {
-            transform_tile(scratch + t * kOut * kPanel + v * kWidth, row_step, to + v * kWidth);
-          }
+        for (std::int64_t t = 0; t < block.columns; ++t) {
+          const float* const from = scratch + (order.column(t) - order.column(0)) * kPanel;
+          float* const to = begin + order.index(n, r, t) * kPanel;
+          order.with_sides(r, t, [&](auto height, auto wide) {
+            for (int v = 0; v < kPanelVectors; ++v) {
+              transform_tile<height, wide>(from + v * kWidth, row_step, to + v * kWidth);
+            }
+          });
         }
       }
     }
@@ -102,27 +106,34 @@ class WinogradWgrad {
     for (int v = 0; v < kPanelVectors; ++v) {
       float* const place = bias_ + panel * kPanel + v * kWidth;
       Vector sum = first ? Vector{} : load(place);
-      for (std::int64_t at = 0; at < to - begin; at += kPanel) {
-        sum += load(totals + at + v * kWidth);
+      for (std::int64_t i = 0; i < block.images * block.rows * block.columns; ++i) {
+        sum += load(totals + i * kPanel + v * kWidth);
       }
       store(place, sum);
     }
   }
 
+  template <int kHeight, int kTileWidth>
   void transform_tile(const float* from, std::int64_t row_step, float* to) const {
-    transform_square<kOut, kIn>(
+    transform_rectangle<kHeight, kHeight + 2, kTileWidth, kTileWidth + 2>(
         [&](int y, int x) { return load(from + y * row_step + x * kPanel); },
-        [](const auto& grad, auto& z) { Winograd<kOut>::output_gradient(grad, z); },
-        [&](int y, int x, Vector z) { store(to + (y * kIn + x) * b_step_, z); });
+        [](const auto& grad, auto& z) { Winograd<kHeight>::output_gradient(grad, z); },
+        [](const auto& grad, auto& z) { Winograd<kTileWidth>::output_gradient(grad, z); },
+        [&](int y, int x, Vector z) {
+          const int point = point_of<kOut, kHeight>(y) * kIn + point_of<kOut, kTileWidth>(x);
+          store(to + point * b_step_, z);
+        });
   }
 
   void multiply_point(const ConvolutionBlock& block, std::int64_t point, std::int64_t group,
                       bool first) const {
-    const std::int64_t tiles = block.images * block.rows * block.columns;
-    const Segment whole = {0, tiles};
+    const auto tiles = TileOrder<kOut>(plan_, block).of_point(static_cast<int>(point) / kIn,
+                                                              static_cast<int>(point) % kIn);
+    const Segment whole = {tiles.first * kPanel, tiles.end - tiles.first};
     const std::int64_t panel = group * plan_.group;
     const std::int64_t inner = args_.shape.in_channels * kPanel;
-    const Panels b = {b_ + point * b_step_ + panel * tiles_ * kPanel, tiles_ * kPanel,
+    const float* const of_point = b_ + point * b_step_ + tiles.first * kPanel;
+    const Panels b = {of_point + panel * tiles_ * kPanel, tiles_ * kPanel,
                           least(plan_.group, plan_.panels - panel)};
     for (std::int64_t c = 0; c < plan_.channel_blocks; ++c) {
       const AOperand<1, kPanel> a = {a_ + point * plan_.a_step + c * tiles_ * kPanel,

@@ -18,6 +18,19 @@ int outputs_of(ConvolutionAlgorithm algorithm) {
   return algorithm == ConvolutionAlgorithm::winograd2 ? 2 : 1;
 }
 
+// The tiles along a side of an image, and how many of them are whole: as many are an output shorter
+// as the length then asks for.
+struct TileSide {
+  std::int64_t tiles, whole;
+
+  TileSide(std::int64_t length, ConvolutionAlgorithm algorithm)
+      : tiles(divided_up(length, outputs_of(algorithm))), whole(tiles) {
+    if (kShorterTiles && algorithm == ConvolutionAlgorithm::winograd4) {
+      whole -= std::min(tiles, 4 * tiles - length);
+    }
+  }
+};
+
 int points_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm) {
   const int side = algorithm == ConvolutionAlgorithm::direct ? s.kernel : outputs_of(algorithm) + 2;
   return side * side;
@@ -120,14 +133,29 @@ constexpr double kProductsPerCycle = 1.5;
 constexpr double kBytesPerCycle = 12;  // of weights that come from memory
 constexpr double kFewestRows = 3;      // of a product; fewer wait for their own additions
 
+// Rows of all points' products.
+double product_rows(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, const TileSide& rows,
+                    const TileSide& columns) {
+  const auto rows_of = [&](std::int64_t high, std::int64_t wide) {
+    return std::max(static_cast<double>(s.batch * high * wide), kFewestRows);
+  };
+  const double all = rows_of(rows.tiles, columns.tiles);
+  if (algorithm == ConvolutionAlgorithm::direct) return all * points_of(s, algorithm);
+  // One point of each side is of the whole tiles alone.
+  const double others = outputs_of(algorithm) + 1;
+  return others * (others * all + rows_of(rows.whole, columns.tiles) +
+                   rows_of(rows.tiles, columns.whole)) +
+         rows_of(rows.whole, columns.whole);
+}
+
 double cycles_of(const ConvolutionShape& s, ConvolutionAlgorithm algorithm, int threads) {
-  const double n = outputs_of(algorithm), in = static_cast<double>(s.in_channels);
-  const double tiles = static_cast<double>(s.batch) * std::ceil(s.out_height() / n) *
-                       std::ceil(s.out_width() / n);
+  const double in = static_cast<double>(s.in_channels);
+  const TileSide rows(s.out_height(), algorithm), columns(s.out_width(), algorithm);
+  const double tiles = static_cast<double>(s.batch * rows.tiles * columns.tiles);
   const double panels = static_cast<double>(divided_up(s.out_channels, kPanel));
   const double blocks = static_cast<double>(divided_up(s.in_channels, kPanel));
-  const double products = std::max(tiles, kFewestRows) * points_of(s, algorithm) * panels *
-                          (in / kProductsPerCycle + 2);
+  const double products =
+      product_rows(s, algorithm, rows, columns) * panels * (in / kProductsPerCycle + 2);
   // Cycles to prepare and to write 16 channels of a tile, and to transform 16 weights.
   const double per_block[] = {8.0 * s.kernel, 80, 220}, per_panel[] = {8, 50, 130};
   const double per_weights[] = {0, 80, 180};
@@ -170,8 +198,11 @@ ConvolutionPlan plan_convolution(const ConvolutionShape& shape, ConvolutionAlgor
   plan.in_width = s.in_width();
   plan.out_height = s.out_height();
   plan.out_width = s.out_width();
-  plan.tile_rows = divided_up(plan.out_height, outputs_of(algorithm));
-  plan.tile_columns = divided_up(plan.out_width, outputs_of(algorithm));
+  const TileSide rows(plan.out_height, algorithm), columns(plan.out_width, algorithm);
+  plan.tile_rows = rows.tiles;
+  plan.whole_rows = rows.whole;
+  plan.tile_columns = columns.tiles;
+  plan.whole_columns = columns.whole;
   plan.channel_blocks = divided_up(s.in_channels, kPanel);
   plan.panels = divided_up(s.out_channels, kPanel);
   plan.packed_panel = s.in_channels * s.kernel * s.kernel * kPanel;

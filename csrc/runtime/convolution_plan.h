@@ -11,11 +11,21 @@ constexpr std::int64_t kPanel = 16;  // channels of one block of input, or of on
 constexpr std::int64_t kMostGroup = 3;  // panels that are computed together at most
 constexpr std::int64_t kSegmentFloats = 2;  // of a workspace, for one segment of an A operand
 
-// Tiles are N x N outputs for winogradN and single outputs for direct. A block is `images` x `rows`
-// x `columns` tiles, fewer at the ends; it has several images only if it covers each as a whole.
+// Whether tiles of 4 outputs may be 3 at the end of a side, which 7 and 14 pixels take; the code for
+// it would be a twentieth of a page's.
+#ifdef __wasm__
+constexpr bool kShorterTiles = false;
+#else
+constexpr bool kShorterTiles = true;
+#endif
+
+// Tiles are N x N outputs for winogradN and single outputs for direct; along each side of an image
+// the first ones are whole, the others may be an output shorter. A block is `images` x `rows` x
+// `columns` tiles, fewer at the ends; it has several images only if it covers each as a whole.
 struct ConvolutionPlan {
   std::int64_t in_height, in_width, out_height, out_width;
-  std::int64_t tile_rows, tile_columns;  // of an image
+  std::int64_t tile_rows, tile_columns;    // of an image
+  std::int64_t whole_rows, whole_columns;  // those of its tiles that are not shorter
   std::int64_t images, rows, columns;
   std::int64_t image_blocks, row_blocks, column_blocks, blocks;
   std::int64_t channel_blocks, panels;  // of kPanel channels in and out

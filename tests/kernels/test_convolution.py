@@ -100,8 +100,8 @@ class Problem:
         assert error <= tolerance(algorithm, terms), error
 
 
-# Sides around those of tiles, channels around those of vectors and panels, blocks of several images
-# and of parts of one.
+# Sides around those of tiles, and of whole and shorter ones side by side, channels around those of
+# vectors and panels, blocks of several images and of parts of one.
 SIZES = [
     (1, 1, 1, 1, 1),
     (2, 2, 5, 3, 17),
@@ -111,6 +111,9 @@ SIZES = [
     (11, 4, 4, 40, 48),
     (3, 14, 13, 5, 64),
     (1, 3, 300, 18, 5),
+    (2, 11, 10, 17, 20),
+    (1, 6, 290, 8, 5),
+    (1, 298, 15, 40, 3),
     (1, 70, 6, 130, 3),
 ]
 
@@ -148,7 +151,7 @@ def test_winograd_with_less_padding(paddings: tuple[int, int], algorithm: int) -
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("sizes", [(1, 16, 16, 40, 70), (9, 7, 7, 20, 33)])
+@pytest.mark.parametrize("sizes", [(1, 16, 16, 40, 70), (9, 7, 7, 20, 33), (3, 34, 10, 40, 33)])
 def test_bits_depend_neither_on_threads_nor_on_the_batch(sizes: Any, algorithm: int) -> None:
     problem = Problem(sizes)
     whole = problem.run(algorithm)
