@@ -13,5 +13,6 @@ void bind_group_norm_silu(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
+void bind_snapshot(pybind11::module_& module);
 
 }  // namespace advkd
