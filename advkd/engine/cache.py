@@ -26,8 +26,9 @@ ENGINES: list[type[Engine]] = [CpuEngine, CudaEngine]
 
 _MOST = 2  # engines of one network, the newest
 _Key = tuple[tuple[int, int], int, int | None]  # (H, W), batch, exit_at
-_Layout = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
+# How torch tells C++ of its tensors: DLPack's functions, where it has them.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -169,7 +170,12 @@ class _Snapshot:
         kinds = dict.fromkeys((self._kind, *self._kinds))
         return [method for kind in kinds for method in vars(kind).values() if callable(method)]
 
-    def _all_layouts(self) -> list[_Layout]:
+    def _all_layouts(self) -> object:
+        """Addresses, dtypes, shapes and strides of the tensors, to be compared."""
+        if _EXCHANGE is not None and extension is not None:
+            found: bytes | None = extension.layouts(_EXCHANGE, self._tensors)
+            if found is not None:
+                return found
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
 
     def _fingerprint(self) -> int:
