@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from advkd.config import SAMPLERS
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.engine.cache import engine_for
 from advkd.engine.cuda import images_that_fill
@@ -20,6 +19,7 @@ from advkd.engine.interface import Engine, check_labels, input_shape
 from advkd.engine.noise import MAX_STEPS, Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
+from advkd.names import SAMPLERS
 
 Callback = Callable[[int, int], object]  # (network passes done, passes in all); may raise to stop
 
