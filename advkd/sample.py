@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from advkd.cli import add_device, add_dtype, add_threads, guarded
-from advkd.config import SAMPLERS, nearest
 from advkd.data.sentences import brief
 from advkd.deploy.prepared import Prepared, find, key_of
 from advkd.files import write_bytes
+from advkd.names import SAMPLERS
 from advkd.report.pictures import image_grid, save_png
 
 SHIPPED = "zoo:fashion-mnist-student"
@@ -208,6 +208,8 @@ def _label_by_name(given: str, names: Sequence[str], num_classes: int) -> int:
         )
     found = [label for label, name in enumerate(names) if name.casefold() == given.casefold()]
     if not found:
+        from advkd.config import nearest
+
         advice = brief(nearest(given, names))
         raise ValueError(f"--class {shown} names no class of this network{advice}")
     if len(found) > 1:

@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("pretrained", "card"),
     2: ("models", "pickles", "hub"),
     1: ("ops", "diffusion", "config", "files", "console", "device", "parallel"),
-    0: ("kernels", "runtime", "_C", "processes", "errors"),
+    0: ("kernels", "runtime", "_C", "processes", "errors", "names"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 EXEMPT = ("__init__",)  # re-exports the API lazily

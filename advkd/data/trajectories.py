@@ -27,7 +27,6 @@ from advkd import processes
 from advkd.config import (
     MAX_CLASSES,
     MAX_SIDE,
-    SAMPLERS,
     TARGETS,
     ConfigError,
     TrajectoryConfig,
@@ -50,6 +49,7 @@ from advkd.files import (
 )
 from advkd.models.layers import area_resized
 from advkd.models.unet import UNet
+from advkd.names import SAMPLERS
 
 INDEX = "index.json"
 MAX_SHARD = 1 << 30  # bytes of a shard's targets as they are sampled, in float32 at full size

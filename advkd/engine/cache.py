@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -20,7 +18,7 @@ from advkd.engine.interface import Engine, input_shape
 from advkd.engine.lowering import LoweringError
 from advkd.models.student import Student
 from advkd.models.unet import UNet
-from advkd.ops import address
+from advkd.ops import address, extension
 from advkd.ops._backend import fused_extension, use_fused
 
 # Tried in this order; what none of them takes is the eager engine's.
@@ -28,10 +26,10 @@ ENGINES: list[type[Engine]] = [CpuEngine, CudaEngine]
 
 _MOST = 2  # engines of one network, the newest
 _Key = tuple[tuple[int, int], int, int | None]  # (H, W), batch, exit_at
-_Layout = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_TABLES = ("_modules", "_parameters", "_buffers")
+# How torch tells C++ of its tensors: DLPack's functions, where it has them.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 
 def compile(
@@ -136,18 +134,16 @@ class _Snapshot:
         self._inner = modules[1:]
         self._kinds = list(map(type, self._inner))
         self._methods = self._all_methods()
-        self._hooks = [vars(module)[name] for module in modules for name in _HOOKS]
-        self._hooked = list(map(len, self._hooks))
         self._tables = [
             *(vars(module) for module in modules),
             *(vars(module)[name] for module in modules for name in _TABLES),
         ]
-        self._lengths = list(map(len, self._tables))
-        self._values = list(self._all_values())
+        self._sizes = list(map(len, self._tables))
+        self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._layouts = self._all_layouts()
         read = self._tensors if reads_content else []
-        self._runs = [(address(t, torch.float32), t.numel()) for t in read if _is_dense(t)]
+        self._runs = _runs_of([t for t in read if _is_dense(t)])
         self._others = [t for t in read if not _is_dense(t)]
         self._content = self._fingerprint()
 
@@ -155,32 +151,46 @@ class _Snapshot:
         """Whether the network is still as it was."""
         return (
             type(model) is self._kind
-            and list(map(type, self._inner)) == self._kinds
+            and self._has_its_modules()
             and self._all_methods() == self._methods
-            and list(map(len, self._hooks)) == self._hooked
-            and list(map(len, self._tables)) == self._lengths
-            and all(map(operator.is_, self._all_values(), self._values))
             and self._all_layouts() == self._layouts
             and self._fingerprint() == self._content
+        )
+
+    def _has_its_modules(self) -> bool:
+        """Whether modules are of their types, and hold the very settings, tensors and hooks; False
+        without the extension, which compares them."""
+        return (
+            extension is not None
+            and extension.have_types(self._inner, self._kinds)
+            and extension.hold_values(self._tables, self._sizes, self._values)
         )
 
     def _all_methods(self) -> list[object]:
         kinds = dict.fromkeys((self._kind, *self._kinds))
         return [method for kind in kinds for method in vars(kind).values() if callable(method)]
 
-    def _all_values(self) -> Iterator[object]:
-        return chain.from_iterable(map(dict.values, self._tables))
-
-    def _all_layouts(self) -> list[_Layout]:
+    def _all_layouts(self) -> object:
+        """Addresses, dtypes, shapes and strides of the tensors, to be compared."""
+        if _EXCHANGE is not None and extension is not None:
+            found: bytes | None = extension.layouts(_EXCHANGE, self._tensors)
+            if found is not None:
+                return found
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
 
     def _fingerprint(self) -> int:
         if not self._reads_content:
             return 0
         copies = [t.detach().contiguous() for t in self._others]
-        runs = [*self._runs, *((address(t, torch.float32), t.numel()) for t in copies)]
-        number: int = fused_extension().fingerprint(runs)
+        runs = torch.cat((self._runs, _runs_of(copies))) if copies else self._runs
+        number: int = fused_extension().fingerprint(address(runs, torch.int64), len(runs))
         return number
+
+
+def _runs_of(tensors: list[Tensor]) -> Tensor:
+    """Where dense tensors lie: (address, floats) of each, (N, 2) int64."""
+    runs = [(address(t, torch.float32), t.numel()) for t in tensors]
+    return torch.tensor(runs, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -125,6 +125,21 @@ class CpuEngine(Engine):
         )  # fmt: skip
         return out.permute(0, 3, 1, 2)
 
+    def images(
+        self, noise: Noise, first: int, num: int, y: Tensor | None = None, *, threads: int = 0
+    ) -> Tensor:
+        """See `Engine.images`: labels, noise and passes in one call of C++."""
+        noise.check()
+        labels = None if y is None else self._labels(y, num)
+        target = self.plan.buffers[OUTPUT]
+        out = _floats(num, target.channels, target.height, target.width)
+        self.compiled.student_images(
+            seed=noise.seed, purpose=noise.purpose, first=first, images=num,
+            labels=0 if labels is None else address(labels, torch.int64), out=address(out, FLOAT),
+            threads=threads or torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
     @torch.inference_mode()
     def sample(
         self,

@@ -98,6 +98,19 @@ class Engine(abc.ABC):
         Raises ValueError for a target, a step or labels that do not fit.
         """
 
+    def images(
+        self, noise: Noise, first: int, num: int, y: Tensor | None = None, *, threads: int = 0
+    ) -> Tensor:
+        """Images number `first` .. `first + num - 1` of a student: (num, C, H, W) float32 on the
+        CPU, contiguous, in [-1, 1]. y (num,) int64 are labels for a class-conditional one; without
+        them they are sampled from the noise. Raises ValueError for a label that does not fit.
+        """
+        numbers = torch.arange(first, first + num, dtype=torch.int64, device="cpu")
+        if y is None:
+            y = noise.labels(numbers, self.classes)
+        x_T = noise.x_T(numbers.to(self.device), self.shape)
+        return self.run(x_T, y, threads=threads).cpu().clamp(-1, 1).contiguous()
+
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], threads: int = 0
     ) -> Iterator[Result]:

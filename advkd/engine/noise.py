@@ -40,6 +40,10 @@ class Noise(NamedTuple):
     seed: int
     purpose: Purpose
 
+    def check(self) -> None:
+        """ValueError for a seed that there is not."""
+        ops.check_seed(self.seed)
+
     def step_word(self, step: int) -> int:
         """The step word of the Philox counter for `step` of a sampler, `ops.X_T_STEP` or
         `ops.LABEL_STEP`."""

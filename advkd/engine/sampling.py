@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from advkd.config import SAMPLERS
 from advkd.diffusion import Schedule, StepTable, ddim_table, ddpm_table
 from advkd.engine.cache import engine_for
 from advkd.engine.cuda import images_that_fill
@@ -20,6 +19,7 @@ from advkd.engine.interface import Engine, check_labels, input_shape
 from advkd.engine.noise import MAX_STEPS, Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
+from advkd.names import SAMPLERS
 
 Callback = Callable[[int, int], object]  # (network passes done, passes in all); may raise to stop
 
@@ -76,10 +76,7 @@ def generate(
     schedule = None if isinstance(model, Student) else model.schedule
     table = None if schedule is None else table_of(schedule, sampler, steps, eta)
     engine = _engine_of(model, min(num, batch), exit_at, size, table)
-    numbers = torch.arange(first, first + num, dtype=torch.int64, device="cpu")
-    if y is None:
-        y = noise.labels(numbers, engine.classes)
-    else:
+    if y is not None:
         check_labels(y, num, engine.classes)
     parts = [slice(start, min(start + batch, num)) for start in range(0, num, batch)]
     passes = _Counter(len(parts) * (1 if table is None else len(table)), callback)
@@ -87,20 +84,23 @@ def generate(
     def sample(part: slice) -> Tensor:
         labels = None if y is None else y[part]
         if table is None:
-            x_T = noise.x_T(numbers[part].to(engine.device), engine.shape)
-            image = engine.run(x_T, labels, threads=threads)
+            number, count = first + part.start, part.stop - part.start
+            images = engine.images(noise, number, count, labels, threads=threads)
             passes.add()
-            return image.cpu()
+            return images
+        numbers = torch.arange(first + part.start, first + part.stop, device="cpu")
+        if labels is None:
+            labels = noise.labels(numbers, engine.classes)
         last = [len(table)]
-        return engine.sample(
-            table, noise, numbers[part], labels, saved=last, threads=threads, on_step=passes.add
-        )[:, 0].cpu()
+        images = engine.sample(
+            table, noise, numbers, labels, saved=last, threads=threads, on_step=passes.add
+        )
+        return images[:, 0].cpu().clamp(-1, 1).contiguous()
 
     images = list(engine.map(sample, parts, threads))
     if not images:
         return torch.empty((0, *engine.shape), dtype=torch.float32, device="cpu")
-    whole = images[0] if len(images) == 1 else torch.cat(images)
-    return whole.clamp(-1, 1).contiguous()
+    return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def usual_batch(model: UNet | Student | Engine, size: int | None = None) -> int:

@@ -18,6 +18,7 @@ from advkd.ops._group_norm_silu import group_norm_silu
 from advkd.ops._noise import (
     LABEL_STEP,
     X_T_STEP,
+    check_seed,
     philox_labels,
     philox_normal,
     philox_uint32,
@@ -34,6 +35,7 @@ __all__ = [
     "address",
     "addresses",
     "attention",
+    "check_seed",
     "conv3x3",
     "cuda_code_missing",
     "cuda_missing",

@@ -115,14 +115,19 @@ def philox_labels(
 
 def check_stream(seed: int, image_index: Tensor, step: int) -> None:
     """Raise ValueError or TypeError unless these name streams of Philox."""
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed={seed} is not in [0, 2^64).")
+    check_seed(seed)
     if image_index.dtype != torch.int64:
         raise TypeError(f"image_index is {image_index.dtype}, but it must be torch.int64.")
     if image_index.dim() != 1:
         raise ValueError(f"image_index has {image_index.dim()} dimensions, but it must be (B,).")
     if not 0 <= step <= X_T_STEP:
         raise ValueError(f"step={step} is not in [0, 2^32).")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless the seed is in [0, 2^64)."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed} is not in [0, 2^64).")
 
 
 def signed(seed: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from advkd.files import write_bytes
 
@@ -136,6 +136,8 @@ def strips_of(images: Sequence[Tensor]) -> list[np.ndarray]:
 
 def grid_sheet(grids: Mapping[str, np.ndarray]) -> np.ndarray:
     """grid.png: the grids side by side under their names, on white."""
+    from PIL import ImageDraw, ImageFont
+
     height = max(grid.shape[0] for grid in grids.values()) + LABEL + MARGIN
     width = MARGIN + sum(grid.shape[1] + MARGIN for grid in grids.values())
     sheet = Image.new("RGB", (width, height), "white")
@@ -149,6 +151,8 @@ def grid_sheet(grids: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def trajectory_sheet(pictures: Pictures) -> np.ndarray:
     """trajectory.png: per image the teacher's strip above the student's, labelled, on white."""
+    from PIL import ImageDraw, ImageFont
+
     pairs = list(zip(strips_of(pictures.trajectory), strips_of(pictures.heads), strict=True))
     side, width = pairs[0][0].shape[:2]
     left, gap = 90, 3

@@ -14,5 +14,6 @@ void bind_attention(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
 void bind_normed_convolution(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
+void bind_snapshot(pybind11::module_& module);
 
 }  // namespace advkd

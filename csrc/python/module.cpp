@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, module) {
   bind_convolution(module);
   bind_normed_convolution(module);
   bind_plan(module);
+  bind_snapshot(module);
 #ifdef ADVKD_HAVE_CUDA
   bind_cuda(module);
 #else

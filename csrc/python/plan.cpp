@@ -12,8 +12,8 @@
 
 #include "python/bindings.h"
 #include "python/pointer.h"
-#include "runtime/fingerprint.h"
 #include "runtime/sampling_loop.h"
+#include "runtime/student_images.h"
 
 namespace py = pybind11;
 
@@ -109,14 +109,12 @@ void sample(const PooledPlan& plan, std::uintptr_t coefficients, std::uintptr_t 
   sampling_loop(args);
 }
 
-std::uint64_t fingerprint_of(const std::vector<std::pair<std::uintptr_t, std::int64_t>>& runs) {
+void student_images_of(const PooledPlan& plan, std::uint64_t seed, int purpose,
+                       std::int64_t first, std::int64_t images, std::uintptr_t labels,
+                       std::uintptr_t out, int threads) {
   const py::gil_scoped_release released;
-  Fingerprint fingerprint;
-  for (const auto& [address, floats] : runs) {
-    fingerprint.add(pointer<const char>(address),
-                    floats * static_cast<std::int64_t>(sizeof(float)));
-  }
-  return fingerprint.value();
+  student_images({&plan, seed, purpose, first, images, pointer<const std::int64_t>(labels),
+                  pointer<float>(out), threads});
 }
 
 }  // namespace
@@ -129,6 +127,9 @@ void bind_plan(py::module_& module) {
       .def("bytes", &PooledPlan::bytes, py::arg("batch"), py::arg("threads"))
       .def("run", &run, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("conditioning"),
            py::arg("labels"), py::arg("images"), py::arg("threads"), py::arg("nan_fill"))
+      .def("student_images", &student_images_of, py::kw_only(), py::arg("seed"),
+           py::arg("purpose"), py::arg("first"), py::arg("images"), py::arg("labels"),
+           py::arg("out"), py::arg("threads"))
       .def("profile", &profile, py::kw_only(), py::arg("x"), py::arg("y"),
            py::arg("conditioning"), py::arg("labels"), py::arg("images"), py::arg("repeats"))
       .def("sample", &sample, py::kw_only(), py::arg("coefficients"), py::arg("conditioning"),
@@ -137,8 +138,6 @@ void bind_plan(py::module_& module) {
            py::arg("save_denoised"), py::arg("out"), py::arg("half"), py::arg("image_stride"),
            py::arg("saved_stride"), py::arg("threads"), py::arg("on_pass").none(true),
            py::arg("on_step").none(true), py::arg("nan_fill"));
-  module.def("fingerprint", &fingerprint_of,
-             "A number that tells runs of (address, floats) from others.");
   module.def("ask_for_huge_pages", [](std::uintptr_t at, std::size_t bytes) {
     ask_for_huge_pages(pointer<void>(at), bytes);
   });

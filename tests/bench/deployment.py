@@ -9,6 +9,9 @@ of an image, one at a time and 16 at a time, on one thread. Ways that are not in
 and left out: ONNX Runtime (pip install onnxruntime), the browser (chromium, chromedriver, pip
 install selenium), and ONNX Runtime Web (npm), which is fetched into a temporary folder.
 
+`--int8` prints instead what products of int8 save, by each instruction set that runs here; the two
+files take turns in one process, on one thread, by CPU time.
+
 `--sizes` prints the sizes alone and fails where one has grown by more than 10% over those of
 `deployment_sizes.json`; `--sizes --write` replaces these.
 """
@@ -33,6 +36,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from advkd.ops import extension
 
 from .report import markdown
 
@@ -80,6 +85,23 @@ from advkd import runtime
 student = runtime.load({model!r})
 run = lambda n: student.generate(num=n, seed=0, threads=1)
 """
+INT8 = """
+import json, statistics, sys, time
+from advkd import runtime
+students = [runtime.load(path) for path in sys.argv[1:]]
+found = []
+for batch in (1, 16):
+    laps = [[] for _ in students]
+    for _ in range(30):
+        for student, of_student in zip(students, laps):
+            student.generate(batch, threads=1)  # brings its weights into the caches
+            start = time.process_time()
+            for _ in range(64 // batch):
+                student.generate(batch, threads=1)
+            of_student.append((time.process_time() - start) / 64)
+    found.append(list(map(statistics.median, laps)))
+print(json.dumps(found))
+"""
 TORCH = """
 import torch
 torch.set_num_threads(1)
@@ -115,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--student", default="zoo:fashion-mnist-student")
     p.add_argument("--skip-browser", action="store_true")
+    p.add_argument("--int8", action="store_true")
     p.add_argument("--sizes", action="store_true")
     p.add_argument("--write", action="store_true")
     args = p.parse_args(argv)
@@ -122,6 +145,9 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         if args.sizes:
             return check_sizes(sizes(folder), args.write)
+        if args.int8:
+            print(by_instruction_set(args.student, folder))
+            return 0
         rows = list(contenders(args.student, folder, args.skip_browser))
     print(markdown(["", "file", "runtime", "first image", "memory", "ms, 1", "ms, 16"],
                    [words(row) for row in rows]))  # fmt: skip
@@ -177,6 +203,25 @@ def contenders(student: str, folder: Path, skip_browser: bool) -> Iterator[Row]:
         return
     export(student, page)
     yield from in_browser(folder, model, onnx if onnx.exists() else None)
+
+
+def by_instruction_set(student: str, folder: Path) -> str:
+    """Milliseconds of an image by products of float32 and of int8, one at a time and 16."""
+    files = [folder / "float32.advkd", folder / "int8.advkd"]
+    export(student, files[0])
+    export(student, files[1], "--dtype", "int8")
+    rows = []
+    for isa in extension.isas() if extension else ():
+        command = [sys.executable, "-c", INT8, *map(str, files)]
+        printed = subprocess.check_output(command, env=one_thread() | {"ADVKD_ISA": isa})
+        cells = [
+            cell
+            for plain, rounded in json.loads(printed)
+            for cell in (f"{plain * 1e3:.2f}", f"{rounded * 1e3:.2f}", f"{rounded / plain:.2f}")
+        ]
+        rows.append([isa, *cells])
+    columns = ["float32, ms, 1", "int8", "of float32", "float32, ms, 16", "int8", "of float32"]
+    return markdown(["one thread", *columns], rows)
 
 
 def export(student: str, path: Path, *options: str) -> None:

@@ -1,11 +1,11 @@
 """What the engine makes of a processor, beside torch's product of matrices on the same core.
 
-OMP_NUM_THREADS=1 python -m tests.bench.engine_figures          # one thread, by CPU time
-OMP_NUM_THREADS=1 python -m tests.bench.engine_figures isas     # each instruction set's kernels
-python -m tests.bench.engine_figures threads                    # one and two, by wall time
+OMP_NUM_THREADS=1 python -m tests.bench.engine_figures PART …
 
-The last wants a machine that does nothing else. Figures are medians of samples taken in turn, those
-of single kinds of operations the least of some samples.
+prints tables, by CPU time of one thread: `passes`, `overhead` and `student`, which are the default,
+or `isas`, each instruction set's kernels. `threads`, by wall time of one and two threads, wants a
+machine that does nothing else and no OMP_NUM_THREADS. Figures are medians of samples taken in turn,
+those of single kinds of operations the least of some samples.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
 from advkd.diffusion import ddim_table
+from advkd.engine.cache import compile
 from advkd.engine.cpu import CpuEngine, kind_of, lower
 from advkd.engine.noise import Noise, Purpose
 from advkd.engine.sampling import generate
@@ -38,8 +40,6 @@ STEPS = 50
 BUSY = "while True: pass"
 REPEATS = 10  # of each operation, whose least time counts
 ISAS = ("avx512", "avx2")
-SGEMM, ALL = "a product of matrices", "all"
-UNITS = (", ms", "", ", GFLOP/s")
 
 Run = Callable[[], object]
 
@@ -55,6 +55,7 @@ def medians(runs: dict[str, Run], clock: Callable[[], float]) -> dict[str, float
 
     calls = {name: 1 for name in runs}
     for name, run in runs.items():
+        run()  # may make an engine first
         calls[name] = max(1, round(SAMPLE_SECONDS / max(seconds(run, 1) for _ in range(2))))
     whole = sum(calls[name] * seconds(run, 1) for name, run in runs.items())
     rounds = min(100, max(5, round(SECONDS / whole)))
@@ -89,7 +90,23 @@ def loop_of(engine: CpuEngine, shape: Shape, threads: int = 0) -> Run:
     return lambda: engine.sample(table, noise, indices, saved=[STEPS], threads=threads)
 
 
+def plan_alone(engine: CpuEngine, x: torch.Tensor, t: int | None, y: torch.Tensor | None) -> Run:
+    """A pass without all that Python does around it."""
+    dense = x.permute(0, 2, 3, 1).contiguous()
+    out = torch.empty(len(x), *engine.shape)
+    conditioning = engine.conditioning([] if t is None else [t])
+
+    def run() -> None:
+        engine.compiled.run(
+            x=dense.data_ptr(), y=out.data_ptr(), conditioning=conditioning.data_ptr(),
+            labels=0 if y is None else y.data_ptr(), images=len(dense), threads=1, nan_fill=False,
+        )  # fmt: skip
+
+    return run
+
+
 def passes() -> str:
+    """How fast a network pass is."""
     rows = []
     for shape in PASSES:
         engine, x_t = engine_of(shape)
@@ -109,18 +126,13 @@ def overhead() -> str:
     for batch in (1, 16):
         shape = Shape("teacher", batch)
         engine, x_t = engine_of(shape)
-        dense, out = x_t.permute(0, 2, 3, 1).contiguous(), torch.empty(batch, 28, 28, 1)
-        conditioning = engine.conditioning([500])
+        alone = plan_alone(engine, x_t, 500, None)
 
-        def alone() -> None:
+        def steps(alone: Run = alone) -> None:
             for _ in range(STEPS):
-                engine.compiled.run(  # noqa: B023
-                    x=dense.data_ptr(), y=out.data_ptr(),  # noqa: B023
-                    conditioning=conditioning.data_ptr(), labels=0, images=batch,  # noqa: B023
-                    threads=1, nan_fill=False,
-                )  # fmt: skip
+                alone()
 
-        found = medians({"loop": loop_of(engine, shape, 1), "passes": alone}, time.process_time)
+        found = medians({"loop": loop_of(engine, shape, 1), "passes": steps}, time.process_time)
         loop, inner = found["loop"], found["passes"]
         rows.append(
             [shape.name, f"{loop * 1e3:.1f}", f"{inner * 1e3:.1f}", f"{loop / inner - 1:.1%}"]
@@ -129,23 +141,31 @@ def overhead() -> str:
 
 
 def student() -> str:
+    """What calls for one image of the student take, beside the plan's pass that each contains."""
     model = load_student("zoo:fashion-mnist-student")
-    engine = lower(model, (model.size, model.size), batch=1)
-    x_T = Noise(0, Purpose.SAMPLING).x_T(torch.arange(1), engine.shape)
+    engine = compile(model)
+    assert isinstance(engine, CpuEngine)
+    noise, number = Noise(0, Purpose.SAMPLING), torch.arange(1)
+    x_T, y = noise.x_T(number, engine.shape), noise.labels(number, engine.classes)
     product, gflop = sgemm()
     found = medians(
         {
-            "engine.run": lambda: engine.run(x_T),
-            "generate": lambda: generate(model, 1, 0),
+            "the plan alone": plan_alone(engine, x_T, None, y),
+            "`engine.run`": lambda: engine.run(x_T, y),
+            "`generate(engine, 1, 0)`": lambda: generate(engine, 1, 0),
+            "`generate(student, 1, 0)`": lambda: generate(model, 1, 0),
             "sgemm": product,
         },
         time.process_time,
     )
     least = gflop_of(engine) / gflop * found.pop("sgemm")
-    rows = [[name, f"{s * 1e3:.2f}", f"{s / least:.2f}"] for name, s in found.items()]
-    return markdown(
-        ["the student, one image", "ms", f"of the {least * 1e3:.2f} ms its FLOPs take"], rows
-    )
+    alone = found["the plan alone"]
+    rows = [
+        [name, f"{s * 1e3:.3f}", f"{s / alone:.2f}", f"{s / least:.2f}"]
+        for name, s in found.items()
+    ]
+    flops = f"of the {least * 1e3:.2f} ms its FLOPs take"
+    return markdown(["the student, one image", "ms", "of the plan", flops], rows)
 
 
 def scaling() -> str:
@@ -175,65 +195,68 @@ def scaling() -> str:
     )
 
 
-def operations() -> dict[str, dict[str, list[float]]]:
-    """GFLOP and seconds of a pass by kind of operation, by the instruction set in use; and of a
-    product of matrices."""
+def operations() -> list[list[str]]:
+    """Where passes go by the instruction set in use; rows: the pass, the kind of operation, its ms,
+    its share of the pass, its GFLOP/s."""
     product, gflop = sgemm()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        product()
-        seconds.append(time.process_time() - start)
-    found = {SGEMM: {"sgemm": [gflop, min(seconds)]}}
+    least = min(_seconds(product) for _ in range(REPEATS))
+    rows = [["a product of matrices", "all", *_cells(gflop, least, least)]]
     for shape in PASSES:
         engine, _ = engine_of(shape)
-        kinds = found[shape.name] = {}
-        for op, spent in zip(engine.plan.ops, engine.profile(shape.batch, REPEATS), strict=True):
-            gflop_and_seconds = kinds.setdefault(kind_of(op), [0.0, 0.0])
-            gflop_and_seconds[0] += 1e-9 * op.flops * shape.batch
-            gflop_and_seconds[1] += spent
-    return found
+        seconds = engine.profile(shape.batch, REPEATS)
+        gflops, spent = defaultdict[str, float](float), defaultdict[str, float](float)
+        for op, of_op in zip(engine.plan.ops, seconds, strict=True):
+            for kind in (kind_of(op), "all"):
+                gflops[kind] += 1e-9 * op.flops * shape.batch
+                spent[kind] += of_op
+        kinds = [*(kind for kind in spent if kind != "all"), "all"]
+        rows += [[shape.name, k, *_cells(gflops[k], spent[k], spent["all"])] for k in kinds]
+    return rows
+
+
+def _seconds(run: Run) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def _cells(gflop: float, seconds: float, whole: float) -> list[str]:
+    return [f"{seconds * 1e3:.3g}", f"{seconds / whole:.0%}", f"{gflop / seconds:.0f}"]
 
 
 def side_by_side() -> str:
-    """Where a pass goes, and how fast that is, by each instruction set that runs here."""
+    """Where passes go by each instruction set that runs here, in a process for each."""
     isas = [isa for isa in ISAS if extension and isa in extension.isas()]
-    found = {}
-    for isa in isas:
-        command = [sys.executable, "-m", "tests.bench.engine_figures", "operations"]
-        run = subprocess.run(
-            command, env=os.environ | {"ADVKD_ISA": isa}, check=True, capture_output=True, text=True
-        )
-        found[isa] = json.loads(run.stdout)
+    command = [sys.executable, "-m", "tests.bench.engine_figures", "operations"]
+    tables = [
+        json.loads(subprocess.check_output(command, env=os.environ | {"ADVKD_ISA": isa}))
+        for isa in isas
+    ]
     rows = []
-    for name, kinds in found[isas[0]].items():
-        for isa in isas:
-            parts = found[isa][name]
-            parts[ALL] = [sum(numbers) for numbers in zip(*parts.values(), strict=True)]
-        for kind in kinds if len(kinds) > 2 else [ALL]:
-            row = [name, kind]
-            for isa in isas:
-                (gflop, seconds), (_, whole) = found[isa][name][kind], found[isa][name][ALL]
-                row += [f"{seconds * 1e3:.3g}", f"{seconds / whole:.0%}", f"{gflop / seconds:.0f}"]
-            rows.append(row)
-    return markdown(
-        ["a pass of", "operations", *(f"{isa}{unit}" for isa in isas for unit in UNITS)], rows
-    )
+    for same in zip(*tables, strict=True):  # a row of each table, of the same pass and kind
+        pass_and_kind = same[0][:2]
+        rows.append([*pass_and_kind, *(cell for row in same for cell in row[2:])])
+    columns = [column for isa in isas for column in (f"{isa}, ms", "", "GFLOP/s")]
+    return markdown(["a pass of", "operations", *columns], rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "passes": passes,
+    "overhead": overhead,
+    "student": student,
+    "isas": side_by_side,
+    "threads": scaling,
+    "operations": lambda: json.dumps(operations()),
+}
+USUAL = ("passes", "overhead", "student")
 
 
 def main() -> None:
-    if sys.argv[1:] == ["threads"]:
-        print(scaling())
-        return
-    torch.set_num_threads(1)
-    if sys.argv[1:] == ["operations"]:
-        print(json.dumps(operations()))
-        return
-    if sys.argv[1:] == ["isas"]:
-        print(side_by_side())
-        return
-    for part in (passes, overhead, student):
-        print(part(), end="\n\n", flush=True)
+    """Print the parts that the command line names."""
+    for name in sys.argv[1:] or USUAL:
+        if name != "threads":
+            torch.set_num_threads(1)
+        print(PARTS[name](), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

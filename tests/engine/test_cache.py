@@ -96,6 +96,12 @@ def by_inference(unet: UNet) -> None:
         unet.conv_in.weight.add_(1)
 
 
+def repeated(unet: UNet) -> None:
+    """The same memory and shape, of which one number is read."""
+    bias = unet.conv_in.bias
+    bias.data = bias.data[:1].expand(len(bias))
+
+
 def other_module(unet: UNet) -> None:
     torch.manual_seed(1)
     like = unet.conv_out
@@ -117,6 +123,7 @@ def changes() -> dict[str, Callable[[UNet], object]]:
             unet.conv_in.weight, "data", unet.conv_in.weight.data * 2
         ),
         "the same memory, transposed": transposed,
+        "the same memory, one number repeated": repeated,
         "a step of an optimizer": by_an_optimizer,
         "a state that is loaded": lambda unet: load(unet, assign=False),
         "a state that is assigned": lambda unet: load(unet, assign=True),
@@ -127,8 +134,12 @@ def changes() -> dict[str, Callable[[UNet], object]]:
     }
 
 
+@pytest.mark.parametrize("exchange", [cache._EXCHANGE, None])
 @pytest.mark.parametrize("what", changes())
-def test_a_changed_network_has_another_engine(what: str) -> None:
+def test_a_changed_network_has_another_engine(
+    what: str, exchange: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_EXCHANGE", exchange)
     unet = teacher()
     before = engine_for(unet)
     assert engine_for(unet) is before
@@ -149,6 +160,21 @@ def test_a_hook_or_another_precision_ends_the_engine() -> None:
     hook.remove()
     assert engine_for(unet) is not None
     assert engine_for(unet.double()) is None
+
+
+def test_tables_hold_the_very_values() -> None:
+    """Equal ones are others, and so are those of another table."""
+    assert ops.extension is not None
+    x, y, z = object(), 1000.5, object()
+    values = [x, y, z]
+    for tables, expected in [
+        ([{"a": x, "b": y}, {"c": z}], True),
+        ([{"a": x}, {"b": y, "c": z}], False),
+        ([{"a": x, "b": float("1000.5")}, {"c": z}], False),
+        ([{"b": y, "a": x}, {"c": z}], False),
+        ([{"a": x, "b": y}, {"c": z, "d": z}], False),
+    ]:
+        assert ops.extension.hold_values(tables, [2, 1], values) is expected
 
 
 def test_a_kept_engine_does_not_keep_its_network() -> None:

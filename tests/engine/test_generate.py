@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import advkd
 from advkd.config import StudentConfig, UNetConfig
 from advkd.diffusion import Schedule
+from advkd.engine.interface import Engine
 from advkd.engine.noise import Noise, Purpose
 from advkd.models.student import Student
 from advkd.models.unet import UNet
@@ -117,6 +119,64 @@ def test_an_engine_of_compile_samples_as_its_network_does(folders: Path, name: s
     assert torch.equal(advkd.generate(engine, NUM, seed=4, steps=3), expected)
     with pytest.raises(ValueError, match="compile"):
         advkd.generate(engine, 1, seed=0, exit_at=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("num_classes", [None, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_images_of_one_call_are_those_of_its_parts(
+    channels: int, num_classes: int | None, threads: int
+) -> None:
+    """To the bit, labels, noise and bounds included, up to the last image that has a number."""
+    torch.manual_seed(1)
+    student = Student(STUDENT, 8, channels, num_classes=num_classes)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(2)  # some pixels are beyond the bounds
+    for purpose in Purpose:
+        noise, last = Noise((1 << 64) - 1, purpose), (1 << 63) - 1
+        for first, num in ((0, 1), (5, 33), (last - 40, 40)):
+            engine = advkd.compile(student, num)
+            images = engine.images(noise, first, num, threads=threads)
+            assert images.shape == (num, channels, 8, 8) and images.is_contiguous()
+            assert torch.equal(images, Engine.images(engine, noise, first, num, threads=threads))
+            if num_classes is not None:
+                labels = torch.arange(num) % num_classes
+                given = engine.images(noise, first, num, labels, threads=threads)
+                assert torch.equal(given, Engine.images(engine, noise, first, num, labels))
+    assert images.abs().max() == 1
+
+
+def test_what_images_cannot_be_of(folders: Path) -> None:
+    student = advkd.load_student(folders / "conditional")
+    for model in (student, advkd.compile(student)):
+        for seed in (-1, 1 << 64):
+            with pytest.raises(ValueError, match=r"seed=-?\d+ is not in"):
+                advkd.generate(model, 1, seed)
+        for labels in ([3], [-1]):
+            with pytest.raises(ValueError, match="is not one of 0"):
+                advkd.generate(model, 1, 0, y=torch.tensor(labels))
+
+
+def test_what_a_call_for_an_image_asks_of_torch(folders: Path) -> None:
+    """Memory for the image, since each operation of torch's takes as long as one of the network."""
+
+    class Counting(TorchDispatchMode):
+        seen: list[str]
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    student = advkd.load_student(folders / "conditional")
+    for model in (student, advkd.compile(student)):
+        advkd.generate(model, 1, 0)
+        with Counting() as counting:
+            counting.seen = []
+            advkd.generate(model, 1, 0)
+        assert counting.seen == ["aten.empty.memory_format"]
 
 
 def test_an_engine_leaves_early_where_it_was_made_to(folders: Path) -> None:
