@@ -97,34 +97,59 @@ class WinogradConvolution {
         [](const auto& m, auto& sums) { Winograd<kHeight>::output(m, sums); },
         [](const auto& m, auto& sums) { Winograd<kTileWidth>::output(m, sums); },
         [&](int y, int x, Vector value) { out[y][x] = value; });
-    const std::int64_t line = place.image * plan_.out_height + place.row;
-    const std::int64_t pixel = line * plan_.out_width + place.column;
+    if constexpr (kHeight < kOut || kTileWidth < kOut) {
+      write_short(writer, place, kHeight, kTileWidth, &out[0][0]);
+    } else {
+      write_whole(writer, place, out);
+    }
+  }
+
+  void write_whole(const OutputWriter& writer, const Place& place,
+                   const Vector (&out)[kOut][kOut]) const {
+    const std::int64_t pixel = pixel_of(place);
     const std::int64_t height = plan_.out_height - place.row;
     const std::int64_t width = plan_.out_width - place.column;
     // With 8 lanes it saves a quarter of the writing, with 16 nothing, and narrower ones are those of
     // browsers, where little code counts more.
     if constexpr (kWidth == 8) {
-      if (height >= kHeight && width >= kTileWidth && writer.full()) {
+      if (height >= kOut && width >= kOut && writer.full()) {
         if (writer.has_residual()) return write_rows<true>(writer, pixel, out);
         return write_rows<false>(writer, pixel, out);
       }
     }
 #pragma GCC unroll 4
-    for (int y = 0; y < kHeight; ++y) {
+    for (int y = 0; y < kOut; ++y) {
 #pragma GCC unroll 4
-      for (int x = 0; x < kTileWidth; ++x) {
+      for (int x = 0; x < kOut; ++x) {
         if (y < height && x < width) writer.write(pixel + y * plan_.out_width + x, out[y][x]);
       }
     }
   }
 
-  template <bool kResidual, int kHeight, int kTileWidth>
+  template <bool kResidual>
   void write_rows(const OutputWriter& writer, std::int64_t pixel,
-                  const Vector (&out)[kHeight][kTileWidth]) const {
+                  const Vector (&out)[kOut][kOut]) const {
 #pragma GCC unroll 4
-    for (int y = 0; y < kHeight; ++y) {
+    for (int y = 0; y < kOut; ++y) {
       writer.template write_row<kResidual>(pixel + y * plan_.out_width, out[y]);
     }
+  }
+
+  // One function for all shorter tiles, which lie at two sides of an image: unrolled for each shape
+  // they would be a tenth of a library.
+  __attribute__((noinline)) void write_short(const OutputWriter& writer, const Place& place,
+                                             std::int64_t height, std::int64_t width,
+                                             const Vector* out) const {
+    const std::int64_t rows = least(height, plan_.out_height - place.row);
+    const std::int64_t columns = least(width, plan_.out_width - place.column);
+    for (std::int64_t y = 0; y < rows; ++y) {
+      const std::int64_t pixel = pixel_of(place) + y * plan_.out_width;
+      for (std::int64_t x = 0; x < columns; ++x) writer.write(pixel + x, out[y * width + x]);
+    }
+  }
+
+  std::int64_t pixel_of(const Place& place) const {
+    return (place.image * plan_.out_height + place.row) * plan_.out_width + place.column;
   }
 
   const ConvolutionArgs& args_;
