@@ -11,16 +11,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from advkd.cli import add_device, add_dtype, add_threads, guarded
 from advkd.data.sentences import brief
-from advkd.deploy.prepared import Prepared, find, key_of
+from advkd.deploy.prepared import Prepared, find, grid_png, key_of
 from advkd.files import write_bytes
 from advkd.names import SAMPLERS
-from advkd.report.pictures import image_grid, save_png
+
+# numpy waits until it is needed: one image of a student takes less time than its import.
+if TYPE_CHECKING:
+    import numpy as np
 
 SHIPPED = "zoo:fashion-mnist-student"
 TEACHER_STEPS = 50
@@ -78,23 +79,56 @@ def sample(args: argparse.Namespace) -> None:
             f"a PNG has 1 or 3 channels, these images {source.channels}: use --npz alone"
         )
     label = _label(args.label, source)
+    drawn = None
+    if png is not None and args.npz is None and isinstance(source, Prepared):
+        drawn = _draw(args, source, label, png)
+    sides, seconds = drawn or _write(args, source, label, png)
+    shape = "x".join(map(str, sides))
+    files = ", ".join(str(path) for path in (png, args.npz) if path is not None)
+    print(
+        f"{args.num} images ({shape}) of {_words(args, source, label)}, seed {args.seed}, "
+        f"in {seconds:.2f} s: {files}",
+        flush=True,
+    )
+    source.prepare()
+
+
+def _draw(
+    args: argparse.Namespace, source: Prepared, label: int | None, png: Path
+) -> tuple[Sequence[int], float] | None:
+    """Sample the images and draw their grid without numpy, where they are few; their (C, H, W) and
+    the seconds of sampling, or None."""
+    began = time.monotonic()
+    pixels = source.pixels(args, label)
+    seconds = time.monotonic() - began
+    if pixels is None:
+        return None
+    shape = source.shape(args.exit_at)
+    write_bytes(png, grid_png(pixels, shape, *_columns_and_scale(args.num, shape[-1])))
+    return shape, seconds
+
+
+def _write(
+    args: argparse.Namespace, source: Source, label: int | None, png: Path | None
+) -> tuple[Sequence[int], float]:
+    """Sample the images and write the files that are asked for; their (C, H, W) and the seconds of
+    sampling."""
+    from advkd.report.pictures import image_grid, save_png
+
     y = _labels(args, source, label)
     began = time.monotonic()
     images = source.images(args, y)
     seconds = time.monotonic() - began
     if png is not None:
-        columns = math.ceil(math.sqrt(len(images)))
-        save_png(png, image_grid(images, columns, max(1, TILE // images.shape[-1])))
+        save_png(png, image_grid(images, *_columns_and_scale(len(images), images.shape[-1])))
     if args.npz is not None:
         write_bytes(args.npz, _npz(images, y))
-    shape = "x".join(str(side) for side in images.shape[1:])
-    files = ", ".join(str(path) for path in (png, args.npz) if path is not None)
-    print(
-        f"{len(images)} images ({shape}) of {_words(args, source, label)}, seed {args.seed}, "
-        f"in {seconds:.2f} s: {files}",
-        flush=True,
-    )
-    source.prepare()
+    return images.shape[1:], seconds
+
+
+def _columns_and_scale(num: int, side: int) -> tuple[int, int]:
+    """Of a grid of so many images."""
+    return math.ceil(math.sqrt(num)), max(1, TILE // side)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -223,12 +257,16 @@ def _labels(args: argparse.Namespace, source: Source, label: int | None) -> np.n
     if source.num_classes is None:
         return None
     if label is not None:
+        import numpy as np
+
         return np.full(args.num, label, np.int64)
     return source.labels(args.num, args.seed, args.first)
 
 
 def _npz(images: np.ndarray, y: np.ndarray | None) -> bytes:
     """An .npz file's bytes."""
+    import numpy as np
+
     arrays = {"images": images} | ({} if y is None else {"labels": y})
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)

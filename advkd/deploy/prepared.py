@@ -12,19 +12,23 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import io
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from advkd.files import cache_folder, write_bytes
 
+# numpy's import takes as long as all else of a start, so it waits until it is needed.
 if TYPE_CHECKING:
+    import numpy as np
+
     from advkd.runtime import Student
 
 ENTRIES = 16  # of the cache; those that were used longest ago go
 MOST_BYTES = 64 << 20  # of a student's weights
+MOST_NUMBERS = 1 << 16  # of images that are sampled by the time that numpy is imported
 # What makes a model file of a student's folder, in this package.
 _MAKERS = (
     *("deploy/model_file.py", "engine/lowering.py", "engine/networks.py", "engine/plan.py"),
@@ -45,6 +49,8 @@ class Prepared:
 
     def labels(self, num: int, seed: int, first: int) -> np.ndarray:
         """The labels (num,) int64 of images number `first` and later; num_classes is not None."""
+        import numpy as np
+
         from advkd import _C
 
         assert self.num_classes is not None
@@ -60,14 +66,52 @@ class Prepared:
 
         ValueError for a head that is not there.
         """
+        import numpy as np
+
         images = self._student.generate(
             args.num, args.seed, first=args.first, labels=y, exit_at=args.exit_at,
             dtype="float32", threads=args.threads or None,
         )  # fmt: skip
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
+    def shape(self, exit_at: int | None) -> tuple[int, int, int]:
+        """(C, H, W) of its images; ValueError for a head that is not there."""
+        if exit_at is not None and not 1 <= exit_at <= len(self.heads):
+            raise ValueError(f"exit_at={exit_at} is not between 1 and {len(self.heads)}")
+        side = self.heads[(exit_at or 0) - 1]
+        return self.channels, side, side
+
+    def pixels(self, args: argparse.Namespace, label: int | None) -> bytes | None:
+        """The same images without numpy, as bytes in the order (number, row, column, channel).
+
+        None for so many that numpy is imported in less time; ValueError for a head that is not
+        there.
+        """
+        if args.num * math.prod(self.shape(args.exit_at)) > MOST_NUMBERS:
+            return None
+        return self._student.generate_bytes(
+            args.num, args.seed, first=args.first, label=label, exit_at=args.exit_at
+        )
+
     def prepare(self) -> None:
         """Do nothing: it is prepared."""
+
+
+def grid_png(pixels: bytes, shape: tuple[int, int, int], columns: int, scale: int) -> bytes:
+    """The PNG of `report.pictures` with a grid of `Prepared.pixels`, images of shape (C, H, W)."""
+    from PIL import Image
+
+    channels, height, width = shape
+    mode, size = "L" if channels == 1 else "RGB", math.prod(shape)
+    num = len(pixels) // size
+    sheet = Image.new(mode, (columns * width, -(-num // columns) * height))
+    for i in range(num):
+        image = Image.frombytes(mode, (width, height), pixels[i * size : (i + 1) * size])
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    large = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    large.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def key_of(source: str) -> str | None:

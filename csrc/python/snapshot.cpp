@@ -1,4 +1,4 @@
-// Whether a network is still what it was when an engine was made of it, at a call's every turn.
+// Whether a network is still what it was when an engine was made of it, as each call asks.
 #include <cstdint>
 #include <vector>
 
@@ -11,7 +11,7 @@ namespace py = pybind11;
 namespace advkd {
 namespace {
 
-// Lists as long as they were when they were made, which nobody else has.
+// The lists of advkd/engine/cache.py, made together and never changed.
 
 bool have_types(const py::list& objects, const py::list& types) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(objects.ptr()); ++i) {

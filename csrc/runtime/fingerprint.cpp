@@ -36,7 +36,8 @@ std::uint64_t Fingerprint::value() const {
   std::uint64_t all = 0;
   for (const Sums& sums : sums_) {
     for (int lane = 0; lane < 2 * kPairs; ++lane) {
-      for (const std::uint64_t sum : {sums.first[lane / 2][lane % 2], sums.second[lane / 2][lane % 2]}) {
+      const int pair = lane / 2, half = lane % 2;
+      for (const std::uint64_t sum : {sums.first[pair][half], sums.second[pair][half]}) {
         all = (all ^ sum) * 0xD6E8FEB86659FD93u;
         all ^= all >> 32;
       }

@@ -94,6 +94,50 @@ def test_files_are_the_same_to_the_byte(
     assert written[0] == written[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--num", "1"],
+        ["--num", "7", "--seed", str(LAST_SEED), "--first", "5"],
+        ["--num", "5", "--exit-at", "1"],
+        ["--num", "4", "--class", "2"],
+        ["--num", "1100"],  # by numpy
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_a_grid_alone_is_the_same_to_the_byte(
+    options: list[str],
+    channels: int,
+    num_classes: int | None,
+    ways: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if num_classes is None and "--class" in options:
+        pytest.skip("there are no classes")
+    folder = _student(tmp_path / "student", channels=channels, num_classes=num_classes)
+    written = []
+    for _ in range(2):
+        png = tmp_path / "grid.png"
+        assert main(["--student", folder, *options, "--out", str(png)]) == 0
+        written.append((png.read_bytes(), capsys.readouterr().out.partition(" in ")[0]))
+    assert ways == [BY_TORCH, PREPARED]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("exit_at", ["0", "3"])
+def test_a_head_that_is_not_there(
+    exit_at: str, ways: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, png = _student(tmp_path / "student"), str(tmp_path / "grid.png")
+    arguments = ["--student", folder, "--num", "1", "--out", png]
+    assert main(arguments) == 0
+    assert main([*arguments, "--exit-at", exit_at]) == 1
+    assert f"exit_at={exit_at}" in capsys.readouterr().err
+    assert ways == [BY_TORCH, PREPARED]
+
+
 def test_unconditional(ways: list[str], tmp_path: Path) -> None:
     folder, npz = _student(tmp_path / "student"), tmp_path / "images.npz"
     images = []
@@ -240,8 +284,9 @@ def test_what_a_sampling_imports(tmp_path: Path) -> None:
     first, second = (_imported(code, *arguments) for _ in range(2))
     assert "torch" in first and not first & COMPILER
     assert not second & {"torch", "safetensors", "scipy", "matplotlib", "jinja2", "tqdm"}
-    # What reads settings and draws words is a tenth of the time that such a start takes.
+    # Settings, fonts and numpy are more than half of the time that such a start would take.
     assert not second & {"advkd.config", "tomllib", "difflib", "PIL.ImageDraw", "PIL.ImageFont"}
+    assert "numpy" not in second
 
 
 def test_a_constant_of_torchs_compiler_is_marked_as_torch_marks_it() -> None:

@@ -102,6 +102,17 @@ def test_images_are_the_packages_to_the_bit(
         np.testing.assert_array_equal(pixels, as_bytes(wanted))
 
 
+@pytest.mark.parametrize("num", [0, 1, 4, 70])
+@pytest.mark.parametrize("options", [{}, {"first": 9, "label": "sandal"}, {"exit_at": 1}])
+def test_bytes_are_those_of_the_images(
+    fashion: runtime.Student, num: int, options: dict[str, Any]
+) -> None:
+    given = dict(options)
+    labels = given.pop("label", None)
+    wanted = fashion.generate(num, 7, labels=labels, **given)
+    assert fashion.generate_bytes(num, 7, **options) == wanted.tobytes()
+
+
 @pytest.mark.parametrize("exit_at", [1, 2, 3])
 def test_leaving_early(
     packages: dict[str, Student], fashion: runtime.Student, exit_at: int
