@@ -1,8 +1,8 @@
 """Distillation of the default preset, with the fused ops and with plain torch.
 
 A training begins with steps that only reconstruct; from `distill.adversary_after` on they have the
-discriminator. Its view of the inner heads and its gradient penalty come round within 16 steps,
-so that these are timed together. Batches are drawn beforehand.
+discriminator. Its view of the inner heads and its gradient penalty come round within
+`distill.r1_every` steps, so that these are timed together. Batches are drawn beforehand.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from advkd.training.inputs import Ahead
 from .measuring import Contender, Contest
 
 BACKENDS = {"ours": None, "eager": "reference"}
-PARTS = ("a step that reconstructs", "16 steps with the discriminator")
 LAYERS, TERMS = 30, 1000  # a gradient passes through, and of the sums in each
 
 # Few and hardly drawn: what the images show does not change what a step costs.
 CONFIG = load_preset("fashion-mnist", ["trajectory.num=64", "trajectory.steps=3"])
+PARTS = ("a step that reconstructs", f"{CONFIG.distill.r1_every} steps with the discriminator")
 
 
 def sampled_store(folder: Path) -> Trajectories:
