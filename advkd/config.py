@@ -151,7 +151,7 @@ class TeacherConfig:
     grad_clip: float = within(1.0, 0, 1e9, above=True)
     ema: float = within(0.999, 0, 1)
     recompute: bool = False  # activations in the backward pass, block by block, to save memory
-    autocast: str = one_of("auto", ("auto", "on", "off"))  # bfloat16; auto: where hardware has it
+    autocast: str = one_of("auto", ("auto", "on", "off"))  # bfloat16; auto: on GPUs
     log_every: int = within(50, 1, MAX_COUNT)
     checkpoint_every: int = within(1000, 1, MAX_COUNT)
 

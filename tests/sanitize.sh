@@ -22,7 +22,7 @@ if [ $# -eq 0 ]; then
   set -- tests/engine/test_lowering.py tests/native tests/kernels/test_thread_pool.py \
     tests/kernels/test_sampling_loop.py tests/kernels/test_group_norm_affine.py \
     tests/kernels/test_convolution.py tests/kernels/test_convolution_int8.py \
-    tests/kernels/test_conv3x3.py \
+    tests/kernels/test_conv3x3.py tests/kernels/test_normed_conv3x3.py \
     tests/kernels/test_attention.py tests/kernels/test_group_norm_silu.py \
     tests/kernels/test_sampling_step.py tests/kernels/test_philox.py
 fi

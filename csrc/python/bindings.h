@@ -12,7 +12,7 @@ void bind_sampling_step(pybind11::module_& module);
 void bind_group_norm_silu(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
-void bind_normed_convolution(pybind11::module_& module);
+void bind_normed_conv3x3(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 void bind_snapshot(pybind11::module_& module);
 

@@ -21,7 +21,7 @@ PYBIND11_MODULE(_C, module) {
   bind_group_norm_silu(module);
   bind_attention(module);
   bind_convolution(module);
-  bind_normed_convolution(module);
+  bind_normed_conv3x3(module);
   bind_plan(module);
   bind_snapshot(module);
 #ifdef ADVKD_HAVE_CUDA

@@ -150,7 +150,7 @@ void normed_conv3x3_wgrad(std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_
 
 }  // namespace
 
-void bind_normed_convolution(py::module_& module) {
+void bind_normed_conv3x3(py::module_& module) {
   module.def("normed_conv3x3", &normed_conv3x3);
   module.def("normed_conv3x3_dgrad", &normed_conv3x3_dgrad);
   module.def("normed_conv3x3_wgrad", &normed_conv3x3_wgrad);
