@@ -104,8 +104,10 @@ class WinogradConvolution {
     }
   }
 
-  void write_whole(const OutputWriter& writer, const Place& place,
-                   const Vector (&out)[kOut][kOut]) const {
+  // Inlined, or the tile would pass through memory.
+  inline __attribute__((always_inline)) void write_whole(const OutputWriter& writer,
+                                                         const Place& place,
+                                                         const Vector (&out)[kOut][kOut]) const {
     const std::int64_t pixel = pixel_of(place);
     const std::int64_t height = plan_.out_height - place.row;
     const std::int64_t width = plan_.out_width - place.column;

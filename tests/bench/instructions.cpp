@@ -77,8 +77,16 @@ void convolve(const advkd::ConvolutionShape& shape, const Floats& x, const Float
   args.threads = 1;
   advkd::pack_weights(shape, {weights.data(), 9 * I, 1, 3 * I, I}, packed.data());
   advkd::convolution(args);
-  advkd::convolution_wgrad({shape, x.data(), I, grad.data(), shape.out_channels, dweights.data(),
-                            nullptr, wgrad_workspace.data(), 1});
+  advkd::ConvolutionWgradArgs wgrad = {};
+  wgrad.shape = shape;
+  wgrad.x = x.data();
+  wgrad.x_stride = I;
+  wgrad.grad_y = grad.data();
+  wgrad.grad_y_stride = shape.out_channels;
+  wgrad.dweights = dweights.data();
+  wgrad.workspace = wgrad_workspace.data();
+  wgrad.threads = 1;
+  advkd::convolution_wgrad(wgrad);
 }
 
 void normalize(std::int64_t B, std::int64_t C, std::int64_t P, std::int64_t G, const Floats& x,

@@ -186,8 +186,17 @@ void try_convolution() {
   }
   try_kernel("convolution wgrad", D * 9 * C + D, [&](float* to, int threads) {
     Floats memory(static_cast<std::size_t>(advkd::wgrad_workspace_size(shape, threads)));
-    advkd::convolution_wgrad({shape, x.data(), C, grad.data(), D, to, to + D * 9 * C,
-                              memory.data(), threads});
+    advkd::ConvolutionWgradArgs args = {};
+    args.shape = shape;
+    args.x = x.data();
+    args.x_stride = C;
+    args.grad_y = grad.data();
+    args.grad_y_stride = D;
+    args.dweights = to;
+    args.dbias = to + D * 9 * C;
+    args.workspace = memory.data();
+    args.threads = threads;
+    advkd::convolution_wgrad(args);
   });
 }
 
