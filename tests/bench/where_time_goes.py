@@ -115,7 +115,9 @@ def passes(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     teacher = load_teacher(CONFIG.teacher.source).eval().requires_grad_(False)
     teacher = teacher.to(memory_format=torch.channels_last)
     x_t = torch.randn(125, 1, 28, 28).to(memory_format=torch.channels_last)
-    yield "a teacher pass, 125 images", torch.no_grad()(lambda: teacher(x_t, 500))
+    classes = teacher.num_classes
+    y = torch.arange(125) % classes if classes else None
+    yield "a teacher pass, 125 images", torch.no_grad()(lambda: teacher(x_t, 500, y))
     store = sampled_store(folder)
     workers = Workers(1, torch.device("cpu"))
     workers._pool = CallingThread()  # type: ignore[assignment]
