@@ -294,9 +294,9 @@ HOT = {
     "product, 1 row": r"::multiply_tile<1, 1,",
     "int8 product": r"::make_tile<6, 1>\(",
     "attention, 4 x 3": r"::make_tile<4, 3, float,.*StoreScores",
-    "Winograd 4: input": r"InputTiles<4>::transform_tile\(",
+    "Winograd 4: input": r"InputTiles<4>::transform(_tile<4, 4>)?\(",
     "Winograd 4: weights": r"WinogradConvolution<4>::transform\(",
-    "Winograd 4: output": r"WinogradConvolution<4>::(write|multiply)\(",
+    "Winograd 4: output": r"WinogradConvolution<4>::(write_tile<4, 4>|write|multiply)\(",
 }
 
 
