@@ -101,7 +101,7 @@ def _speedup(batch: int, channels: int, height: int, width: int, out: int) -> fl
 vars(_speedup)["_dynamo_marked_constant"] = True
 
 
-def _dense_pixels(x: Tensor) -> Tensor:
+def dense_pixels(x: Tensor) -> Tensor:
     """x with the channels of a pixel consecutive and no gaps, as the kernels want it."""
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -111,7 +111,7 @@ def _channels_innermost(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def _empty_pixels(like: Tensor, channels: int) -> Tensor:
+def empty_pixels(like: Tensor, channels: int) -> Tensor:
     """(B, channels, H, W) of the batch and size of `like`, channels_last whatever its shape; no
     view, so that what comes behind a convolution may be done in place."""
     B, _, H, W = like.shape
@@ -120,7 +120,7 @@ def _empty_pixels(like: Tensor, channels: int) -> Tensor:
 
 
 def _conv3x3_fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    return _empty_pixels(x, weight.shape[1] if transposed else weight.shape[0])
+    return empty_pixels(x, weight.shape[1] if transposed else weight.shape[0])
 
 
 def _conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -131,7 +131,7 @@ def _conv3x3_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     """With `transposed`, weight is that of the convolution whose dgrad this is."""
     _check(x, weight.transpose(0, 1) if transposed else weight, bias)
     out = _conv3x3_fake(x, weight, bias, transposed)
-    x = _dense_pixels(x)
+    x = dense_pixels(x)
     bias = None if bias is None else bias.contiguous()
     B, C, H, W = x.shape
     at = addresses(torch.float32, x, weight, bias, out)
@@ -162,7 +162,7 @@ def _wgrad_cpu(grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     grad_weight, grad_bias = wgrad_results(grad_y, x)
     if x.shape[0] == 0:
         return grad_weight.zero_(), grad_bias.zero_()
-    grad_y, x = _dense_pixels(grad_y), _dense_pixels(x)
+    grad_y, x = dense_pixels(grad_y), dense_pixels(x)
     B, C, H, W = x.shape
     fused_extension().conv3x3_gradient(
         address(x, torch.float32), C, address(grad_y, torch.float32), grad_y.shape[1],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advkd.ops._address import address, addresses
 from advkd.ops._backend import fused_extension, runs_eagerly, runs_eagerly_backward, use_fused
-from advkd.ops._conv3x3 import conv3x3, pays, wgrad_results
+from advkd.ops._conv3x3 import conv3x3, dense_pixels, empty_pixels, pays, wgrad_results
 from advkd.ops._group_norm_silu import fit, group_norm_silu
 
 
@@ -102,10 +102,6 @@ def _fit(
     )
 
 
-def _dense_pixels(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _forward(
     num_groups: int,
     eps: float,
@@ -121,11 +117,10 @@ def _forward(
     B, C, H, W = x.shape
     C_out = weight.shape[0]
     statistics = torch.empty((2, B, num_groups), dtype=torch.float64, device=x.device)
-    strides = (H * W * C_out, 1, W * C_out, C_out)
-    out = torch.empty_strided((B, C_out, H, W), strides, dtype=x.dtype, device=x.device)
-    x, norm_weight, norm_bias = _dense_pixels(x), norm_weight.contiguous(), norm_bias.contiguous()
+    out = empty_pixels(x, C_out)
+    x, norm_weight, norm_bias = dense_pixels(x), norm_weight.contiguous(), norm_bias.contiguous()
     bias, addend = (t if t is None else t.contiguous() for t in (bias, addend))
-    residual = None if residual is None else _dense_pixels(residual)
+    residual = None if residual is None else dense_pixels(residual)
     at = addresses(torch.float32, x, norm_weight, norm_bias, weight, bias, addend, residual, out)
     fused_extension().normed_conv3x3(
         *at[:3], num_groups, eps, address(statistics, torch.float64), at[3], weight.stride(),
@@ -169,7 +164,7 @@ def _gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Those of x, the norm's weight and bias, and the weight; and that of the bias."""
     x, norm_weight, norm_bias, weight, statistics = ctx.saved_tensors
-    x, grad = _dense_pixels(x), _dense_pixels(grad)
+    x, grad = dense_pixels(x), dense_pixels(grad)
     norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     num_groups, _ = ctx.norm
     B, C, H, W = x.shape
