@@ -23,6 +23,10 @@ ConvolutionShape convolution_shape(const Sizes& sizes, int kernel, int stride, i
 
 }  // namespace
 
+ConvolutionWeights weights_at(std::uintptr_t address, const WeightStrides& strides) {
+  return {pointer<const float>(address), strides[0], strides[1], strides[2], strides[3]};
+}
+
 ConvolutionShape conv3x3_shape(const Sizes& sizes) {
   return convolution_shape(sizes, 3, 1, 1, 1, false);
 }
@@ -69,8 +73,7 @@ void conv3x3(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t weights,
   args.scale = 1.0f;
   args.y = pointer<float>(y);
   args.y_stride = y_stride;
-  const ConvolutionWeights from = {pointer<const float>(weights), strides[0], strides[1],
-                                   strides[2], strides[3]};
+  const ConvolutionWeights from = weights_at(weights, strides);
   convolve(args, transposed ? from.transposed(args.shape.kernel) : from,
            thread_memory(convolve_memory(args.shape, threads)), threads);
 }

@@ -14,6 +14,8 @@ using Sizes = std::array<std::int64_t, 5>;
 // Of (out, in, row, column).
 using WeightStrides = std::array<std::int64_t, 4>;
 
+ConvolutionWeights weights_at(std::uintptr_t address, const WeightStrides& strides);
+
 // A 3 x 3 convolution that keeps the size.
 ConvolutionShape conv3x3_shape(const Sizes& sizes);
 

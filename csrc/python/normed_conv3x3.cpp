@@ -50,10 +50,6 @@ struct Norm {
   }
 };
 
-ConvolutionWeights weights_at(std::uintptr_t at, const WeightStrides& strides) {
-  return {pointer<const float>(at), strides[0], strides[1], strides[2], strides[3]};
-}
-
 // (B, C_out): bias + addend.
 void add_bias(const float* bias, const float* addend, std::int64_t batch, std::int64_t channels,
               float* to) {
